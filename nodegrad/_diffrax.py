@@ -1,0 +1,27 @@
+"""Names of Diffrax that are not public, and nothing else.
+
+Checked on Diffrax 0.7.2. Each is here because nothing public does its work:
+
+- `assert_term_compatible`: whether terms fit a solver, with Diffrax's own messages.
+- `is_unsafe_sde`: whether a term is driven by an `UnsafeBrownianPath`.
+- `use_stepsize_tol`: the placeholder in an implicit solver's root finder that stands
+  for the tolerances of the step size controller.
+- `WrapTerm`: a term in the time that runs forwards, for solves with `t1 < t0`.
+- `solver_loop`: Diffrax's solver loop, which takes the `while` loop to run as an
+  argument. With it comes the layout of the loop's state (see `_record.py`).
+"""
+
+from diffrax._heuristics import is_unsafe_sde as is_unsafe_sde
+from diffrax._integrate import _assert_term_compatible as assert_term_compatible
+from diffrax._integrate import loop as solver_loop
+from diffrax._root_finder import use_stepsize_tol as use_stepsize_tol
+from diffrax._term import WrapTerm as WrapTerm
+
+
+__all__ = [
+    "WrapTerm",
+    "assert_term_compatible",
+    "is_unsafe_sde",
+    "solver_loop",
+    "use_stepsize_tol",
+]

@@ -1,0 +1,229 @@
+r"""How the times of the accepted steps depend on the times the user gave.
+
+A step size that the error control found is a constant of the gradient, but the grid as
+a whole still moves with `t0`, `t1`, and any time at which a step was made to end. Step
+`i` runs from $s_i$ to $e_i = s_i + h_i$ with $s_{i+1} = e_i$, and $h_i$ has one of
+three origins:
+
+- **ratio**: $h_i = \rho\, h_{i-1}$, the controller's constant factor times the size
+  before (the one proposed at the start for $i = 0$);
+- **anchor**: $h_i = q\,(A - s_i)$, the step was clipped to end at the time $A$ ($q = 1$;
+  $q < 1$ if that attempt was rejected and shrunk);
+- **constant**: $h_i$ was clipped to `dtmin` or `dtmax`.
+
+These are the derivatives that Diffrax's default adjoint takes. The three classes here
+differ in what their anchors are.
+"""
+
+import diffrax
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+
+RATIO, CONSTANT, FIRST_ANCHOR = 0, 1, 2
+
+
+class AdaptiveGrid(eqx.Module):
+    """Sizes from an error estimate, clipped to `t1` and to `step_ts` and `jump_ts`."""
+
+    anchors: Array
+    ends: Array
+    limits: list[Array]
+
+    @property
+    def origin_dtype(self):
+        """The smallest integer type that can name every anchor."""
+        return jnp.int8 if len(self.anchors) < 120 else jnp.int32
+
+    def origin(self, tprev, tnext, previous_origin, accepted):
+        """Where the size of the step just proposed, `[tprev, tnext]`, comes from."""
+        at_anchor = self.ends == tnext
+        at_limit = jnp.array(False)
+        for limit in self.limits:
+            at_limit = at_limit | (tnext == tprev + limit)
+        # A rejected attempt passes its origin on to the smaller one that follows.
+        unclipped = jnp.where(accepted, RATIO, previous_origin)
+        out = jnp.where(at_limit, CONSTANT, unclipped)
+        return jnp.where(
+            jnp.any(at_anchor), FIRST_ANCHOR + jnp.argmax(at_anchor), out
+        ).astype(self.origin_dtype)
+
+    def origin_of(self, index, logged):
+        """The origin of the size of accepted step `index`."""
+        del index
+        return logged.astype(jnp.int32)
+
+    def anchor_time(self, origin, end):
+        """The value of the anchor."""
+        del end
+        return self.ends[jnp.maximum(origin - FIRST_ANCHOR, 0)]
+
+    def pull_back_anchor(self, ct_anchors, origin, end, cotangent):
+        """Adds the cotangent of the anchor to those of `anchors`."""
+        del end
+        index = jnp.maximum(origin - FIRST_ANCHOR, 0)
+        return ct_anchors.at[index].add(cotangent)
+
+
+class PrescribedGrid(eqx.Module):
+    """`diffrax.StepTo`: step `i` ends at `anchors[i + 1]`."""
+
+    anchors: Array
+
+    def origin_of(self, index, logged):
+        """The origin of the size of accepted step `index`."""
+        del logged
+        return jnp.where(index == 0, RATIO, FIRST_ANCHOR + index + 1)
+
+    def anchor_time(self, origin, end):
+        """The value of the anchor."""
+        del origin
+        return end
+
+    def pull_back_anchor(self, ct_anchors, origin, end, cotangent):
+        """Adds the cotangent of the anchor to those of `anchors`."""
+        del end
+        return ct_anchors.at[jnp.maximum(origin - FIRST_ANCHOR, 0)].add(cotangent)
+
+
+class UniformGrid(eqx.Module):
+    """`diffrax.ConstantStepSize`: from the second step on, fractions of `[t0, t1]`."""
+
+    anchors: Array
+
+    def origin_of(self, index, logged):
+        """The origin of the size of accepted step `index`."""
+        del logged
+        return jnp.where(index == 0, RATIO, FIRST_ANCHOR)
+
+    def anchor_time(self, origin, end):
+        """The value of the anchor."""
+        del origin
+        return end
+
+    def pull_back_anchor(self, ct_anchors, origin, end, cotangent):
+        """Adds the cotangent of the anchor to those of `anchors`."""
+        del origin
+        t0, t1 = self.anchors
+        weight = (end - t0) / (t1 - t0)
+        return ct_anchors + cotangent * jnp.stack([1 - weight, weight])
+
+
+def may_jump(controller: PyTree) -> bool:
+    """Whether a step may start elsewhere than the one before it ended."""
+    while isinstance(controller, diffrax.ClipStepSizeController):
+        if controller.jump_ts is not None:
+            return True
+        controller = controller.controller
+    return not isinstance(
+        controller, diffrax.StepTo | diffrax.ConstantStepSize | diffrax.PIDController
+    )
+
+
+class _ConstantSizes(diffrax.AbstractAdaptiveStepSizeController):
+    """Any controller, with no derivative from the states it looks at."""
+
+    controller: diffrax.AbstractStepSizeController
+
+    @property
+    def rtol(self):
+        return self.controller.rtol  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def atol(self):
+        return self.controller.atol  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def norm(self):
+        return self.controller.norm  # pyright: ignore[reportAttributeAccessIssue]
+
+    def wrap(self, direction):
+        return _ConstantSizes(self.controller.wrap(direction))
+
+    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        y0 = jax.lax.stop_gradient(y0)
+        return self.controller.init(terms, t0, t1, y0, dt0, args, func, error_order)
+
+    def adapt_step_size(self, t0, t1, y0, y1_candidate, args, y_error, *rest):
+        y0, y1_candidate, y_error = jax.lax.stop_gradient((y0, y1_candidate, y_error))
+        return self.controller.adapt_step_size(
+            t0, t1, y0, y1_candidate, args, y_error, *rest
+        )
+
+
+_NOT_DIFFERENTIABLE = (
+    "Step sizes are constants of a gradient taken with `nodegrad.ACAAdjoint`, so there "
+    "is no derivative with respect to the tolerances or other settings of a step size "
+    "controller. Wrap them in `jax.lax.stop_gradient`. (Times that steps are made to "
+    "end at, `StepTo(ts=...)` and the `step_ts` and `jump_ts` of "
+    "`ClipStepSizeController`, are differentiable.)"
+)
+
+
+def without_derivatives(controller: PyTree) -> PyTree:
+    """`controller`, refusing derivatives other than those of its grid's anchors."""
+    if isinstance(controller, diffrax.StepTo | diffrax.ConstantStepSize):
+        return controller
+    if isinstance(controller, diffrax.ClipStepSizeController):
+        inner = without_derivatives(controller.controller)
+        return eqx.tree_at(lambda c: c.controller, controller, inner)
+    controller = eqxi.nondifferentiable(controller, msg=_NOT_DIFFERENTIABLE)
+    if isinstance(controller, diffrax.PIDController):
+        return controller  # stops its gradients itself
+    return _ConstantSizes(controller)
+
+
+AbstractGrid = AdaptiveGrid | PrescribedGrid | UniformGrid
+
+
+def make_grid(controller: PyTree, t0: Array, t1: Array) -> AbstractGrid:
+    """The grid that a step size controller makes, and the times it hangs on."""
+    if isinstance(controller, diffrax.StepTo):
+        return PrescribedGrid(controller.ts)
+    if isinstance(controller, diffrax.ConstantStepSize):
+        return UniformGrid(jnp.stack([t0, t1]))
+    anchors, ends = [t1[None]], [t1[None]]
+    while isinstance(controller, diffrax.ClipStepSizeController):
+        if controller.step_ts is not None:
+            anchors.append(controller.step_ts.astype(t1.dtype))
+            ends.append(anchors[-1])
+        if controller.jump_ts is not None:
+            anchors.append(controller.jump_ts.astype(t1.dtype))
+            ends.append(eqxi.prevbefore(anchors[-1]))
+        controller = controller.controller
+    limits = []
+    if isinstance(controller, diffrax.PIDController):
+        limits = [controller.dtmin, controller.dtmax]
+        limits = [jnp.asarray(x, t1.dtype) for x in limits if x is not None]
+    return AdaptiveGrid(jnp.concatenate(anchors), jnp.concatenate(ends), limits)
+
+
+def pull_back_times(
+    grid: AbstractGrid, ct_anchors, origin, start, end, previous_size, cts
+):
+    """Pulls the cotangents of a step's times back to the step before.
+
+    **Arguments:**
+
+    - `origin`, `start`, `end`: of this step; `previous_size` of the one before it.
+    - `cts`: cotangents of this step's `start`, of its `end`, of the next step's start,
+      and of this step's size as the next step's size depends on it.
+
+    **Returns:**
+
+    The cotangents of the anchors, of `start`, and of `previous_size`.
+    """
+    ct_start, ct_end, ct_next_start, ct_size = cts
+    size = end - start
+    ct_end = ct_end + ct_next_start
+    ct_size = ct_size + ct_end
+    ct_start = ct_start + ct_end
+    is_ratio, is_anchor = origin == RATIO, origin >= FIRST_ANCHOR
+    ratio = jnp.where(is_ratio, size / previous_size, 0)
+    reach = jnp.where(is_anchor, grid.anchor_time(origin, end) - start, 1)
+    ct_anchor = jnp.where(is_anchor, size / reach, 0) * ct_size
+    ct_anchors = grid.pull_back_anchor(ct_anchors, origin, end, ct_anchor)
+    return ct_anchors, ct_start - ct_anchor, ratio * ct_size

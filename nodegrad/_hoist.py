@@ -1,0 +1,52 @@
+"""Turning a closure into a pure function of everything it closes over."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, PyTree
+
+
+def _is_dynamic(x: Any) -> bool:
+    return eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
+
+
+def hoist(fn: Callable, *examples: PyTree) -> tuple[list[Array], Callable]:
+    """Splits `fn` into the arrays it closes over and a function of those.
+
+    A `jax.custom_vjp` rule must not close over traced values, and a gradient with
+    respect to an array that a vector field merely closes over would be lost. Both are
+    cured by tracing `fn` once: whatever it uses that is not an argument turns up as a
+    constant of the trace, be it a leaf of `args`, of the terms, or of a closure.
+    (`equinox.filter_closure_convert` does the same, but refuses to run inside
+    `shard_map`.)
+
+    **Arguments:**
+
+    - `fn`: the function to split; its arguments and results are pytrees.
+    - `examples`: arguments (or their `jax.ShapeDtypeStruct`s) to trace it with.
+      Leaves that are not arrays are fixed to the values given here.
+
+    **Returns:**
+
+    `(consts, pure)` with `pure(consts, *args) == fn(*args)`.
+    """
+    dynamic, static = eqx.partition(examples, _is_dynamic)
+    static_out = None
+
+    def traced(dynamic):
+        nonlocal static_out
+        out = fn(*eqx.combine(dynamic, static))
+        arrays, static_out = eqx.partition(out, eqx.is_array)
+        return arrays
+
+    closed, out_shape = jax.make_jaxpr(traced, return_shape=True)(dynamic)
+    out_tree = jax.tree.structure(out_shape)
+
+    def pure(consts, *args):
+        leaves = jax.tree.leaves(eqx.filter(args, eqx.is_array))
+        out = jax.core.eval_jaxpr(closed.jaxpr, consts, *leaves)
+        return eqx.combine(jax.tree.unflatten(out_tree, out), static_out)
+
+    return list(closed.consts), pure

@@ -1,0 +1,246 @@
+"""The native solver loop: one attempted step after another, lean.
+
+It takes the decisions of Diffrax's loop in the same order and arithmetic, for the
+features that `odesolve` offers, and checks besides that what it accepts is finite.
+"""
+
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from ._output import allocate, allocate_dense, SaveState, write, write_dense, write_step
+from ._results import RESULTS
+from ._save import Save
+from ._step import AbstractStep
+from ._tree import all_finite, where
+
+
+class State(eqx.Module):
+    """What the loop carries; the names are Diffrax's, see `_record.py`.
+
+    `last_finite` tells whether the last attempt was free of NaNs and infinities.
+    """
+
+    y: PyTree
+    tprev: Array
+    tnext: Array
+    made_jump: Any
+    solver_state: PyTree
+    controller_state: PyTree
+    result: Any
+    num_steps: Any
+    num_accepted_steps: Any
+    num_evaluations: Any
+    last_finite: Any
+    save_state: list[SaveState]
+    dense_ts: Any
+    dense_infos: PyTree
+
+
+class Problem(eqx.Module):
+    """A differential equation whose time runs forwards, and how to solve it."""
+
+    terms: PyTree
+    solver: diffrax.AbstractSolver
+    args: PyTree
+    t0: Array
+    t1: Array
+    dt0: Array | None
+    controller: diffrax.AbstractStepSizeController
+    step: AbstractStep
+    subs: list[diffrax.SubSaveAt]
+    saves: list[Save]
+    dense: bool = eqx.field(static=True)
+    jumps: bool = eqx.field(static=True)
+    max_steps: int | None = eqx.field(static=True)
+
+    def initial_state(self, y0: PyTree) -> State:
+        """The state before the first step, what is saved at `t0` included."""
+        tnext, controller_state = self.controller.init(
+            self.terms,
+            self.t0,
+            self.t1,
+            y0,
+            self.dt0,
+            self.args,
+            self.solver.func,
+            self.solver.error_order(self.terms),
+        )
+        tnext = jnp.minimum(tnext, self.t1)
+        solver_state = self.step.start(self.t0, tnext, y0)
+        dense_ts, dense_infos = None, None
+        if self.dense:
+            _, _, info, _, _ = eqx.filter_eval_shape(
+                self.step.advance, self.t0, tnext, y0, solver_state, False
+            )
+            dense_ts, dense_infos = allocate_dense(info, self.t0, self.max_steps)
+        return State(
+            y=y0,
+            tprev=self.t0,
+            tnext=tnext,
+            made_jump=False,
+            solver_state=solver_state,
+            controller_state=controller_state,
+            result=RESULTS.successful,
+            num_steps=0,
+            num_accepted_steps=0,
+            num_evaluations=self._initial_evaluations(),
+            last_finite=True,
+            save_state=[self._saved_t0(sub, y0) for sub in self.subs],
+            dense_ts=dense_ts,
+            dense_infos=dense_infos,
+        )
+
+    def _saved_t0(self, sub: diffrax.SubSaveAt, y0: PyTree) -> SaveState:
+        state = allocate(sub, self.t0, y0, self.args, self.max_steps)
+        if sub.t0:
+            state = write(state, self.t0, sub.fn(self.t0, y0, self.args))
+        return state
+
+    def is_running(self, state: State) -> Array:
+        """The condition of the loop."""
+        return (state.tprev < self.t1) & (state.result == RESULTS.successful)
+
+    def attempt_step(self, state: State) -> State:
+        """The body of the loop: attempts one step, and keeps it or not."""
+        y, y_error, dense_info, solver_state, step_result = self.step.advance(
+            state.tprev,
+            state.tnext,
+            state.y,
+            state.solver_state,
+            state.made_jump if self.jumps else False,
+        )
+        no_nan = all_finite(y) & (y_error is None or ~_has_nan(y_error))
+        keep, tprev, tnext, made_jump, controller_state, control_result = (
+            self._control(state, y, y_error)
+        )
+        accepted = keep & all_finite(y)
+        # What is kept must be finite: the time does not advance over anything else.
+        tprev = jnp.where(keep & ~accepted, state.tprev, jnp.minimum(tprev, self.t1))
+        tnext = _clip_to_end(tprev, tnext, self.t1, accepted)
+        result = _result_of_attempt(
+            diverged=keep & ~accepted,
+            no_nan=no_nan,
+            too_small=(tnext <= tprev) & (tprev < self.t1),
+            step_result=RESULTS.where(
+                accepted, RESULTS.promote(step_result), RESULTS.successful
+            ),
+            control_result=RESULTS.promote(control_result),
+        )
+        count = state.num_accepted_steps + accepted
+        interpolation = self.solver.interpolation_cls(
+            t0=state.tprev, t1=state.tnext, **dense_info
+        )
+        save_state = [
+            write_step(
+                save, old, accepted, count, state.tnext, interpolation, (tprev, y),
+                self.args,
+            )
+            for save, old in zip(self.saves, state.save_state, strict=True)
+        ]  # fmt: skip
+        dense_ts, dense_infos = state.dense_ts, state.dense_infos
+        if self.dense:
+            dense_ts, dense_infos = write_dense(
+                dense_ts, dense_infos, count - 1, tprev, dense_info, accepted
+            )
+        return State(
+            y=where(accepted, y, state.y),
+            tprev=tprev,
+            tnext=tnext,
+            made_jump=jnp.where(accepted, made_jump, state.made_jump),
+            solver_state=where(accepted, solver_state, state.solver_state),
+            controller_state=controller_state,
+            result=result,
+            num_steps=state.num_steps + 1,
+            num_accepted_steps=count,
+            num_evaluations=self._count_evaluations(state),
+            last_finite=no_nan,
+            save_state=save_state,
+            dense_ts=dense_ts,
+            dense_infos=dense_infos,
+        )
+
+    def _initial_evaluations(self) -> int | None:
+        """Evaluations made by the solver's start and to find the first step size."""
+        if self.step.evaluations is None:
+            return None
+        controller = self.controller
+        while isinstance(controller, diffrax.ClipStepSizeController):
+            controller = controller.controller
+        finds_dt0 = self.dt0 is None and isinstance(controller, diffrax.PIDController)
+        return self.step.evaluations[0] + (2 if finds_dt0 else 0)
+
+    def _count_evaluations(self, state: State) -> Any:
+        if self.step.evaluations is None:
+            return None
+        first, each_attempt = self.step.evaluations
+        # After a jump the first stage is evaluated anew.
+        again = state.made_jump * first if self.jumps else 0
+        return state.num_evaluations + each_attempt + again
+
+    def _control(self, state: State, y: PyTree, y_error: PyTree):
+        """The controller's decision, which is not differentiated through `y`."""
+        if y_error is not None:
+            y_error = jax.tree.map(
+                lambda x: jnp.where(jnp.isnan(x), jnp.inf, x), y_error
+            )
+        y0, y1, y_error = jax.lax.stop_gradient((state.y, y, y_error))
+        keep, *rest = self.controller.adapt_step_size(
+            state.tprev,
+            state.tnext,
+            y0,
+            y1,
+            self.args,
+            y_error,
+            self.solver.error_order(self.terms),
+            state.controller_state,
+        )
+        return jnp.asarray(keep), *rest
+
+    def result(self, state: State) -> Any:
+        """How the solve ended, given the state after the loop."""
+        out_of_steps = RESULTS.where(
+            state.last_finite,
+            RESULTS.max_steps_reached,
+            RESULTS.vector_field_not_finite,
+        )
+        return RESULTS.where(self.is_running(state), out_of_steps, state.result)
+
+
+def loop_buffers(state: State) -> PyTree:
+    """The parts of the state that are written row by row."""
+    saved = [(s.ts, s.ys) for s in state.save_state]
+    return saved, state.dense_ts, state.dense_infos
+
+
+def _clip_to_end(tprev, tnext, t1, accepted):
+    """Diffrax's rule: a step that would end within 100 ulp of `t1` ends at `t1`."""
+    nearly_t1 = t1
+    for _ in range(100):
+        nearly_t1 = eqxi.prevbefore(nearly_t1)
+    clipped = jnp.where(accepted, t1, tprev + 0.5 * (t1 - tprev))
+    return jnp.where(tnext > nearly_t1, clipped, tnext)
+
+
+def _result_of_attempt(*, diverged, no_nan, too_small, step_result, control_result):
+    """The first failure that applies; a NaN explains those of the step size."""
+    small = RESULTS.where(too_small, RESULTS.step_too_small, control_result)
+    small_or_nan = RESULTS.where(
+        no_nan | (small == RESULTS.successful), small, RESULTS.vector_field_not_finite
+    )
+    out = RESULTS.where(
+        step_result == RESULTS.successful, small_or_nan, step_result
+    )
+    return RESULTS.where(diverged, RESULTS.vector_field_not_finite, out)
+
+
+def _has_nan(tree: PyTree) -> Array:
+    out = jnp.array(False)
+    for x in jax.tree.leaves(tree):
+        out = out | jnp.any(jnp.isnan(x))
+    return out

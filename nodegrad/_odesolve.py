@@ -1,0 +1,337 @@
+"""`odesolve`: the native door."""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.numpy as jnp
+import lineax.internal as lxi
+from jaxtyping import Array, ArrayLike, Bool, PyTree, Real
+
+from ._adjoint import ACAAdjoint, saves_of, subs_of, without_gradient
+from ._checkpoints import choose_checkpoints
+from ._diffrax import assert_term_compatible, use_stepsize_tol, WrapTerm
+from ._grid import make_grid, may_jump, without_derivatives
+from ._integrate import loop_buffers, Problem, State
+from ._output import write_final
+from ._record import recorded_loop, Solve
+from ._results import comparable, RESULTS
+from ._step import make_step
+from ._tree import each
+
+
+_Time = Real[ArrayLike, ""]
+
+
+def odesolve(
+    terms: Callable[[Array, PyTree, PyTree], PyTree] | PyTree[diffrax.AbstractTerm],
+    solver: diffrax.AbstractSolver,
+    t0: _Time,
+    t1: _Time,
+    dt0: _Time | None,
+    y0: PyTree[ArrayLike],
+    args: PyTree = None,
+    *,
+    saveat: diffrax.SaveAt = diffrax.SaveAt(t1=True),
+    stepsize_controller: diffrax.AbstractStepSizeController = diffrax.ConstantStepSize(),
+    adjoint: ACAAdjoint = ACAAdjoint(),
+    max_steps: int | None = 4096,
+    throw: bool = True,
+    batched: bool = False,
+) -> diffrax.Solution:
+    if not isinstance(adjoint, ACAAdjoint):
+        msg = (
+            f"`odesolve(adjoint=...)` takes a `nodegrad.ACAAdjoint`; got {adjoint}. "
+            "For Diffrax's own adjoints use `diffrax.diffeqsolve`."
+        )
+        raise TypeError(msg)
+    if isinstance(saveat, diffrax.SaveAt):
+        unsupported = [
+            name
+            for name in ("solver_state", "controller_state", "made_jump")
+            if getattr(saveat, name)
+        ]
+        if unsupported:
+            msg = (
+                f"`odesolve` does not return `SaveAt({unsupported[0]}=True)`. Use "
+                "`diffrax.diffeqsolve(..., adjoint=nodegrad.ACAAdjoint())`."
+            )
+            raise ValueError(msg)
+    is_term = lambda x: isinstance(x, diffrax.AbstractTerm)
+    if callable(terms) and not is_term(terms):
+        terms = diffrax.ODETerm(terms)
+    t0, t1, dt0 = _as_times(t0, t1, dt0, saveat)
+    y0 = jax.tree.map(ft.partial(_as_state, t0.dtype), y0)
+    if batched:
+        _check_batched(y0)
+    sol = _odesolve(
+        terms,
+        solver,
+        t0,
+        t1,
+        dt0,
+        y0,
+        args,
+        saveat,
+        stepsize_controller,
+        adjoint,
+        max_steps,
+        batched,
+    )
+    return _raised(sol) if throw else sol
+
+
+@eqx.filter_jit
+def _odesolve(
+    terms, solver, t0, t1, dt0, y0, args, saveat, controller, adjoint, max_steps, batched
+) -> diffrax.Solution:
+    direction = jnp.where(t0 < t1, 1, -1).astype(t0.dtype)
+    example = _one_lane(y0) if batched else y0
+    problem = _make_problem(
+        direction, terms, solver, t0, t1, dt0, example, args, saveat, controller, max_steps
+    )
+    state = each(batched, problem.initial_state)(y0)
+    state = _run(problem, adjoint, state, batched)
+    finish = ft.partial(_solution, problem, saveat, direction)
+    return each(batched, finish)(y0, state)
+
+
+def _make_problem(
+    direction, terms, solver, t0, t1, dt0, y0, args, saveat, controller, max_steps
+) -> Problem:
+    """The problem with time flipped, if need be, so that it runs forwards."""
+    kwargs = solver.term_compatible_contr_kwargs
+    assert_term_compatible(t0, y0, args, terms, solver.term_structure, kwargs)
+    t0, t1 = t0 * direction, t1 * direction
+    dt0 = None if dt0 is None else dt0 * direction
+    controller = without_derivatives(controller.wrap(direction))
+    is_single = lambda x: (
+        isinstance(x, diffrax.AbstractTerm) and not isinstance(x, diffrax.MultiTerm)
+    )
+    terms = jax.tree.map(lambda x: WrapTerm(x, direction), terms, is_leaf=is_single)
+    solver = _with_tolerances(solver, controller)
+    subs = [_forwards(sub, direction, t0, t1) for sub in subs_of(saveat)]
+    return Problem(
+        terms=terms,
+        solver=solver,
+        args=args,
+        t0=t0,
+        t1=t1,
+        dt0=dt0,
+        controller=controller,
+        step=make_step(solver, terms, args, t0, t1, y0),
+        subs=subs,
+        saves=saves_of(subs),
+        dense=saveat.dense,
+        jumps=may_jump(controller),
+        max_steps=max_steps,
+    )
+
+
+def _run(problem: Problem, adjoint: ACAAdjoint, state: State, batched: bool) -> State:
+    """Runs the loop, recorded if there is a bound on the number of steps."""
+    if problem.max_steps is None:
+        loop = ft.partial(
+            eqxi.while_loop,
+            problem.is_running,
+            problem.attempt_step,
+            buffers=loop_buffers,
+            kind="lax",
+        )
+        return without_gradient(each(batched, loop)(state))
+    solve = Solve(
+        step=problem.step,
+        interpolation_cls=problem.solver.interpolation_cls,
+        saves=problem.saves,
+        grid=make_grid(problem.controller, problem.t0, problem.t1),
+        checkpoints=choose_checkpoints(adjoint.checkpoints, problem.max_steps),
+        dense=problem.dense,
+        event=False,
+        jumps=problem.jumps,
+        lanes=batched,
+        args=problem.args,
+        t0=problem.t0,
+        t1=problem.t1,
+    )
+    return recorded_loop(
+        solve,
+        problem.is_running,
+        problem.attempt_step,
+        state,
+        max_steps=problem.max_steps,
+        buffers=loop_buffers,
+    )
+
+
+def _solution(problem: Problem, saveat, direction, y0, state: State):
+    """The solution of one solve, from the state after its loop."""
+    t, y, count = state.tprev, state.y, state.num_accepted_steps
+    saved = [
+        write_final(sub, old, problem.t0, problem.t1, t, y, count, problem.args)
+        for sub, old in zip(problem.subs, state.save_state, strict=True)
+    ]
+    is_sub = lambda x: isinstance(x, diffrax.SubSaveAt)
+    structure = jax.tree.structure(saveat.subs, is_leaf=is_sub)
+    interpolation = None
+    if problem.dense:
+        interpolation = diffrax.DenseInterpolation(
+            ts=state.dense_ts,
+            ts_size=count + 1,
+            infos=state.dense_infos,
+            interpolation_cls=problem.solver.interpolation_cls,
+            direction=direction,
+            t0_if_trivial=problem.t0,
+            y0_if_trivial=y0,
+        )
+    stats = {
+        "num_steps": state.num_steps,
+        "num_accepted_steps": count,
+        "num_rejected_steps": state.num_steps - count,
+        "num_vector_field_evaluations": state.num_evaluations,
+        "time_reached": t * direction,
+        "max_steps": problem.max_steps,
+    }
+    return diffrax.Solution(
+        t0=problem.t0 * direction,
+        t1=problem.t1 * direction,
+        ts=jax.tree.unflatten(structure, [s.ts * direction for s in saved]),
+        ys=jax.tree.unflatten(structure, [s.ys for s in saved]),
+        interpolation=interpolation,
+        stats=stats,
+        result=comparable(problem.result(state)),
+        solver_state=None,
+        controller_state=None,
+        made_jump=None,
+        event_mask=None,
+    )
+
+
+def _raised(sol: diffrax.Solution) -> diffrax.Solution:
+    """`sol`, or an error saying what went wrong, where, and what to do."""
+    failed = sol.result != RESULTS.successful
+    if isinstance(failed, jax.core.Tracer):
+        return sol.result.error_if(sol, failed)
+    if not failed.any():
+        return sol
+    lane = tuple(int(i[0]) for i in failed.nonzero()) if failed.ndim else ()
+    message = str(RESULTS[jax.tree.map(lambda x: x[lane], sol.result)])
+    where = f" (sample {lane[0]} of the batch)" if lane else ""
+    time, steps = sol.stats["time_reached"][lane], sol.stats["num_accepted_steps"][lane]
+    msg = (
+        f"{message}\nThe solve{where} reached t = {float(time):.9g}, of "
+        f"[{float(sol.t0[lane]):.9g}, {float(sol.t1[lane]):.9g}], after {int(steps)} "
+        "accepted steps. Pass `throw=False` to get the solution up to there, with its "
+        "`result`."
+    )
+    raise eqx.EquinoxRuntimeError(msg)
+
+
+# Checks and conversions.
+
+
+def _as_times(t0, t1, dt0, saveat):
+    """`(t0, t1, dt0)` and the times to save at in one floating point type."""
+    times = [t0, t1, dt0, *(sub.ts for sub in subs_of(saveat))]
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(*(t for t in times if t is not None))
+    if jnp.issubdtype(dtype, jnp.integer):
+        dtype = lxi.default_floating_dtype()
+    elif not jnp.issubdtype(dtype, jnp.floating):
+        msg = f"Times must be real numbers; `t0`, `t1`, `dt0` or `ts` are {dtype}."
+        raise ValueError(msg)
+    t0, t1 = jnp.asarray(t0, dtype), jnp.asarray(t1, dtype)
+    if t0.ndim or t1.ndim:
+        msg = (
+            f"`t0` and `t1` must be scalars, also with `batched=True`; got shapes "
+            f"{t0.shape} and {t1.shape}. Put a time scale of each sample into the "
+            "vector field, or use `jax.vmap`."
+        )
+        raise ValueError(msg)
+    if dt0 is not None:
+        dt0 = jnp.asarray(dt0, dtype)
+        msg = (
+            f"`dt0` must point from `t0` to `t1`; got t0={t0}, t1={t1}, dt0={dt0}. For "
+            "a solve backwards in time it is negative."
+        )
+        dt0 = _checked(dt0, (t1 - t0) * dt0 < 0, msg)
+    return t0, t1, dt0
+
+
+def _as_state(time_dtype, x):
+    """A leaf of the state in a type that the time can be added to."""
+    if not eqx.is_array_like(x):
+        msg = (
+            f"Every leaf of `y0` must be a number or an array; got {x!r}. Anything "
+            "that is not integrated belongs into `args`."
+        )
+        raise TypeError(msg)
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.asarray(x, jnp.result_type(x, time_dtype))
+
+
+def _check_batched(y0: PyTree):
+    sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(y0)}
+    if len(sizes) != 1 or () in sizes:
+        shapes = [jnp.shape(x) for x in jax.tree.leaves(y0)]
+        msg = (
+            "With `batched=True` every leaf of `y0` needs the same leading batch axis; "
+            f"got shapes {shapes}."
+        )
+        raise ValueError(msg)
+
+
+def _one_lane(y0: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), y0)
+
+
+def _checked(x: Array, pred: Bool[Array, "..."], msg: str) -> Array:
+    """`x`; raises where `pred` is known to hold, now or at run time."""
+    if isinstance(pred, jax.core.Tracer):
+        return eqx.error_if(x, pred, msg)
+    if pred.any():
+        raise ValueError(msg)
+    return x
+
+
+def _forwards(sub: diffrax.SubSaveAt, direction, t0, t1) -> diffrax.SubSaveAt:
+    """`sub` in the time that runs forwards from `t0` to `t1`."""
+    ts = sub.ts
+    if ts is not None:
+        ts = ts.astype(t0.dtype) * direction
+        ts = eqx.error_if(
+            ts, ts[1:] < ts[:-1], "`SaveAt(ts=...)` must be ordered from `t0` to `t1`."
+        )
+        ts = eqx.error_if(
+            ts, (ts < t0) | (ts > t1), "`SaveAt(ts=...)` must lie between `t0` and `t1`."
+        )
+    fn = lambda t, y, args: sub.fn(direction * t, y, args)
+    return diffrax.SubSaveAt(t0=sub.t0, t1=sub.t1, ts=ts, steps=sub.steps, fn=fn)
+
+
+def _with_tolerances(solver, controller):
+    """Gives the root finder of an implicit solver the controller's tolerances."""
+    if not isinstance(solver, diffrax.AbstractImplicitSolver):
+        return solver
+    names = [
+        name
+        for name in ("rtol", "atol", "norm")
+        if getattr(solver.root_finder, name, None) is use_stepsize_tol
+    ]
+    if not names:
+        return solver
+    if not isinstance(controller, diffrax.AbstractAdaptiveStepSizeController):
+        msg = (
+            f"`{type(solver).__name__}` takes the tolerances of its root finder from "
+            "the step size controller, and a fixed step size has none. Use "
+            "`stepsize_controller=diffrax.PIDController(rtol=..., atol=...)`, or pass "
+            "`root_finder=diffrax.VeryChord(rtol=..., atol=..., "
+            "norm=optimistix.max_norm)` to the solver."
+        )
+        raise ValueError(msg)
+    values = [getattr(controller, name) for name in names]
+    get = lambda s: [getattr(s.root_finder, name) for name in names]
+    return eqx.tree_at(get, solver, values)

@@ -1,0 +1,52 @@
+"""How a solve can end, beyond what Diffrax distinguishes."""
+
+from typing import Any
+
+import diffrax
+
+
+class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
+    """`diffrax.RESULTS`, and the endings that `nodegrad.odesolve` tells apart.
+
+    The messages refer to `Solution.stats["time_reached"]`: the time up to which the
+    solution was computed, and so the start of the step that failed.
+    """
+
+    vector_field_not_finite = (
+        "The vector field returned a NaN or an infinity (or made the state overflow), "
+        "however small the step. `stats['time_reached']` is the start of the step in "
+        "which that was met and `stats['num_accepted_steps']` its number; `ys` is "
+        "finite up to there. This is no matter of tolerances: look for a division by "
+        "zero, a logarithm or root of a negative number, a solution that blows up in "
+        "finite time, or NaNs in `y0` or `args`."
+    )
+    step_too_small = (
+        "The step size fell below the spacing of floating point numbers. The solution "
+        "is singular near `stats['time_reached']`, or its tolerances are tighter than "
+        "the precision of its dtype, or the problem is stiff: try looser tolerances, "
+        "float64, or an implicit solver such as `diffrax.Kvaerno5()`."
+    )
+
+
+_Item = type(diffrax.RESULTS.successful)
+
+
+class _Result(_Item):  # pyright: ignore[reportGeneralTypeIssues]
+    """An item of `RESULTS` that compares with those of `diffrax.RESULTS` as well."""
+
+    def __eq__(self, other: Any):
+        return _Item.__eq__(self, _promoted(other))
+
+    def __ne__(self, other: Any):
+        return _Item.__ne__(self, _promoted(other))
+
+
+def _promoted(item: Any) -> Any:
+    if isinstance(item, diffrax.RESULTS):
+        return RESULTS.promote(item)
+    return item
+
+
+def comparable(result: Any) -> Any:
+    """`result` as an item that compares with those of `diffrax.RESULTS` as well."""
+    return _Result(result._value, result._enumeration)

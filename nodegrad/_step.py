@@ -1,0 +1,230 @@
+"""One step of a solver, as a pure function that is cheap to differentiate.
+
+Two kinds of step, one interface:
+
+- `RungeKuttaStep` evaluates the stages of an explicit Butcher tableau directly. Diffrax's
+  own `step` loops over the stages with a checkpointed loop, which is run again when a
+  step is replayed; here the stages are unrolled (or, for long tableaus, scanned), the
+  first-same-as-last stage is carried forward, and a replay leaves out the stage that
+  only the error estimate needs.
+- `SolverStep` is any other Diffrax solver (implicit, stochastic, multistep, your own)
+  through its `step` method and `solver_state`.
+"""
+
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from ._rk4 import RK4
+
+
+# Beyond this many stages unrolling costs more to compile than it saves at run time.
+_MAX_UNROLLED_STAGES = 7
+
+
+class RungeKuttaStep(eqx.Module):
+    r"""A step of an explicit Runge-Kutta method with tableau $(A, b, \hat b, c)$.
+
+    $k_i = f(t_0 + c_i h, y_0 + \sum_{j<i} a_{ij} k_j) \cdot h$ and
+    $y_1 = y_0 + \sum_i b_i k_i$, with $f \cdot h$ the product of the terms' vector field
+    and control. The solver state is $f(t_0, y_0)$ if the last stage of one step is the
+    first of the next (`tableau.fsal`), otherwise there is none.
+    """
+
+    solver: diffrax.AbstractERK
+    terms: PyTree
+    args: PyTree
+
+    @property
+    def tableau(self) -> diffrax.ButcherTableau:
+        return self.solver.tableau  # pyright: ignore[reportReturnType]
+
+    def start(self, t0, t1, y0):
+        """The solver state before the first step."""
+        del t1
+        return self.terms.vf(t0, y0, self.args) if self.tableau.fsal else None
+
+    def kept(self, solver_state, made_jump):
+        """What a replay needs besides the state: nothing."""
+        del solver_state, made_jump
+
+    @property
+    def evaluations(self) -> tuple[int, int] | None:
+        """Vector field evaluations before the first attempt, and of each attempt."""
+        stages = self.tableau.num_stages
+        return (1, stages - 1) if self.tableau.fsal else (0, stages)
+
+    def advance(self, t0, t1, y0, solver_state, made_jump):
+        """As `diffrax.AbstractSolver.step`."""
+        if self.tableau.fsal:
+            f0 = solver_state
+            if made_jump is not False:
+                # The vector field is discontinuous here: the carried value is stale.
+                f0 = jax.lax.cond(
+                    made_jump, lambda: self.terms.vf(t0, y0, self.args), lambda: f0
+                )
+        else:
+            f0 = None
+        y1, ks, f1 = self._stages(t0, t1, y0, f0, last_stage=True)
+        if np.any(self.tableau.b_error):
+            y_error = _combine(self.tableau.b_error, ks)
+        else:
+            y_error = None
+        dense_info = dict(y0=y0, y1=y1, k=_stacked(ks))
+        return y1, y_error, dense_info, f1, diffrax.RESULTS.successful
+
+    def replay(self, t0, t1, y0, kept, dense: bool):
+        """The accepted step once more: `(y1, kept, dense_info)`."""
+        del kept
+        f0 = self.terms.vf(t0, y0, self.args) if self.tableau.fsal else None
+        y1, ks, _ = self._stages(t0, t1, y0, f0, last_stage=dense)
+        return y1, None, dict(y0=y0, y1=y1, k=_stacked(ks)) if dense else None
+
+    def _stages(self, t0, t1, y0, f0, last_stage: bool):
+        """`(y1, stages, f(t1, y1))`, the first stage taken from `f0` if given.
+
+        If the tableau is first-same-as-last and `last_stage` is false, that stage is
+        left out and `None` stands for it.
+        """
+        tableau, terms, args = self.tableau, self.terms, self.args
+        control = terms.contr(t0, t1)
+        # Tracing the vector field once serves every stage.
+        if tableau.fsal:
+            vf = jax.jit(lambda t, y: terms.vf(t, y, args))
+            product = lambda t, y: terms.prod(vf(t, y), control)
+            k0 = terms.prod(f0, control)
+        else:
+            vf = None
+            product = jax.jit(lambda t, y: terms.vf_prod(t, y, args, control))
+            k0 = product(t0, y0)
+        inner = tableau.num_stages - (1 if tableau.fsal else 0)
+        run = _unrolled if tableau.num_stages <= _MAX_UNROLLED_STAGES else _scanned
+        ks = run(tableau, inner, product, t0, t1, y0, k0)
+        y1 = _advance_by(y0, tableau.b_sol[:inner], ks)
+        if vf is None or not last_stage:
+            return y1, ks, None
+        f1 = vf(t1, y1)
+        return y1, [*ks, terms.prod(f1, control)], f1
+
+
+class SolverStep(eqx.Module):
+    """A step of any Diffrax solver, through its own `step`."""
+
+    solver: diffrax.AbstractSolver
+    terms: PyTree
+    args: PyTree
+
+    def start(self, t0, t1, y0):
+        """The solver state before the first step."""
+        return self.solver.init(self.terms, t0, t1, y0, self.args)
+
+    def kept(self, solver_state, made_jump):
+        """What a replay needs besides the state."""
+        return solver_state, made_jump
+
+    @property
+    def evaluations(self) -> tuple[int, int] | None:
+        """Vector field evaluations, as far as they are known: not of solvers that
+        iterate."""
+        return (0, 1) if type(self.solver) is diffrax.Euler else None
+
+    def advance(self, t0, t1, y0, solver_state, made_jump):
+        """As `diffrax.AbstractSolver.step`, by loops that forward mode can pass."""
+        solver = with_scan_kind(self.solver, "lax")
+        return solver.step(self.terms, t0, t1, y0, self.args, solver_state, made_jump)
+
+    def replay(self, t0, t1, y0, kept, dense: bool):
+        """The accepted step once more: `(y1, kept, dense_info)`."""
+        solver_state, made_jump = kept
+        y1, _, dense_info, solver_state, _ = self.solver.step(
+            self.terms, t0, t1, y0, self.args, solver_state, made_jump
+        )
+        return y1, (solver_state, made_jump), dense_info if dense else None
+
+
+AbstractStep = RungeKuttaStep | SolverStep
+
+
+def make_step(solver, terms, args, t0, t1, y0) -> AbstractStep:
+    """The cheapest step that does exactly what `solver` does."""
+    if has_explicit_tableau(solver) and not terms.is_vf_expensive(t0, t1, y0, args):
+        return RungeKuttaStep(solver, terms, args)
+    return SolverStep(solver, terms, args)
+
+
+def has_explicit_tableau(solver: Any) -> bool:
+    """Whether `solver` is an explicit Runge-Kutta method and nothing else.
+
+    (`isinstance` would look through `diffrax.HalfSolver` at the solver inside.)
+    """
+    cls = type(solver)
+    return issubclass(cls, diffrax.AbstractERK) and cls.step in (
+        diffrax.AbstractERK.step,
+        RK4.step,
+    )
+
+
+def with_scan_kind(solver: Any, kind: str) -> Any:
+    """`solver`, and any solver inside it, with the given kind of loop over stages."""
+    if isinstance(getattr(solver, "solver", None), diffrax.AbstractSolver):
+        inner = with_scan_kind(solver.solver, kind)
+        solver = eqx.tree_at(lambda s: s.solver, solver, inner)
+    if issubclass(type(solver), diffrax.AbstractRungeKutta | diffrax.AbstractSRK):
+        if solver.scan_kind is None:
+            solver = eqx.tree_at(
+                lambda s: s.scan_kind, solver, kind, is_leaf=lambda x: x is None
+            )
+    return solver
+
+
+def _unrolled(tableau, inner, product, t0, t1, y0, k0) -> list[PyTree]:
+    ks = [k0]
+    for a, c in zip(tableau.a_lower[: inner - 1], tableau.c, strict=False):
+        # No rounding error at the end of the step.
+        t = t1 if c == 1 else t0 + float(c) * (t1 - t0)
+        ks.append(product(t, _advance_by(y0, a, ks)))
+    return ks
+
+
+def _scanned(tableau, inner, product, t0, t1, y0, k0) -> list[PyTree]:
+    lower = np.zeros((inner - 1, inner))
+    for i, row in enumerate(tableau.a_lower[: inner - 1]):
+        lower[i, : i + 1] = row
+
+    def stage(ks, inputs):
+        a, c, index = inputs
+        t = jnp.where(c == 1, t1, t0 + c * (t1 - t0))
+        increment = jax.tree.map(
+            lambda k: jnp.tensordot(a.astype(k.dtype), k, axes=1), ks
+        )
+        k = product(t, jax.tree.map(jnp.add, y0, increment))
+        return jax.tree.map(lambda buffer, x: buffer.at[index].set(x), ks, k), None
+
+    ks = jax.tree.map(lambda k: jnp.zeros((inner, *k.shape), k.dtype).at[0].set(k), k0)
+    dtype = jnp.result_type(t0)
+    c = jnp.asarray(tableau.c[: inner - 1], dtype)
+    ks, _ = jax.lax.scan(stage, ks, (jnp.asarray(lower, dtype), c, jnp.arange(1, inner)))
+    return [jax.tree.map(lambda k, i=i: k[i], ks) for i in range(inner)]
+
+
+def _combine(weights: np.ndarray, ks: list[PyTree]) -> PyTree[Array]:
+    r"""$\sum_j w_j k_j$."""
+    total = None
+    for weight, k in zip(weights, ks, strict=True):
+        if weight != 0:
+            scaled = jax.tree.map(lambda x, w=float(weight): w * x, k)
+            total = scaled if total is None else jax.tree.map(jnp.add, total, scaled)
+    return total
+
+
+def _advance_by(y0: PyTree, weights: np.ndarray, ks: list[PyTree]) -> PyTree[Array]:
+    return jax.tree.map(jnp.add, y0, _combine(weights, ks))
+
+
+def _stacked(ks: list[PyTree]) -> PyTree[Array]:
+    return jax.tree.map(lambda *k: jnp.stack(k), *ks)

@@ -1,0 +1,57 @@
+"""Arithmetic on pytrees, and the two ways of mapping over lanes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+
+def as_arrays(tree: PyTree) -> PyTree:
+    """Every number and NumPy array of `tree` as a JAX array."""
+    return jax.tree.map(lambda x: jnp.asarray(x) if eqx.is_array_like(x) else x, tree)
+
+
+def add(left: PyTree, right: PyTree) -> PyTree:
+    """`left + right`, leaf by leaf."""
+    return jax.tree.map(jnp.add, left, right)
+
+
+def where(pred: Array, yes: PyTree, no: PyTree) -> PyTree:
+    """`yes if pred else no` leaf by leaf; `pred` lines up with the leading axes."""
+
+    def select(a, b):
+        a = jnp.asarray(a)
+        return jnp.where(jnp.reshape(pred, pred.shape + (1,) * (a.ndim - pred.ndim)), a, b)
+
+    return jax.tree.map(select, yes, no)
+
+
+def zeros_like(tree: PyTree) -> PyTree:
+    """Zeros in the shape of `tree` (arrays or shapes)."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+
+
+def filled_like(cotangent: PyTree, primal: PyTree) -> PyTree:
+    """`cotangent` with its absent (`None`) leaves made explicit zeros."""
+    return jax.tree.map(
+        lambda x, ct: jnp.zeros_like(x) if ct is None else ct,
+        eqx.filter(primal, eqx.is_inexact_array),
+        cotangent,
+    )
+
+
+def all_finite(tree: PyTree) -> Array:
+    """Whether no inexact leaf of `tree` holds a NaN or an infinity."""
+    leaves = jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
+    out = jnp.array(True)
+    for x in leaves:
+        out = out & jnp.all(jnp.isfinite(x))
+    return out
+
+
+def each(lanes: bool, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` on one solve, or mapped over the leading axis of a batch of solves."""
+    return jax.vmap(fn) if lanes else fn
