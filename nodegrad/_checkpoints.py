@@ -41,7 +41,7 @@ class Checkpoints(eqx.Module):
         thresholds = [self.slots << level for level in range(self.max_level)]
         out = jnp.zeros_like(step)
         for threshold in thresholds:
-            out = out + (step >= threshold)
+            out = out + jnp.where(step >= threshold, 1, 0)
         return out
 
     def slot(self, step: Int[Array, ""], level: Int[Array, ""]) -> Int[Array, ""]:

@@ -12,8 +12,10 @@ Checked on Diffrax 0.7.2. Each is here because nothing public does its work:
 """
 
 from diffrax._heuristics import is_unsafe_sde as is_unsafe_sde
-from diffrax._integrate import _assert_term_compatible as assert_term_compatible
-from diffrax._integrate import loop as solver_loop
+from diffrax._integrate import (
+    _assert_term_compatible as assert_term_compatible,
+    loop as solver_loop,
+)
 from diffrax._root_finder import use_stepsize_tol as use_stepsize_tol
 from diffrax._term import WrapTerm as WrapTerm
 

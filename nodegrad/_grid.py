@@ -47,9 +47,8 @@ class AdaptiveGrid(eqx.Module):
         # A rejected attempt passes its origin on to the smaller one that follows.
         unclipped = jnp.where(accepted, RATIO, previous_origin)
         out = jnp.where(at_limit, CONSTANT, unclipped)
-        return jnp.where(
-            jnp.any(at_anchor), FIRST_ANCHOR + jnp.argmax(at_anchor), out
-        ).astype(self.origin_dtype)
+        anchor = FIRST_ANCHOR + jnp.argmax(at_anchor).astype(jnp.int32)
+        return jnp.where(jnp.any(at_anchor), anchor, out)
 
     def origin_of(self, index, logged):
         """The origin of the size of accepted step `index`."""

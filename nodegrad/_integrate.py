@@ -116,8 +116,8 @@ class Problem(eqx.Module):
             state.made_jump if self.jumps else False,
         )
         no_nan = all_finite(y) & (y_error is None or ~_has_nan(y_error))
-        keep, tprev, tnext, made_jump, controller_state, control_result = (
-            self._control(state, y, y_error)
+        keep, tprev, tnext, made_jump, controller_state, control_result = self._control(
+            state, y, y_error
         )
         accepted = keep & all_finite(y)
         # What is kept must be finite: the time does not advance over anything else.
@@ -126,13 +126,13 @@ class Problem(eqx.Module):
         result = _result_of_attempt(
             diverged=keep & ~accepted,
             no_nan=no_nan,
-            too_small=(tnext <= tprev) & (tprev < self.t1),
+            too_small=(tprev < self.t1) & _is_too_small(tprev, tnext, keep),
             step_result=RESULTS.where(
                 accepted, RESULTS.promote(step_result), RESULTS.successful
             ),
             control_result=RESULTS.promote(control_result),
         )
-        count = state.num_accepted_steps + accepted
+        count = state.num_accepted_steps + jnp.where(accepted, 1, 0)
         interpolation = self.solver.interpolation_cls(
             t0=state.tprev, t1=state.tnext, **dense_info
         )
@@ -180,7 +180,7 @@ class Problem(eqx.Module):
             return None
         first, each_attempt = self.step.evaluations
         # After a jump the first stage is evaluated anew.
-        again = state.made_jump * first if self.jumps else 0
+        again = jnp.where(state.made_jump, first, 0) if self.jumps else 0
         return state.num_evaluations + each_attempt + again
 
     def _control(self, state: State, y: PyTree, y_error: PyTree):
@@ -227,15 +227,22 @@ def _clip_to_end(tprev, tnext, t1, accepted):
     return jnp.where(tnext > nearly_t1, clipped, tnext)
 
 
+def _is_too_small(tprev, tnext, keep):
+    """Whether rejections have brought the step size down to the spacing of floats.
+
+    (Accepted steps may be as small as that: to step over a jump takes one.)
+    """
+    spacing = jnp.finfo(tprev.dtype).eps * jnp.abs(tnext)
+    return (tnext <= tprev) | (~keep & (tnext - tprev <= 16 * spacing))
+
+
 def _result_of_attempt(*, diverged, no_nan, too_small, step_result, control_result):
     """The first failure that applies; a NaN explains those of the step size."""
     small = RESULTS.where(too_small, RESULTS.step_too_small, control_result)
     small_or_nan = RESULTS.where(
         no_nan | (small == RESULTS.successful), small, RESULTS.vector_field_not_finite
     )
-    out = RESULTS.where(
-        step_result == RESULTS.successful, small_or_nan, step_result
-    )
+    out = RESULTS.where(step_result == RESULTS.successful, small_or_nan, step_result)
     return RESULTS.where(diverged, RESULTS.vector_field_not_finite, out)
 
 

@@ -22,7 +22,7 @@ _WAY_OUT = (
 
 FORWARD = (
     "A solve with `nodegrad.ACAAdjoint` cannot be differentiated by forward mode alone "
-    "(`jax.jvp`, `jax.jacfwd`, `jax.linearize`). " + _WAY_OUT
+    "(`jax.jvp`, `jax.linearize`). " + _WAY_OUT
 )
 
 REVERSE_OVER_REVERSE = (
@@ -32,6 +32,7 @@ REVERSE_OVER_REVERSE = (
 
 
 def _tangent_impl(x):
+    del x
     raise TypeError(FORWARD)
 
 
@@ -50,7 +51,9 @@ def _tangent_transpose(cts, x):
 def _primal_jvp(primals, tangents):
     (x,), (t,) = primals, tangents
     t_out = [t] if type(t) is ad.Zero else _tangent_p.bind(t)
-    return _primal_p.bind(x), t_out
+    # The primal goes on unmarked: it may have tangents of its own, of a forward mode
+    # outside of this one, and those are welcome.
+    return [x], t_out
 
 
 # The identity on tangents. Reverse mode transposes it away; forward mode alone has to

@@ -2,7 +2,6 @@
 
 import functools as ft
 from collections.abc import Callable
-from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -10,6 +9,7 @@ import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import lineax.internal as lxi
+import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, PyTree, Real
 
 from ._adjoint import ACAAdjoint, saves_of, subs_of, without_gradient
@@ -66,6 +66,7 @@ def odesolve(
         terms = diffrax.ODETerm(terms)
     t0, t1, dt0 = _as_times(t0, t1, dt0, saveat)
     y0 = jax.tree.map(ft.partial(_as_state, t0.dtype), y0)
+    _check_ts(saveat, t0, t1)
     if batched:
         _check_batched(y0)
     sol = _odesolve(
@@ -87,12 +88,33 @@ def odesolve(
 
 @eqx.filter_jit
 def _odesolve(
-    terms, solver, t0, t1, dt0, y0, args, saveat, controller, adjoint, max_steps, batched
+    terms,
+    solver,
+    t0,
+    t1,
+    dt0,
+    y0,
+    args,
+    saveat,
+    controller,
+    adjoint,
+    max_steps,
+    batched,
 ) -> diffrax.Solution:
     direction = jnp.where(t0 < t1, 1, -1).astype(t0.dtype)
     example = _one_lane(y0) if batched else y0
     problem = _make_problem(
-        direction, terms, solver, t0, t1, dt0, example, args, saveat, controller, max_steps
+        direction,
+        terms,
+        solver,
+        t0,
+        t1,
+        dt0,
+        example,
+        args,
+        saveat,
+        controller,
+        max_steps,
     )
     state = each(batched, problem.initial_state)(y0)
     state = _run(problem, adjoint, state, batched)
@@ -104,6 +126,7 @@ def _make_problem(
     direction, terms, solver, t0, t1, dt0, y0, args, saveat, controller, max_steps
 ) -> Problem:
     """The problem with time flipped, if need be, so that it runs forwards."""
+    _check_vector_field(terms, t0, y0, args)
     kwargs = solver.term_compatible_contr_kwargs
     assert_term_compatible(t0, y0, args, terms, solver.term_structure, kwargs)
     t0, t1 = t0 * direction, t1 * direction
@@ -273,6 +296,45 @@ def _as_state(time_dtype, x):
         return jnp.asarray(x, jnp.result_type(x, time_dtype))
 
 
+def _check_vector_field(terms, t0, y0, args):
+    """Compares what a plain vector field returns with the state, leaf by leaf."""
+    if type(terms) is not diffrax.ODETerm:
+        return
+    out = eqx.filter_eval_shape(terms.vector_field, t0, y0, args)
+    if jax.tree.structure(out) != jax.tree.structure(y0):
+        msg = (
+            "The vector field must return a pytree with the structure of `y0`: "
+            f"expected {jax.tree.structure(y0)}, got {jax.tree.structure(out)}."
+        )
+        raise ValueError(msg)
+    leaves, _ = jax.tree.flatten_with_path(y0)
+    for (path, y), f in zip(leaves, jax.tree.leaves(out), strict=True):
+        if jnp.broadcast_shapes((), f.shape) not in ((), y.shape):
+            msg = (
+                f"The vector field must return the shape of the state: for `y0"
+                f"{jax.tree_util.keystr(path)}` expected {y.shape}, got {f.shape}."
+            )
+            raise ValueError(msg)
+
+
+def _check_ts(saveat: diffrax.SaveAt, t0, t1):
+    """Names the first time that is out of place, if the times are known by now."""
+    for sub in subs_of(saveat):
+        if sub.ts is None or isinstance(jnp.sum(sub.ts) + t0 + t1, jax.core.Tracer):
+            continue
+        ts, backwards = np.asarray(sub.ts), t1 < t0
+        low, high = (t1, t0) if backwards else (t0, t1)
+        steps = np.diff(ts, prepend=ts[:1])
+        unordered = steps > 0 if backwards else steps < 0
+        bad = np.flatnonzero(unordered | (ts < low) | (ts > high))
+        if len(bad):
+            msg = (
+                "`SaveAt(ts=...)` must be ordered from `t0` to `t1` and lie between "
+                f"them; got ts[{bad[0]}] = {ts[bad[0]]} with t0 = {t0}, t1 = {t1}."
+            )
+            raise ValueError(msg)
+
+
 def _check_batched(y0: PyTree):
     sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(y0)}
     if len(sizes) != 1 or () in sizes:
@@ -306,7 +368,9 @@ def _forwards(sub: diffrax.SubSaveAt, direction, t0, t1) -> diffrax.SubSaveAt:
             ts, ts[1:] < ts[:-1], "`SaveAt(ts=...)` must be ordered from `t0` to `t1`."
         )
         ts = eqx.error_if(
-            ts, (ts < t0) | (ts > t1), "`SaveAt(ts=...)` must lie between `t0` and `t1`."
+            ts,
+            (ts < t0) | (ts > t1),
+            "`SaveAt(ts=...)` must lie between `t0` and `t1`.",
         )
     fn = lambda t, y, args: sub.fn(direction * t, y, args)
     return diffrax.SubSaveAt(t0=sub.t0, t1=sub.t1, ts=ts, steps=sub.steps, fn=fn)

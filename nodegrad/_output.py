@@ -32,7 +32,9 @@ def allocate(sub: diffrax.SubSaveAt, t0, y0, args, max_steps: int | None) -> Sav
     size = int(sub.t0) + (0 if sub.ts is None else len(sub.ts))
     if sub.steps:
         if max_steps is None:
-            msg = "`SaveAt(steps=...)` needs a bound on the steps: pass `max_steps=...`."
+            msg = (
+                "`SaveAt(steps=...)` needs a bound on the steps: pass `max_steps=...`."
+            )
             raise ValueError(msg)
         size += max_steps // sub.steps
     if sub.t1 and (not sub.steps or max_steps % sub.steps):  # pyright: ignore

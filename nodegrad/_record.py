@@ -29,10 +29,10 @@ from ._checkpoints import Checkpoints
 from ._grid import AbstractGrid, AdaptiveGrid, RATIO
 from ._hoist import hoist
 from ._modes import reverse_mode_only, REVERSE_OVER_REVERSE
-from ._step import AbstractStep, SolverStep
 from ._save import Save, save_states
+from ._step import AbstractStep, SolverStep
 from ._sweep import Sweep, SweepInputs
-from ._tree import as_arrays
+from ._tree import as_arrays, where
 
 
 class Log(eqx.Module):
@@ -77,6 +77,24 @@ class Record(eqx.Module):
         """The origin of the size of step `index`."""
         logged = None if self.log.origins is None else self.log.origins[index]
         return grid.origin_of(index, logged)
+
+    def with_safe_first_step(self) -> "Record":
+        """A batch in which every lane has a first step that can be pulled back.
+
+        A lane that made none (its `y0` may be a NaN) gets that of one that did. It only
+        rides along: its cotangents are zero, but zero times NaN would not be.
+        """
+        none = self.num_steps == 0
+        donor = jnp.argmax(~none)
+        patch = lambda x: where(none, jnp.broadcast_to(x[donor], x.shape), x)
+        patch_first = lambda x: x.at[:, 0].set(patch(x[:, 0]))
+        return replace(
+            self,
+            rows=jax.tree.map(patch_first, self.rows),
+            log=jax.tree.map(patch_first, self.log),
+            tprev0=patch(self.tprev0),
+            tnext0=patch(self.tnext0),
+        )
 
 
 class Solve(eqx.Module):
@@ -209,7 +227,7 @@ def _run_recording(solve, cond_fun, body_fun, init_state, max_steps, buffers):
         starts=empty if solve.jumps else None,
         origins=jnp.zeros(max_steps, grid.origin_dtype) if logs_origin else None,
     )
-    origin = jnp.asarray(RATIO, grid.origin_dtype) if logs_origin else None
+    origin = jnp.asarray(RATIO, jnp.int32) if logs_origin else None
 
     def body(carry):
         state, rows, log, origin = carry
@@ -222,7 +240,7 @@ def _run_recording(solve, cond_fun, body_fun, init_state, max_steps, buffers):
         now = Log(
             ends=state.tnext,
             starts=state.tprev if solve.jumps else None,
-            origins=origin,
+            origins=origin.astype(grid.origin_dtype) if logs_origin else None,
         )
         log = _set(log, index, now)
         new_state = body_fun(state)
@@ -262,6 +280,7 @@ def _hoist_parts(solve: Solve, state: PyTree):
     _, _, dense_info = eqx.filter_eval_shape(replay, t, t, y, kept)
     save_consts, pure_saves = [], []
     for save in solve.saves:
+
         def at_step(t, y, save=save):
             return save.fn(t, y, solve.args)
 
@@ -281,13 +300,16 @@ def _hoist_parts(solve: Solve, state: PyTree):
 
 def as_struct(tree: PyTree) -> PyTree:
     """Shapes and dtypes of the numbers in `tree`."""
+
     def struct(x):
         return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
 
     return jax.tree.map(
-        lambda x: struct(x)
-        if eqx.is_array_like(x) or isinstance(x, jax.ShapeDtypeStruct)
-        else x,
+        lambda x: (
+            struct(x)
+            if eqx.is_array_like(x) or isinstance(x, jax.ShapeDtypeStruct)
+            else x
+        ),
         tree,
     )
 

@@ -66,9 +66,13 @@ def pull_back_saves(sweep, carry, cts: StepCotangents, index, live, args, y1, in
         if not _is_used(sweep, which):
             continue
         if save.steps:
-            carry, cts = _pull_back_steps(sweep, which, carry, cts, index, live, end, y1)
+            carry, cts = _pull_back_steps(
+                sweep, which, carry, cts, index, live, end, y1
+            )
         if save.ts is not None:
-            carry, cts = _pull_back_ts(sweep, which, carry, cts, index, live, args, info)
+            carry, cts = _pull_back_ts(
+                sweep, which, carry, cts, index, live, args, info
+            )
     return carry, cts
 
 
@@ -96,7 +100,7 @@ def _pull_back_dense(sweep, cts: StepCotangents, index) -> StepCotangents:
 def _pull_back_steps(sweep, which, carry, cts, index, live, end, y1):
     """`SaveAt(steps=n)`: every `n`-th accepted step saved its end."""
     saved = ((index + 1) % sweep.solve.saves[which].steps == 0) & live
-    row = carry.cursors[which].row - saved
+    row = carry.cursors[which].row - jnp.where(saved, 1, 0)
     args, spec = (end, y1), (sweep.wrt_times, _inexact(y1))
     ct_consts, (ct_t, ct_y1) = _pull_back_row(sweep, which, 0, args, spec, row, saved)
     if sweep.wrt_times:
@@ -127,7 +131,8 @@ def _pull_back_ts(sweep, which, carry, cts, index, live, step_args, info):
     def body(state):
         inside = is_inside(state)
         cursor, consts, ct_ts, cts = state
-        ts_index, row = cursor.ts_index - inside, cursor.row - inside
+        one = jnp.where(inside, 1, 0)
+        ts_index, row = cursor.ts_index - one, cursor.row - one
         args = ts[jnp.minimum(ts_index, len(ts) - 1)], start, end, info
         ct_consts, ct_args = _pull_back_row(sweep, which, 1, args, spec, row, inside)
         ct_t, ct_start, ct_end, ct_info = ct_args

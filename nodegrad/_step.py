@@ -130,7 +130,8 @@ class SolverStep(eqx.Module):
     @property
     def evaluations(self) -> tuple[int, int] | None:
         """Vector field evaluations, as far as they are known: not of solvers that
-        iterate."""
+        iterate.
+        """
         return (0, 1) if type(self.solver) is diffrax.Euler else None
 
     def advance(self, t0, t1, y0, solver_state, made_jump):
@@ -208,7 +209,9 @@ def _scanned(tableau, inner, product, t0, t1, y0, k0) -> list[PyTree]:
     ks = jax.tree.map(lambda k: jnp.zeros((inner, *k.shape), k.dtype).at[0].set(k), k0)
     dtype = jnp.result_type(t0)
     c = jnp.asarray(tableau.c[: inner - 1], dtype)
-    ks, _ = jax.lax.scan(stage, ks, (jnp.asarray(lower, dtype), c, jnp.arange(1, inner)))
+    ks, _ = jax.lax.scan(
+        stage, ks, (jnp.asarray(lower, dtype), c, jnp.arange(1, inner))
+    )
     return [jax.tree.map(lambda k, i=i: k[i], ks) for i in range(inner)]
 
 

@@ -97,6 +97,8 @@ class Sweep(eqx.Module):
     def __call__(self) -> SweepInputs:
         """The cotangents of `inputs`."""
         checkpoints, num_steps = self.solve.checkpoints, self.record.num_steps
+        if self.lanes:
+            self = replace(self, record=self.record.with_safe_first_step())
         rows, carry = self.record.rows, self._initial()
         zero = jnp.zeros_like(num_steps)
         if checkpoints.max_level == 0:
@@ -237,7 +239,9 @@ class Sweep(eqx.Module):
         ct_init, ct_grid = none(self.inputs.init_state), none(self.inputs.grid)
         # Rows saved before the loop hold their cotangents still; the others were
         # constants there.
-        saved = {name: getattr(self.ct_state, name) for name in ("save_state", "dense_ts")}
+        saved = {
+            name: getattr(self.ct_state, name) for name in ("save_state", "dense_ts")
+        }
         ct_init = replace(ct_init, y=carry.y, **saved)
         if self.wrt_times:
             times = dict(tprev=carry.start - carry.size, tnext=carry.size)

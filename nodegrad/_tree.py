@@ -24,7 +24,9 @@ def where(pred: Array, yes: PyTree, no: PyTree) -> PyTree:
 
     def select(a, b):
         a = jnp.asarray(a)
-        return jnp.where(jnp.reshape(pred, pred.shape + (1,) * (a.ndim - pred.ndim)), a, b)
+        return jnp.where(
+            jnp.reshape(pred, pred.shape + (1,) * (a.ndim - pred.ndim)), a, b
+        )
 
     return jax.tree.map(select, yes, no)
 

@@ -1,0 +1,60 @@
+"""Benchmarks of nodegrad against its peers: `python scripts/benchmark.py gradients`.
+
+Every claim of speed or memory made for nodegrad is a row that this prints. All ratios
+are taken within one run; see `benchmarks/measure.py` for how.
+"""
+
+import argparse
+from pathlib import Path
+
+from benchmarks import gradients
+from benchmarks.measure import describe_machine, make_clock
+from benchmarks.report import Report
+
+
+_SUBCOMMANDS = {"gradients": gradients}
+
+
+def main() -> None:
+    """Runs the subcommand that the command line names."""
+    arguments = _make_parser().parse_args()
+    # Before anything asks JAX for a device.
+    clock = make_clock(arguments.clock)
+    header = describe_machine(clock, dtype="float32")
+    report = Report(f"nodegrad benchmark: {arguments.subcommand}", header)
+    _SUBCOMMANDS[arguments.subcommand].run(arguments, clock, report)
+    default = Path("results") / f"benchmark_{arguments.subcommand}.json"
+    report.finish(arguments.output or default)
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    subparsers = parser.add_subparsers(dest="subcommand", required=True)
+    for name, module in _SUBCOMMANDS.items():
+        summary = module.__doc__.splitlines()[0]
+        subparser = subparsers.add_parser(name, help=summary, description=summary)
+        _add_shared_arguments(subparser, name)
+        module.add_arguments(subparser)
+    return parser
+
+
+def _add_shared_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer sizes and repeats: two minutes"
+    )
+    parser.add_argument(
+        "--clock",
+        choices=("process", "wall"),
+        default="process",
+        help="process: CPU time on one core, unmoved by other processes (default); "
+        "wall: all cores, and accelerators",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help=f"where to write the numbers as JSON (results/benchmark_{name}.json)",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,455 @@
+"""Gradients through both doors against Diffrax's default adjoint and the frozen grid."""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optimistix as optx
+import pytest
+
+import nodegrad
+
+from .problems import (
+    accepted_grid,
+    forced_pair,
+    PAIR_ARGS,
+    PAIR_Y0,
+    relative_error,
+    unrolled,
+    van_der_pol,
+)
+
+
+DOORS = {"native": nodegrad.odesolve, "diffrax": diffrax.diffeqsolve}
+TS = jnp.array([0.0, 0.01, 0.02, 0.3, 0.9, 1.0, 1.5, 1.5])
+PID = diffrax.PIDController(1e-4, 1e-6)
+
+CONTROLLERS = {
+    "constant": (lambda t0, t1: diffrax.ConstantStepSize(), 0.13),
+    "pid": (lambda t0, t1: PID, None),
+    "pid, dt0 far too large": (lambda t0, t1: PID, 50.0),
+    "step_to": (
+        lambda t0, t1: diffrax.StepTo(
+            t0 + (t1 - t0) * jnp.array([0.0, 0.1, 0.15, 0.4, 0.7, 1.0])
+        ),
+        None,
+    ),
+    "clip": (
+        lambda t0, t1: diffrax.ClipStepSizeController(
+            PID, step_ts=jnp.array([0.5, 0.9]), jump_ts=jnp.array([0.3, 1.2])
+        ),
+        5.0,
+    ),
+}
+
+SAVEATS = {
+    "t1": lambda ts: diffrax.SaveAt(t1=True),
+    "ts": lambda ts: diffrax.SaveAt(ts=ts),
+    "all": lambda ts: diffrax.SaveAt(t0=True, ts=ts, steps=2, t1=True),
+    "fn": lambda ts: diffrax.SaveAt(
+        steps=True, fn=lambda t, y, args: t * y["u"] * args["a"]
+    ),
+    "dense": lambda ts: diffrax.SaveAt(dense=True),
+}
+
+
+def _finite(x):
+    return jnp.where(jnp.isfinite(x), x, 0.0)
+
+
+def _everything(sol, t0, t1):
+    """A scalar that depends on all that was saved, times included."""
+    out = jnp.array(0.0)
+    for i, ys in enumerate(jax.tree.leaves(sol.ys)):
+        weights = jnp.arange(1.0, len(ys) + 1).reshape((-1,) + (1,) * (ys.ndim - 1))
+        out = out + jnp.sum(jnp.sin(_finite(ys) + i) * weights)
+    if sol.ts is not None:
+        out = out + jnp.sum(_finite(sol.ts) ** 2)
+    if sol.interpolation is not None:
+        for fraction in (0.31, 0.77):
+            y = sol.evaluate(t0 + fraction * (t1 - t0))
+            out = out + jnp.sum(y["u"] ** 2) + y["v"][0]
+    return out
+
+
+def _value_and_grad(solve, adjoint, solver, controller, saveat, backwards=False):
+    make_controller, dt0 = CONTROLLERS[controller]
+    sign = -1.0 if backwards else 1.0
+
+    def run(y0, args, t0, t1, ts):
+        sol = solve(
+            diffrax.ODETerm(forced_pair),
+            solver,
+            t0,
+            t1,
+            None if dt0 is None else sign * dt0,
+            y0,
+            args,
+            saveat=SAVEATS[saveat](ts),
+            stepsize_controller=make_controller(t0, t1),
+            adjoint=adjoint,
+            max_steps=256,
+        )
+        return _everything(sol, t0, t1)
+
+    t0, t1, ts = jnp.array(0.0), jnp.array(1.5), TS
+    if backwards:
+        t0, t1, ts = t1, t0, ts[::-1]
+    value_and_grad = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2, 3, 4)))
+    return value_and_grad(PAIR_Y0, PAIR_ARGS, t0, t1, ts)
+
+
+def _check(solver, controller, saveat, tol, backwards=False):
+    rca = diffrax.RecursiveCheckpointAdjoint()
+    setting = solver, controller, saveat, backwards
+    value, grads = _value_and_grad(diffrax.diffeqsolve, rca, *setting)
+    for solve, adjoint in (
+        (nodegrad.odesolve, nodegrad.ACAAdjoint()),
+        (nodegrad.odesolve, nodegrad.ACAAdjoint(3)),
+        (diffrax.diffeqsolve, nodegrad.ACAAdjoint("all")),
+    ):
+        our_value, our_grads = _value_and_grad(solve, adjoint, *setting)
+        assert jnp.allclose(our_value, value, rtol=1e-12)
+        assert relative_error(our_grads, grads) < tol
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("controller", CONTROLLERS)
+@pytest.mark.parametrize("saveat", ["all", "dense"])
+def test_matches_diffrax_for_every_controller_and_output(controller, saveat):
+    adaptive = controller.startswith("pid") or controller == "clip"
+    _check(diffrax.Tsit5(), controller, saveat, 1e-9 if adaptive else 1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("controller", ["constant", "pid", "step_to"])
+def test_matches_diffrax_backwards_in_time(controller):
+    tol = 1e-9 if controller == "pid" else 1e-12
+    _check(diffrax.Tsit5(), controller, "all", tol, backwards=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "solver",
+    [
+        diffrax.Euler(),
+        diffrax.Heun(),
+        diffrax.Midpoint(),
+        nodegrad.RK4(),
+        diffrax.Bosh3(),
+        diffrax.Dopri5(),
+        diffrax.Dopri8(),
+        diffrax.HalfSolver(diffrax.Heun()),
+        diffrax.LeapfrogMidpoint(),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+def test_matches_diffrax_for_every_solver(solver):
+    _check(solver, "constant", "all", 1e-12)
+
+
+@pytest.mark.slow
+def test_matches_diffrax_for_an_implicit_solver():
+    root_finder = diffrax.VeryChord(rtol=1e-10, atol=1e-10)
+    _check(diffrax.Kvaerno3(root_finder=root_finder), "pid", "ts", 1e-9)
+
+
+@pytest.mark.slow
+def test_matches_diffrax_with_the_same_stage_code_and_adaptive_steps():
+    # `HalfSolver` goes through Diffrax's own `step` in both.
+    _check(diffrax.HalfSolver(diffrax.Heun()), "pid", "fn", 1e-12)
+
+
+@pytest.mark.parametrize("saveat", [diffrax.SaveAt(t1=True), diffrax.SaveAt(ts=[0.52])])
+def test_matches_diffrax_for_a_stochastic_equation(saveat):
+    path = diffrax.VirtualBrownianTree(
+        0.0, 1.0, tol=1e-3, shape=(2,), key=jr.PRNGKey(3)
+    )
+    drift = diffrax.ODETerm(lambda t, y, a: -a * y)
+
+    def loss(y0, a, solve, adjoint):
+        noise = lambda t, y, a: jnp.diag(a * jnp.sin(y) + 0.1)
+        terms = diffrax.MultiTerm(drift, diffrax.ControlTerm(noise, path))
+        sol = solve(
+            terms, diffrax.Heun(), 0.0, 1.0, 0.05, y0, a, saveat=saveat, adjoint=adjoint
+        )
+        return jnp.sum(sol.ys**2)
+
+    y0, a = jnp.array([1.0, 0.5]), jnp.array(0.7)
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=(2, 3))
+    reference = grad(y0, a, diffrax.diffeqsolve, diffrax.RecursiveCheckpointAdjoint())
+    for solve in DOORS.values():
+        for checkpoints in (None, 4):
+            ours = grad(y0, a, solve, nodegrad.ACAAdjoint(checkpoints))
+            assert relative_error(ours, reference) < 1e-12
+
+
+@pytest.mark.parametrize("solver", [diffrax.Tsit5(), diffrax.Bosh3()])
+def test_matches_the_unrolled_accepted_grid(solver):
+    y0, mu = jnp.array([2.0, 0.0]), jnp.array(5.0)
+    controller = diffrax.PIDController(1e-4, 1e-6)
+    grid = accepted_grid(van_der_pol, solver, 0.0, 3.0, y0, mu, controller)
+    frozen = lambda y0, mu: jnp.sum(unrolled(solver, van_der_pol, grid, y0, mu))
+    expected = jax.grad(frozen, argnums=(0, 1))(y0, mu)
+
+    def loss(y0, mu, solve, checkpoints):
+        sol = solve(
+            diffrax.ODETerm(van_der_pol),
+            solver,
+            0.0,
+            3.0,
+            None,
+            y0,
+            mu,
+            stepsize_controller=controller,
+            adjoint=nodegrad.ACAAdjoint(checkpoints),
+        )
+        return jnp.sum(sol.ys)
+
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=(2, 3))
+    for solve in DOORS.values():
+        for checkpoints in (None, 1, 5, "all"):
+            assert relative_error(grad(y0, mu, solve, checkpoints), expected) < 1e-12
+
+
+def test_van_der_pol_reference_values_and_counted_evaluations():
+    counts = []
+
+    def counted(t, y, mu):
+        jax.debug.callback(lambda: counts.append(1))
+        return van_der_pol(t, y, mu)
+
+    def loss(y0, mu, solve, field):
+        sol = solve(
+            diffrax.ODETerm(field),
+            diffrax.Tsit5(),
+            0.0,
+            10.0,
+            None,
+            y0,
+            mu,
+            stepsize_controller=diffrax.PIDController(1e-6, 1e-6),
+            adjoint=nodegrad.ACAAdjoint(),
+        )
+        return jnp.sum(sol.ys), sol.stats
+
+    y0, mu = jnp.array([2.0, 0.0]), jnp.array(5.0)
+    for solve in DOORS.values():
+        grad = jax.grad(loss, argnums=(0, 1), has_aux=True)
+        (grad_y0, grad_mu), stats = jax.jit(grad, static_argnums=(2, 3))(
+            y0, mu, solve, van_der_pol
+        )
+        assert jnp.allclose(grad_y0, jnp.array([-6.36009613, -0.42591959]), rtol=1e-8)
+        assert jnp.allclose(grad_mu, -1.3041883713464, rtol=1e-11)
+        assert stats["num_accepted_steps"] == 94
+        assert stats["num_rejected_steps"] == 16
+
+        counts.clear()
+        jax.block_until_ready(loss(y0, mu, solve, counted))
+        jax.effects_barrier()
+        # 6 (94 + 16) + 1, and the two that `PIDController` makes to find `dt0`.
+        forward = len(counts)
+        assert forward == 661 + 2
+        counts.clear()
+        jax.block_until_ready(grad(y0, mu, solve, counted))
+        jax.effects_barrier()
+        assert len(counts) - forward == 6 * 94
+    assert stats.get("num_vector_field_evaluations", forward) == forward
+
+
+def test_rejected_steps_cost_nothing_backwards():
+    counts = []
+
+    def counted(t, y, mu):
+        jax.debug.callback(lambda: counts.append(1))
+        return van_der_pol(t, y, mu)
+
+    def loss(y0, dt0):
+        sol = nodegrad.odesolve(
+            counted,
+            diffrax.Tsit5(),
+            0.0,
+            1.0,
+            dt0,
+            y0,
+            jnp.array(5.0),
+            stepsize_controller=diffrax.PIDController(1e-4, 1e-4),
+            max_steps=64,
+        )
+        return jnp.sum(sol.ys), sol.stats
+
+    y0 = jnp.array([2.0, 0.0])
+    rejected = []
+    for dt0 in (1e-3, 1e3):
+        counts.clear()
+        _, stats = jax.block_until_ready(loss(y0, dt0))
+        jax.effects_barrier()
+        forward = len(counts)
+        counts.clear()
+        jax.block_until_ready(jax.grad(loss, has_aux=True)(y0, dt0))
+        jax.effects_barrier()
+        assert len(counts) - forward == 6 * stats["num_accepted_steps"]
+        rejected.append(int(stats["num_rejected_steps"]))
+    assert rejected[1] > rejected[0]
+
+
+def test_fewer_slots_than_steps_cost_at_most_one_extra_sweep():
+    counts = []
+
+    def counted(t, y, args):
+        jax.debug.callback(lambda: counts.append(1))
+        return -y
+
+    def loss(y0, checkpoints):
+        sol = nodegrad.odesolve(
+            counted,
+            diffrax.Tsit5(),
+            0.0,
+            1.0,
+            1 / 45,
+            y0,
+            adjoint=nodegrad.ACAAdjoint(checkpoints),
+            max_steps=100,
+        )
+        return sol.ys[0]
+
+    for checkpoints, again in ((64, 0), (8, 45 - 6), (1, 44)):
+        counts.clear()
+        jax.block_until_ready(loss(jnp.array(1.0), checkpoints))
+        jax.effects_barrier()
+        forward = len(counts)
+        counts.clear()
+        jax.block_until_ready(jax.grad(loss)(jnp.array(1.0), checkpoints))
+        jax.effects_barrier()
+        assert len(counts) - forward == 6 * (45 + again)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "saveat", [diffrax.SaveAt(t1=True), diffrax.SaveAt(steps=True)]
+)
+def test_event_time_and_state_have_the_gradient_of_the_implicit_formula(saveat):
+    root_finder = optx.Newton(1e-10, 1e-10)
+    event = diffrax.Event(lambda t, y, args, **kwargs: y[0], root_finder)
+
+    def impact(height, gravity, adjoint):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, g: jnp.stack([y[1], -g])),
+            diffrax.Tsit5(),
+            0.0,
+            3.0,
+            0.1,
+            jnp.stack([height, jnp.array(0.0)]),
+            gravity,
+            event=event,
+            saveat=saveat,
+            stepsize_controller=diffrax.PIDController(1e-8, 1e-8),
+            adjoint=adjoint,
+            max_steps=64,
+        )
+        last = jnp.argmax(jnp.where(jnp.isfinite(sol.ts), sol.ts, 0.0))
+        return sol.ts[last], sol.ys[last, 1]
+
+    jacobian = jax.jit(jax.jacrev(impact, argnums=(0, 1)), static_argnums=2)
+    height, gravity = jnp.array(3.0), jnp.array(8.0)
+    time, speed = jacobian(height, gravity, nodegrad.ACAAdjoint())
+    assert jnp.allclose(time[0], 1 / jnp.sqrt(2 * gravity * height), rtol=1e-8)
+    assert jnp.allclose(time[1], -jnp.sqrt(2 * height / gravity) / (2 * gravity))
+    # v = -sqrt(2 g x)
+    assert jnp.allclose(speed[0], -jnp.sqrt(gravity / (2 * height)), rtol=1e-8)
+    assert jnp.allclose(speed[1], -jnp.sqrt(height / (2 * gravity)), rtol=1e-8)
+
+
+def test_closed_over_arrays_are_differentiated():
+    y0 = jnp.array([1.0, 2.0])
+
+    def loss(matrix, scale, solve):
+        sol = solve(
+            diffrax.ODETerm(lambda t, y, args: matrix @ y),
+            diffrax.Tsit5(),
+            0.0,
+            1.0,
+            0.1,
+            y0,
+            saveat=diffrax.SaveAt(steps=2, fn=lambda t, y, args: scale * y),
+            max_steps=10,
+        )
+        return jnp.sum(sol.ys[:5] ** 2)
+
+    def reference(matrix, scale):
+        solver, grid = diffrax.Tsit5(), jnp.linspace(0.0, 1.0, 11)
+        field = lambda t, y, args: matrix @ y
+        ys = [unrolled(solver, field, grid[: 2 * i + 1], y0, None) for i in range(1, 6)]
+        return jnp.sum((scale * jnp.stack(ys)) ** 2)
+
+    matrix, scale = jnp.array([[0.1, 1.0], [-1.0, 0.2]]), jnp.array(0.7)
+    expected = jax.grad(reference, argnums=(0, 1))(matrix, scale)
+    for solve in DOORS.values():
+        ours = jax.grad(loss, argnums=(0, 1))(matrix, scale, solve)
+        assert relative_error(ours, expected) < 1e-12
+
+
+def test_chained_solver_state_carries_its_gradient():
+    def loss(y0, adjoint):
+        kwargs = dict(
+            saveat=diffrax.SaveAt(t1=True, solver_state=True), adjoint=adjoint
+        )
+        term = diffrax.ODETerm(lambda t, y, args: jnp.sin(y))
+        first = diffrax.diffeqsolve(term, diffrax.Tsit5(), 0.0, 1.0, 0.1, y0, **kwargs)
+        _, f1 = first.solver_state
+        second = diffrax.diffeqsolve(
+            term, diffrax.Tsit5(), 1.0, 2.0, 0.1, first.ys[-1], **kwargs
+        )
+        return jnp.sum(second.ys) + jnp.sum(f1**2)
+
+    y0 = jnp.array([0.3, -0.2])
+    ours = jax.grad(loss)(y0, nodegrad.ACAAdjoint())
+    reference = jax.grad(loss)(y0, diffrax.RecursiveCheckpointAdjoint())
+    assert relative_error(ours, reference) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "error"), [(0, ValueError), (2.5, TypeError), ("some", TypeError)]
+)
+def test_nonsense_checkpoints_are_refused(checkpoints, error):
+    with pytest.raises(error, match="checkpoints"):
+        nodegrad.ACAAdjoint(checkpoints)
+
+
+def test_gradient_without_a_bound_on_the_steps_is_refused():
+    def loss(y0, solve):
+        sol = solve(
+            diffrax.ODETerm(lambda t, y, args: -y),
+            diffrax.Tsit5(),
+            0.0,
+            1.0,
+            0.1,
+            y0,
+            adjoint=nodegrad.ACAAdjoint(),
+            max_steps=None,
+        )
+        return sol.ys[0]
+
+    for solve in DOORS.values():
+        assert jnp.allclose(loss(1.0, solve), jnp.exp(-1.0), rtol=1e-6)
+        with pytest.raises(RuntimeError, match="max_steps"):
+            jax.grad(loss)(1.0, solve)
+
+
+def test_gradient_of_a_tolerance_is_refused():
+    def loss(rtol, solve):
+        sol = solve(
+            diffrax.ODETerm(lambda t, y, args: -y),
+            diffrax.Tsit5(),
+            0.0,
+            1.0,
+            0.1,
+            jnp.array(1.0),
+            stepsize_controller=diffrax.PIDController(rtol, 1e-6),
+            adjoint=nodegrad.ACAAdjoint(),
+        )
+        return sol.ys[0]
+
+    for solve in DOORS.values():
+        with pytest.raises(RuntimeError, match="stop_gradient"):
+            jax.grad(loss)(1e-3, solve)
