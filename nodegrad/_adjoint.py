@@ -24,6 +24,63 @@ from ._step import AbstractStep, make_step, RungeKuttaStep
 
 
 class ACAAdjoint(diffrax.AbstractAdjoint):
+    r"""The adaptive checkpoint adjoint: search once, replay the accepted steps once.
+
+    The forward pass searches for the step sizes without derivatives and records the
+    accepted steps. The backward pass replays each of them once and pulls back through
+    it, last to first. With $\Phi_i$ the map of accepted step $i$ from $y_i$ to
+    $y_{i+1}$ and $\theta$ whatever it depends on (`args`, arrays inside the terms,
+    arrays that the vector field closes over),
+
+    $$\lambda_i = (\partial \Phi_i / \partial y)^\top \lambda_{i+1}, \qquad
+      \frac{dL}{d\theta} = \sum_i (\partial \Phi_i / \partial \theta)^\top
+      \lambda_{i+1}.$$
+
+    That is the exact gradient of the computed solution with the step sizes held
+    constant, to rounding; it is what `diffrax.RecursiveCheckpointAdjoint` computes, and
+    not, as with `diffrax.BacksolveAdjoint`, an approximation that comes apart wherever
+    the equation cannot be integrated backwards.
+
+    One object serves `nodegrad.odesolve(..., adjoint=...)` and
+    `diffrax.diffeqsolve(..., adjoint=...)`; the latter with every term, solver,
+    controller, `SaveAt`, event and progress meter that Diffrax has.
+
+    **Arguments:**
+
+    - `checkpoints`: how many states to keep. `None` keeps about `2 sqrt(max_steps)` (a
+      power of two: 128 for the default `max_steps=4096`), and nothing is computed twice
+      while the solve takes no more accepted steps than that. An integer `K` keeps at
+      most `K` states and one segment of `max_steps / K` (rounded up to powers of two).
+      `"all"` keeps every accepted state, `max_steps` of them.
+
+    **Raises:** `TypeError` or `ValueError` for other `checkpoints`. `RuntimeError` on
+    differentiating with `max_steps=None`, with respect to tolerances, or in reverse
+    mode over reverse mode. `TypeError` on plain `jax.jvp`.
+
+    **What is differentiated:** `y0`, `args`, terms, closures, `t0`, `t1`, `dt0`,
+    `SaveAt(ts=...)`, the `ts` of `diffrax.StepTo`, and the `step_ts` and `jump_ts` of
+    `diffrax.ClipStepSizeController`; the times of the accepted steps move with these
+    as in Diffrax (an unclipped step size is a constant multiple of the one before).
+    Second derivatives: forward mode over reverse mode, `jax.jvp(jax.grad(f), ...)` or
+    `jax.hessian(f)`, with the step sizes held constant.
+
+    **Cost:** one forward pass; per accepted step, one replay and its pullback; at most
+    one more sweep over the accepted steps if `checkpoints` were too few for them.
+    Rejected steps cost nothing backwards. Memory: the states kept, and 9 bytes (in
+    float32: 5) for each of `max_steps`. With an adaptive solver and `SaveAt(ts=...)`,
+    `SaveAt(dense=True)` or an event, each replay also evaluates the last stage, which
+    interpolation needs.
+
+    **When not to use it:** where memory must not grow with the number of steps at all;
+    for forward mode alone (`diffrax.ForwardMode`); for steady states
+    (`diffrax.ImplicitAdjoint`).
+
+    ??? cite "Reference"
+
+        Zhuang, Dvornek, Li, Tatikonda, Papademetris, Duncan: Adaptive Checkpoint
+        Adjoint Method for Gradient Estimation in Neural ODE, ICML 2020, Algorithm 2.
+    """
+
     checkpoints: int | str | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):

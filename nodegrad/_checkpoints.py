@@ -66,9 +66,9 @@ class Checkpoints(eqx.Module):
 def choose_checkpoints(checkpoints: int | str | None, max_steps: int) -> Checkpoints:
     """The schedule that `ACAAdjoint(checkpoints)` stands for.
 
-    `None` takes the power of two nearest to `2 sqrt(max_steps)`: few enough that zeroing
-    the buffer costs nothing against the solve, many enough that most solves never step
-    through a segment twice.
+    `None` takes the power of two nearest to `2 sqrt(max_steps)`: few enough that
+    zeroing the buffer costs nothing against the solve, many enough that most solves
+    never step through a segment again.
     """
     if checkpoints == "all":
         slots = max_steps

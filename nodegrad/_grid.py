@@ -7,8 +7,8 @@ three origins:
 
 - **ratio**: $h_i = \rho\, h_{i-1}$, the controller's constant factor times the size
   before (the one proposed at the start for $i = 0$);
-- **anchor**: $h_i = q\,(A - s_i)$, the step was clipped to end at the time $A$ ($q = 1$;
-  $q < 1$ if that attempt was rejected and shrunk);
+- **anchor**: $h_i = q\,(A - s_i)$, the step was clipped to end at the time $A$
+  ($q = 1$; $q < 1$ if that attempt was rejected and shrunk);
 - **constant**: $h_i$ was clipped to `dtmin` or `dtmax`.
 
 These are the derivatives that Diffrax's default adjoint takes. The three classes here
@@ -140,7 +140,7 @@ class _ConstantSizes(diffrax.AbstractAdaptiveStepSizeController):
         return self.controller.norm  # pyright: ignore[reportAttributeAccessIssue]
 
     def wrap(self, direction):
-        return _ConstantSizes(self.controller.wrap(direction))
+        return type(self)(self.controller.wrap(direction))  # pyright: ignore
 
     def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
         y0 = jax.lax.stop_gradient(y0)
@@ -172,7 +172,7 @@ def without_derivatives(controller: PyTree) -> PyTree:
     controller = eqxi.nondifferentiable(controller, msg=_NOT_DIFFERENTIABLE)
     if isinstance(controller, diffrax.PIDController):
         return controller  # stops its gradients itself
-    return _ConstantSizes(controller)
+    return _ConstantSizes(controller)  # pyright: ignore[reportCallIssue]
 
 
 AbstractGrid = AdaptiveGrid | PrescribedGrid | UniformGrid

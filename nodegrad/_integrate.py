@@ -14,10 +14,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ._output import allocate, allocate_dense, SaveState, write, write_dense, write_step
-from ._results import RESULTS
+from ._results import RESULTS as _RESULTS
 from ._save import Save
 from ._step import AbstractStep
 from ._tree import all_finite, where
+
+
+# Type checkers cannot know Equinox's enumerations.
+RESULTS: Any = _RESULTS
 
 
 class State(eqx.Module):
@@ -183,13 +187,14 @@ class Problem(eqx.Module):
         again = jnp.where(state.made_jump, first, 0) if self.jumps else 0
         return state.num_evaluations + each_attempt + again
 
-    def _control(self, state: State, y: PyTree, y_error: PyTree):
+    def _control(self, state: State, y: PyTree, y_error: PyTree) -> Any:
         """The controller's decision, which is not differentiated through `y`."""
         if y_error is not None:
             y_error = jax.tree.map(
                 lambda x: jnp.where(jnp.isnan(x), jnp.inf, x), y_error
             )
         y0, y1, y_error = jax.lax.stop_gradient((state.y, y, y_error))
+        order: Any = self.solver.error_order(self.terms)
         keep, *rest = self.controller.adapt_step_size(
             state.tprev,
             state.tnext,
@@ -197,7 +202,7 @@ class Problem(eqx.Module):
             y1,
             self.args,
             y_error,
-            self.solver.error_order(self.terms),
+            order,
             state.controller_state,
         )
         return jnp.asarray(keep), *rest

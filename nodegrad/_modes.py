@@ -39,7 +39,7 @@ def _tangent_impl(x):
 def _tangent_jvp(primals, tangents):
     (x,), (t,) = primals, tangents
     if type(t) is ad.Zero:
-        t = jnp.zeros(t.aval.shape, t.aval.dtype)
+        t = jnp.zeros_like(x)
     return _tangent_p.bind(x), _tangent_p.bind(t)
 
 

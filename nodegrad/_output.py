@@ -1,7 +1,7 @@
 """What a native solve saves: allocating, filling and finishing its output.
 
-Rows are written in the order of their times, like Diffrax's: first `t0`, then during the
-loop `ts` and every `steps`-th step, then `t1`. Rows nobody wrote hold infinity.
+Rows are written in the order of their times, like Diffrax's: first `t0`, then during
+the loop `ts` and every `steps`-th step, then `t1`. Rows nobody wrote hold infinity.
 """
 
 from collections.abc import Callable

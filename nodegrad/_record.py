@@ -18,6 +18,7 @@ are `lax.while_loop`s, so forward mode passes through the whole gradient: use
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -278,24 +279,27 @@ def _hoist_parts(solve: Solve, state: PyTree):
 
     step_consts, pure_step = hoist(replay, t, t, y, kept)
     _, _, dense_info = eqx.filter_eval_shape(replay, t, t, y, kept)
-    save_consts, pure_saves = [], []
-    for save in solve.saves:
-
-        def at_step(t, y, save=save):
-            return save.fn(t, y, solve.args)
-
-        def at_ts(t, start, end, info, save=save):
-            interpolation = solve.interpolation_cls(t0=start, t1=end, **info)
-            return save.fn(t, interpolation.evaluate(t), solve.args)
-
-        consts, pure = [None, None], [None, None]
-        if save.steps:
-            consts[0], pure[0] = hoist(at_step, t, y)
-        if save.ts is not None:
-            consts[1], pure[1] = hoist(at_ts, t, t, t, dense_info)
-        save_consts.append(consts)
-        pure_saves.append(pure)
+    saves = [_hoist_save(solve, save, t, y, dense_info) for save in solve.saves]
+    save_consts = [[consts for consts, _ in parts] for parts in saves]
+    pure_saves = [[pure for _, pure in parts] for parts in saves]
     return step_consts, pure_step, save_consts, pure_saves
+
+
+def _hoist_save(solve: Solve, save: Save, t, y, dense_info) -> list[tuple[Any, Any]]:
+    """How `save` computes its rows at the end of a step, and inside of one."""
+
+    def at_end(t, y):
+        return save.fn(t, y, solve.args)
+
+    def inside(t, start, end, info):
+        interpolation = solve.interpolation_cls(t0=start, t1=end, **info)
+        return save.fn(t, interpolation.evaluate(t), solve.args)
+
+    nothing = None, None
+    return [
+        hoist(at_end, t, y) if save.steps else nothing,
+        nothing if save.ts is None else hoist(inside, t, t, t, dense_info),
+    ]
 
 
 def as_struct(tree: PyTree) -> PyTree:
@@ -322,7 +326,7 @@ def _only_differentiable(solve: Solve, init_state, final_state):
     reached = final_state.tprev == solve.t1
     stopped = jax.lax.stop_gradient(final_state.tprev)
     moving = stopped + (solve.t0 - jax.lax.stop_gradient(solve.t0))
-    new = {"tprev": jnp.where(reached, solve.t1, moving)}
+    new: dict[str, Any] = {"tprev": jnp.where(reached, solve.t1, moving)}
     constant = ["tnext", "controller_state", "event_values", "progress_meter_state"]
     if not isinstance(solve.step, SolverStep):
         constant.append("solver_state")

@@ -49,4 +49,4 @@ def _promoted(item: Any) -> Any:
 
 def comparable(result: Any) -> Any:
     """`result` as an item that compares with those of `diffrax.RESULTS` as well."""
-    return _Result(result._value, result._enumeration)
+    return _Result(result._value, result._enumeration)  # pyright: ignore[reportCallIssue]

@@ -2,11 +2,11 @@
 
 Two kinds of step, one interface:
 
-- `RungeKuttaStep` evaluates the stages of an explicit Butcher tableau directly. Diffrax's
-  own `step` loops over the stages with a checkpointed loop, which is run again when a
-  step is replayed; here the stages are unrolled (or, for long tableaus, scanned), the
-  first-same-as-last stage is carried forward, and a replay leaves out the stage that
-  only the error estimate needs.
+- `RungeKuttaStep` evaluates the stages of an explicit Butcher tableau directly.
+  Diffrax's own `step` loops over the stages with a checkpointed loop, which is run
+  again when a step is replayed; here the stages are unrolled (or, for long tableaus,
+  scanned), the first-same-as-last stage is carried forward, and a replay leaves out
+  the stage that only the error estimate needs.
 - `SolverStep` is any other Diffrax solver (implicit, stochastic, multistep, your own)
   through its `step` method and `solver_state`.
 """
@@ -31,9 +31,9 @@ class RungeKuttaStep(eqx.Module):
     r"""A step of an explicit Runge-Kutta method with tableau $(A, b, \hat b, c)$.
 
     $k_i = f(t_0 + c_i h, y_0 + \sum_{j<i} a_{ij} k_j) \cdot h$ and
-    $y_1 = y_0 + \sum_i b_i k_i$, with $f \cdot h$ the product of the terms' vector field
-    and control. The solver state is $f(t_0, y_0)$ if the last stage of one step is the
-    first of the next (`tableau.fsal`), otherwise there is none.
+    $y_1 = y_0 + \sum_i b_i k_i$, with $f \cdot h$ the product of the terms' vector
+    field and control. The solver state is $f(t_0, y_0)$ if the last stage of one step
+    is the first of the next (`tableau.fsal`), otherwise there is none.
     """
 
     solver: diffrax.AbstractERK

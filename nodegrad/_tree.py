@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
@@ -52,6 +53,11 @@ def all_finite(tree: PyTree) -> Array:
     for x in leaves:
         out = out & jnp.all(jnp.isfinite(x))
     return out
+
+
+def is_traced(x: Any) -> bool:
+    """Whether the value of `x` is not known yet."""
+    return isinstance(x, jax.core.Tracer)
 
 
 def each(lanes: bool, fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Gradients through both doors against Diffrax's default adjoint and the frozen grid."""
+"""Gradients through both doors: Diffrax's default adjoint, and the frozen grid."""
 
 import diffrax
 import jax

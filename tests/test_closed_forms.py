@@ -178,7 +178,7 @@ def test_strongly_damped_problem_keeps_an_exact_gradient():
         return _solve(field, y0, rate, solver=diffrax.Tsit5()).ys[0]
 
     grad_y0, grad_rate = _grads(loss, 0.7, rate)
-    # y = p(t) + (y0 - p(0)) exp(-rate t) with p = (rate^2 cos t + rate sin t)/(1+rate^2)
+    # y = p(t) + (y0 - p(0)) exp(-rate t)
     p = lambda r, t: (r**2 * jnp.cos(t) + r * jnp.sin(t)) / (1 + r**2)
     exact = lambda y0, r: p(r, 1.0) + (y0 - p(r, 0.0)) * jnp.exp(-r)
     expected = jax.grad(exact, argnums=(0, 1))(0.7, rate)

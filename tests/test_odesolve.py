@@ -406,7 +406,7 @@ def test_an_adaptive_solve_with_a_method_without_error_estimate_is_refused():
 
 def test_exceptions_of_the_vector_field_pass_through():
     def field(t, y, args):
-        raise KeyError("mine")
+        raise KeyError(t)
 
-    with pytest.raises(KeyError, match="mine"):
+    with pytest.raises(KeyError):
         _solve(terms=field)
