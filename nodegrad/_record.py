@@ -162,6 +162,14 @@ def recorded_loop(
         ts=[save.ts for save in solve.saves],
     )
 
+    differentiable_run = _differentiable(solve, pure_run, pure_step, pure_saves)
+    final_state = differentiable_run(reverse_mode_only((loop_consts, inputs)))
+    return _only_differentiable(solve, init_state, final_state)
+
+
+def _differentiable(solve: Solve, pure_run, pure_step, pure_saves) -> Callable:
+    """`(loop constants, inputs) -> final state`, with the sweep for a gradient."""
+
     def forward(loop_consts__inputs):
         loop_consts, inputs = loop_consts__inputs
         run_all = jax.vmap(pure_run, in_axes=(None, 0)) if solve.lanes else pure_run
@@ -204,8 +212,7 @@ def recorded_loop(
         out = (jax.tree.map(lambda _: None, loop_consts), sweep())
         return eqxi.nondifferentiable_backward(out, msg=REVERSE_OVER_REVERSE)
 
-    final_state = differentiable_run(reverse_mode_only((loop_consts, inputs)))
-    return _only_differentiable(solve, init_state, final_state)
+    return differentiable_run
 
 
 def _one_lane(tree: PyTree) -> PyTree:
