@@ -54,6 +54,7 @@ class Problem(eqx.Module):
     args: PyTree
     t0: Array
     t1: Array
+    nearly_t1: Array
     dt0: Array | None
     controller: diffrax.AbstractStepSizeController
     step: AbstractStep
@@ -126,7 +127,7 @@ class Problem(eqx.Module):
         accepted = keep & all_finite(y)
         # What is kept must be finite: the time does not advance over anything else.
         tprev = jnp.where(keep & ~accepted, state.tprev, jnp.minimum(tprev, self.t1))
-        tnext = _clip_to_end(tprev, tnext, self.t1, accepted)
+        tnext = self._clip_to_end(tprev, tnext, accepted)
         result = _result_of_attempt(
             diverged=keep & ~accepted,
             no_nan=no_nan,
@@ -207,6 +208,10 @@ class Problem(eqx.Module):
         )
         return jnp.asarray(keep), *rest
 
+    def _clip_to_end(self, tprev, tnext, accepted):
+        clipped = jnp.where(accepted, self.t1, tprev + 0.5 * (self.t1 - tprev))
+        return jnp.where(tnext > self.nearly_t1, clipped, tnext)
+
     def result(self, state: State) -> Any:
         """How the solve ended, given the state after the loop."""
         out_of_steps = RESULTS.where(
@@ -223,13 +228,9 @@ def loop_buffers(state: State) -> PyTree:
     return saved, state.dense_ts, state.dense_infos
 
 
-def _clip_to_end(tprev, tnext, t1, accepted):
-    """Diffrax's rule: a step that would end within 100 ulp of `t1` ends at `t1`."""
-    nearly_t1 = t1
-    for _ in range(100):
-        nearly_t1 = eqxi.prevbefore(nearly_t1)
-    clipped = jnp.where(accepted, t1, tprev + 0.5 * (t1 - tprev))
-    return jnp.where(tnext > nearly_t1, clipped, tnext)
+def nearly(t1: Array) -> Array:
+    """100 ulp before `t1`, from where on Diffrax goes to `t1` at once."""
+    return jax.lax.fori_loop(0, 100, lambda _, t: eqxi.prevbefore(t), t1)
 
 
 def _is_too_small(tprev, tnext, keep):

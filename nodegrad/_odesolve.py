@@ -26,7 +26,7 @@ from ._arguments import (
 from ._checkpoints import choose_checkpoints
 from ._diffrax import assert_term_compatible, WrapTerm
 from ._grid import make_grid, may_jump, without_derivatives
-from ._integrate import loop_buffers, Problem, State
+from ._integrate import loop_buffers, nearly, Problem, State
 from ._output import write_final
 from ._record import recorded_loop, Solve
 from ._results import comparable, RESULTS
@@ -189,6 +189,7 @@ def _make_problem(
         args=args,
         t0=t0,
         t1=t1,
+        nearly_t1=nearly(jax.lax.stop_gradient(t1)),
         dt0=dt0,
         controller=controller,
         step=make_step(solver, terms, args, t0, t1, y0),
