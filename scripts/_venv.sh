@@ -15,7 +15,7 @@ ensure_venv() {
     if [ ! -x .venv/bin/python ]; then
         _check_python "$_python" || return 1
         echo "==> Creating .venv with $_python"
-        "$_python" -m venv .venv || return 1
+        "$_python" -m venv .venv || { rm -rf .venv; return 1; }
     fi
     # The stamp holds what was installed, so an edit of the dependencies reinstalls.
     if ! cmp -s pyproject.toml "$_stamp"; then
