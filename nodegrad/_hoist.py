@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.core
+import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 
@@ -48,6 +49,8 @@ def hoist(fn: Callable, *examples: PyTree) -> tuple[list[Array], Callable]:
     def pure(consts, *args):
         leaves = jax.tree.leaves(eqx.filter(args, eqx.is_array))
         out = jax.core.eval_jaxpr(closed.jaxpr, consts, *leaves)
-        return eqx.combine(jax.tree.unflatten(out_tree, out), static_out)
+        # Results that are constant come back as NumPy scalars.
+        arrays = jax.tree.unflatten(out_tree, map(jnp.asarray, out))
+        return eqx.combine(arrays, static_out)
 
     return list(closed.consts), pure

@@ -78,6 +78,7 @@ class Problem(eqx.Module):
         )
         tnext = jnp.minimum(tnext, self.t1)
         solver_state = self.step.start(self.t0, tnext, y0)
+        evaluations = self.step.evaluations
         dense_ts, dense_infos = None, None
         if self.dense:
             _, _, info, _, _ = eqx.filter_eval_shape(
@@ -94,7 +95,7 @@ class Problem(eqx.Module):
             result=RESULTS.successful,
             num_steps=0,
             num_accepted_steps=0,
-            num_evaluations=self._initial_evaluations(),
+            num_evaluations=None if evaluations is None else evaluations[0],
             last_finite=True,
             save_state=[self._saved_t0(sub, y0) for sub in self.subs],
             dense_ts=dense_ts,
@@ -169,16 +170,6 @@ class Problem(eqx.Module):
             dense_ts=dense_ts,
             dense_infos=dense_infos,
         )
-
-    def _initial_evaluations(self) -> int | None:
-        """Evaluations made by the solver's start and to find the first step size."""
-        if self.step.evaluations is None:
-            return None
-        controller = self.controller
-        while isinstance(controller, diffrax.ClipStepSizeController):
-            controller = controller.controller
-        finds_dt0 = self.dt0 is None and isinstance(controller, diffrax.PIDController)
-        return self.step.evaluations[0] + (2 if finds_dt0 else 0)
 
     def _count_evaluations(self, state: State) -> Any:
         if self.step.evaluations is None:

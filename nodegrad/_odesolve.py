@@ -267,7 +267,9 @@ def _solution(problem: Problem, saveat, direction, y0, state: State):
     return diffrax.Solution(
         t0=problem.t0 * direction,
         t1=problem.t1 * direction,
-        ts=jax.tree.unflatten(structure, [s.ts * direction for s in saved]),
+        ts=jax.tree.unflatten(
+            structure, [_in_user_time(s.ts, direction) for s in saved]
+        ),
         ys=jax.tree.unflatten(structure, [s.ys for s in saved]),
         interpolation=interpolation,
         stats=stats,
@@ -277,6 +279,12 @@ def _solution(problem: Problem, saveat, direction, y0, state: State):
         made_jump=None,
         event_mask=None,
     )
+
+
+def _in_user_time(ts: Array, direction) -> Array:
+    """Saved times in the direction they were asked for; rows nobody wrote as Diffrax
+    has them, positive infinity."""
+    return jnp.where(jnp.isinf(ts), jnp.inf, ts * direction)
 
 
 def _raised(sol: diffrax.Solution) -> diffrax.Solution:

@@ -282,7 +282,8 @@ def _hoist_parts(solve: Solve, state: PyTree):
     dense = solve.needs_dense_info
 
     def replay(t0, t1, y, kept):
-        return solve.step.replay(t0, t1, y, kept, dense)
+        y1, kept, info = solve.step.replay(t0, t1, y, kept, dense)
+        return y1, as_arrays(kept), info
 
     step_consts, pure_step = hoist(replay, t, t, y, kept)
     _, _, dense_info = eqx.filter_eval_shape(replay, t, t, y, kept)

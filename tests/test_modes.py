@@ -162,9 +162,10 @@ def test_one_compilation_serves_changing_times_tolerances_and_parameters():
 
         return mu - 1e-3 * jax.grad(loss)(mu)
 
-    mu, counts = jnp.array(1.0), []
+    number = lambda x: jnp.asarray(x, jnp.float64)
+    mu, counts = number(1.0), []
     for i in range(5):
-        mu = train_step(mu, jnp.array(0.5 + 0.1 * i), jnp.array(1e-3 / (i + 1)))
+        mu = train_step(mu, number(0.5 + 0.1 * i), number(1e-3 / (i + 1)))
         counts.append(len(traces))
     assert len(set(counts)) == 1
     # A small constant, whatever the number of stages and passes.
