@@ -50,7 +50,8 @@ class ACAAdjoint(diffrax.AbstractAdjoint):
     - `checkpoints`: how many states to keep. `None` keeps about `2 sqrt(max_steps)` (a
       power of two: 128 for the default `max_steps=4096`), and nothing is computed twice
       while the solve takes no more accepted steps than that. An integer `K` keeps at
-      most `K` states and one segment of `max_steps / K` (rounded up to powers of two).
+      most `K` states, and one segment of the `max_steps / K` states between two of them
+      (both numbers as powers of two); the sum is least near `K = sqrt(max_steps)`.
       `"all"` keeps every accepted state, `max_steps` of them.
 
     **Raises:** `TypeError` or `ValueError` for other `checkpoints`. `RuntimeError` on
@@ -96,7 +97,8 @@ class ACAAdjoint(diffrax.AbstractAdjoint):
         if checkpoints < 1:
             msg = (
                 "`ACAAdjoint(checkpoints=...)` needs room for at least one state; got "
-                f"{checkpoints}. Use `checkpoints=1` for the least memory."
+                f"{checkpoints}. The least memory is needed with about "
+                "`sqrt(max_steps)` of them."
             )
             raise ValueError(msg)
 
@@ -144,6 +146,10 @@ class ACAAdjoint(diffrax.AbstractAdjoint):
         final_state, stats = run(outer_while_loop=ft.partial(recorded_loop, solve))
         if isinstance(step, RungeKuttaStep):
             final_state = _with_diffrax_solver_state(step, saveat, final_state)
+        if step.evaluations is not None and not solve.jumps:
+            first, each_attempt = step.evaluations
+            count = first + each_attempt * final_state.num_steps
+            stats = {**stats, "num_vector_field_evaluations": count}
         return final_state, stats
 
 

@@ -282,8 +282,7 @@ def _solution(problem: Problem, saveat, direction, y0, state: State):
 
 
 def _in_user_time(ts: Array, direction) -> Array:
-    """Saved times in the direction they were asked for; rows nobody wrote as Diffrax
-    has them, positive infinity."""
+    """Saved times as they were asked for; rows nobody wrote are at plus infinity."""
     return jnp.where(jnp.isinf(ts), jnp.inf, ts * direction)
 
 

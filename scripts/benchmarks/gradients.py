@@ -1,8 +1,8 @@
 """First-order gradients through a solve: time, compile time, memory, accuracy.
 
-Every method solves the same problem with the same solver and controller, and is compared
-with Diffrax's default adjoint in the same run. The floor is a `lax.scan` over the
-accepted grid, see `solves.frozen_grid_gradient`.
+Every method solves the same problem with the same solver and controller, and is
+compared with Diffrax's default adjoint in the same run. The floor is a `lax.scan` over
+the accepted grid, see `solves.frozen_grid_gradient`.
 """
 
 import argparse
@@ -109,7 +109,7 @@ class Row:
         return self.trace_seconds + self.lower_seconds + self.compile_seconds
 
     def record(self, peer: "Row") -> dict[str, Any]:
-        """This row with its ratios to `peer`."""
+        """The row with its ratios to `peer`."""
         return {
             **asdict(self),
             "time_ratio": self.seconds / peer.seconds,
@@ -159,8 +159,8 @@ def run(arguments: argparse.Namespace, clock: Clock, report: Report) -> None:
     )
     report.note(
         f"Gradients with respect to y0 and args, Tsit5, {settings.controller} steps, "
-        "AOT compiled. Ratios are to Diffrax's default adjoint. Errors are relative: to "
-        "the same accepted grid, and to the exact gradient (tolerance 1e-11), both in "
+        "AOT compiled. Ratios are to Diffrax's default adjoint. Errors are relative: "
+        "to the same accepted grid, and to the exact gradient (tolerance 1e-11), both in "
         "float64."
     )
     _warm_up(settings)

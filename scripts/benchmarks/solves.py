@@ -1,4 +1,4 @@
-"""The ways to differentiate a solve that are compared, and the truth about gradients."""
+"""The ways to differentiate a solve that are compared, and the true gradients."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -142,7 +142,7 @@ def accepted_times(problem: Problem, controller: str) -> Callable[..., Any]:
     def times(y0__args, span):
         y0, args = y0__args
         t1, size = span
-        nothing = lambda t, y, args: None
+        nothing = lambda *_: None
         return diffrax.diffeqsolve(
             diffrax.ODETerm(problem.vector_field),
             diffrax.Tsit5(),
