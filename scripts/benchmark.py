@@ -28,10 +28,10 @@ def main() -> None:
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     subparsers = parser.add_subparsers(dest="subcommand", required=True)
     for name, module in _SUBCOMMANDS.items():
-        summary = module.__doc__.splitlines()[0]
+        summary = (module.__doc__ or name).splitlines()[0]
         subparser = subparsers.add_parser(name, help=summary, description=summary)
         _add_shared_arguments(subparser, name)
         module.add_arguments(subparser)

@@ -160,8 +160,8 @@ def run(arguments: argparse.Namespace, clock: Clock, report: Report) -> None:
     report.note(
         f"Gradients with respect to y0 and args, Tsit5, {settings.controller} steps, "
         "AOT compiled. Ratios are to Diffrax's default adjoint. Errors are relative: "
-        "to the same accepted grid, and to the exact gradient (tolerance 1e-11), both in "
-        "float64."
+        "to the same accepted grid, and to the exact gradient (tolerance 1e-11), both "
+        "in float64."
     )
     _warm_up(settings)
     for case in _quick_cases() if arguments.quick else _full_cases():
@@ -203,7 +203,7 @@ def _warm_up(settings: Settings) -> None:
         compile_program(settings.clock, value_and_grad, *args)
 
 
-def _span(problem: Problem, steps: int) -> tuple[np.ndarray, np.ndarray]:
+def _span(problem: Problem, steps: int) -> tuple[np.floating, np.floating]:
     return np.float32(problem.t1), np.float32(problem.t1 / steps)
 
 

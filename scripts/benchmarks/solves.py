@@ -123,7 +123,8 @@ def value_function(
     vector_field = lambda t, y, args: field(t, y, args)
 
     def value(y0__args, span):
-        sol = method(problem, vector_field, *y0__args, span, controller)
+        y0, args = y0__args
+        sol = method(problem, vector_field, y0, args, span, controller)
         stats = sol.stats
         steps = stats["num_accepted_steps"], stats["num_rejected_steps"]
         return loss(sol.ys), steps
