@@ -286,7 +286,9 @@ def _hoist_parts(solve: Solve, state: PyTree):
         return y1, as_arrays(kept), info
 
     step_consts, pure_step = hoist(replay, t, t, y, kept)
-    _, _, dense_info = eqx.filter_eval_shape(replay, t, t, y, kept)
+    dense_info = None
+    if any(save.ts is not None for save in solve.saves):
+        _, _, dense_info = eqx.filter_eval_shape(replay, t, t, y, kept)
     saves = [_hoist_save(solve, save, t, y, dense_info) for save in solve.saves]
     save_consts = [[consts for consts, _ in parts] for parts in saves]
     pure_saves = [[pure for _, pure in parts] for parts in saves]
