@@ -8,13 +8,12 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ._output import allocate, allocate_dense, SaveState, write, write_dense, write_step
-from ._results import RESULTS as _RESULTS
+from ._results import promoted, RESULTS as _RESULTS
 from ._save import Save
 from ._step import AbstractStep
 from ._tree import all_finite, where
@@ -134,9 +133,9 @@ class Problem(eqx.Module):
             no_nan=no_nan,
             too_small=(tprev < self.t1) & _is_too_small(tprev, tnext, keep),
             step_result=RESULTS.where(
-                accepted, RESULTS.promote(step_result), RESULTS.successful
+                accepted, promoted(step_result), RESULTS.successful
             ),
-            control_result=RESULTS.promote(control_result),
+            control_result=promoted(control_result),
         )
         count = state.num_accepted_steps + jnp.where(accepted, 1, 0)
         interpolation = self.solver.interpolation_cls(
@@ -221,7 +220,14 @@ def loop_buffers(state: State) -> PyTree:
 
 def nearly(t1: Array) -> Array:
     """100 ulp before `t1`, from where on Diffrax goes to `t1` at once."""
-    return jax.lax.fori_loop(0, 100, lambda _, t: eqxi.prevbefore(t), t1)
+    # Diffrax takes 100 single steps; read as integers, floats are that far apart.
+    integer = jnp.dtype(f"int{8 * t1.dtype.itemsize}")
+    lowest = jnp.iinfo(integer).min
+    in_order = lambda bits: jnp.where(bits < 0, lowest - bits, bits)
+    bits = in_order(jax.lax.bitcast_convert_type(t1, integer)) - 100
+    before = jax.lax.bitcast_convert_type(in_order(bits), t1.dtype)
+    # Around zero those are denormals, which count as zero.
+    return jnp.minimum(before, t1 - 100 * jnp.finfo(t1.dtype).tiny)
 
 
 def _is_too_small(tprev, tnext, keep):

@@ -35,16 +35,18 @@ class _Result(_Item):  # pyright: ignore[reportGeneralTypeIssues]
     """An item of `RESULTS` that compares with those of `diffrax.RESULTS` as well."""
 
     def __eq__(self, other: Any):
-        return _Item.__eq__(self, _promoted(other))
+        return _Item.__eq__(self, promoted(other))
 
     def __ne__(self, other: Any):
-        return _Item.__ne__(self, _promoted(other))
+        return _Item.__ne__(self, promoted(other))
 
 
-def _promoted(item: Any) -> Any:
-    if isinstance(item, diffrax.RESULTS):
-        return RESULTS.promote(item)
-    return item
+def promoted(item: Any) -> Any:
+    """`item` of `diffrax.RESULTS` as one of `RESULTS`; items of ours as they are."""
+    if item is diffrax.RESULTS.successful:
+        # The common case, for which `promote` would compile an indexing operation.
+        return RESULTS.successful
+    return RESULTS.promote(item) if isinstance(item, diffrax.RESULTS) else item
 
 
 def comparable(result: Any) -> Any:

@@ -2,12 +2,14 @@
 
 import diffrax
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
 
 import nodegrad
+from nodegrad._integrate import nearly
 
 from .problems import Field, forced_pair, PAIR_ARGS, PAIR_Y0, relative_error
 
@@ -410,3 +412,17 @@ def test_exceptions_of_the_vector_field_pass_through():
 
     with pytest.raises(KeyError):
         _solve(terms=field)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("t1", [1.0, -1.0, 3.7e5, 0.0, -1e-30, 2.0**-40])
+def test_goes_to_t1_from_where_diffrax_does(t1, dtype):
+    expected = jnp.asarray(t1, dtype)
+    for _ in range(100):
+        expected = eqxi.prevbefore(expected)
+    before = nearly(jnp.asarray(t1, dtype))
+    if t1 == 0:
+        # Diffrax's single steps from zero start at the first normal number.
+        assert 100 * expected <= before < 0
+    else:
+        assert before == expected

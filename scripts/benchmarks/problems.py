@@ -26,6 +26,7 @@ class Problem:
     tolerance: float = 0.1
     pinned: bool = True
     max_steps: int = 4096
+    solver: diffrax.AbstractSolver = diffrax.Tsit5()
 
     def controller(self, kind: str, size: Any) -> diffrax.AbstractStepSizeController:
         """The step size controller: `"adaptive"` or `"constant"`."""

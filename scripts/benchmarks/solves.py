@@ -39,7 +39,7 @@ class Method:
         def solve(y0):
             return self.solve(
                 diffrax.ODETerm(vector_field),
-                diffrax.Tsit5(),
+                problem.solver,
                 0.0,
                 t1,
                 size,
