@@ -75,6 +75,10 @@ def reverse_mode_only(tree: PyTree) -> PyTree:
     """The identity; raises where it is differentiated by forward mode alone."""
 
     def mark(x):
-        return _primal_p.bind(x)[0] if eqx.is_inexact_array(x) else x
+        if eqx.is_inexact_array(x):
+            return _primal_p.bind(x)[0]
+        # JAX may say of an integer that it depends on what is differentiated, and
+        # Equinox does not expect that.
+        return jax.lax.stop_gradient(x) if eqx.is_array(x) else x
 
     return jax.tree.map(mark, tree)

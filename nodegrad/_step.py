@@ -20,11 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from ._rk4 import RK4
-
-
-# Beyond this many stages unrolling costs more to compile than it saves at run time.
-_MAX_UNROLLED_STAGES = 7
+from ._stages import advance_by, combine, has_explicit_tableau, stages
 
 
 class RungeKuttaStep(eqx.Module):
@@ -72,7 +68,7 @@ class RungeKuttaStep(eqx.Module):
             f0 = None
         y1, ks, f1 = self._stages(t0, t1, y0, f0, last_stage=True)
         if np.any(self.tableau.b_error):
-            y_error = _combine(self.tableau.b_error, ks)
+            y_error = combine(self.tableau.b_error, ks)
         else:
             y_error = None
         dense_info = dict(y0=y0, y1=y1, k=_stacked(ks))
@@ -102,10 +98,8 @@ class RungeKuttaStep(eqx.Module):
             vf = None
             product = jax.jit(lambda t, y: terms.vf_prod(t, y, args, control))
             k0 = product(t0, y0)
-        inner = tableau.num_stages - (1 if tableau.fsal else 0)
-        run = _unrolled if tableau.num_stages <= _MAX_UNROLLED_STAGES else _scanned
-        ks = run(tableau, inner, product, t0, t1, y0, k0)
-        y1 = _advance_by(y0, tableau.b_sol[:inner], ks)
+        ks = stages(tableau, product, t0, t1, y0, k0)
+        y1 = advance_by(y0, tableau.b_sol[: len(ks)], ks)
         if vf is None or not last_stage:
             return y1, ks, None
         f1 = vf(t1, y1)
@@ -158,18 +152,6 @@ def make_step(solver, terms, args, t0, t1, y0) -> AbstractStep:
     return SolverStep(solver, terms, args)
 
 
-def has_explicit_tableau(solver: Any) -> bool:
-    """Whether `solver` is an explicit Runge-Kutta method and nothing else.
-
-    (`isinstance` would look through `diffrax.HalfSolver` at the solver inside.)
-    """
-    cls = type(solver)
-    return issubclass(cls, diffrax.AbstractERK) and cls.step in (
-        diffrax.AbstractERK.step,
-        RK4.step,
-    )
-
-
 def with_scan_kind(solver: Any, kind: str) -> Any:
     """`solver`, and any solver inside it, with the given kind of loop over stages."""
     if isinstance(getattr(solver, "solver", None), diffrax.AbstractSolver):
@@ -181,52 +163,6 @@ def with_scan_kind(solver: Any, kind: str) -> Any:
                 lambda s: s.scan_kind, solver, kind, is_leaf=lambda x: x is None
             )
     return solver
-
-
-def _unrolled(tableau, inner, product, t0, t1, y0, k0) -> list[PyTree]:
-    ks = [k0]
-    for a, c in zip(tableau.a_lower[: inner - 1], tableau.c, strict=False):
-        # No rounding error at the end of the step.
-        t = t1 if c == 1 else t0 + float(c) * (t1 - t0)
-        ks.append(product(t, _advance_by(y0, a, ks)))
-    return ks
-
-
-def _scanned(tableau, inner, product, t0, t1, y0, k0) -> list[PyTree]:
-    lower = np.zeros((inner - 1, inner))
-    for i, row in enumerate(tableau.a_lower[: inner - 1]):
-        lower[i, : i + 1] = row
-
-    def stage(ks, inputs):
-        a, c, index = inputs
-        t = jnp.where(c == 1, t1, t0 + c * (t1 - t0))
-        increment = jax.tree.map(
-            lambda k: jnp.tensordot(a.astype(k.dtype), k, axes=1), ks
-        )
-        k = product(t, jax.tree.map(jnp.add, y0, increment))
-        return jax.tree.map(lambda buffer, x: buffer.at[index].set(x), ks, k), None
-
-    ks = jax.tree.map(lambda k: jnp.zeros((inner, *k.shape), k.dtype).at[0].set(k), k0)
-    dtype = jnp.result_type(t0)
-    c = jnp.asarray(tableau.c[: inner - 1], dtype)
-    ks, _ = jax.lax.scan(
-        stage, ks, (jnp.asarray(lower, dtype), c, jnp.arange(1, inner))
-    )
-    return [jax.tree.map(lambda k, i=i: k[i], ks) for i in range(inner)]
-
-
-def _combine(weights: np.ndarray, ks: list[PyTree]) -> PyTree[Array]:
-    r"""$\sum_j w_j k_j$."""
-    total = None
-    for weight, k in zip(weights, ks, strict=True):
-        if weight != 0:
-            scaled = jax.tree.map(lambda x, w=float(weight): w * x, k)
-            total = scaled if total is None else jax.tree.map(jnp.add, total, scaled)
-    return total
-
-
-def _advance_by(y0: PyTree, weights: np.ndarray, ks: list[PyTree]) -> PyTree[Array]:
-    return jax.tree.map(jnp.add, y0, _combine(weights, ks))
 
 
 def _stacked(ks: list[PyTree]) -> PyTree[Array]:
