@@ -1,4 +1,6 @@
-from ._adjoint import ACAAdjoint as ACAAdjoint
+from ._adjoint import ACAAdjoint as ACAAdjoint, ReversibleAdjoint as ReversibleAdjoint
+from ._alf import ALF as ALF
 from ._odesolve import odesolve as odesolve
 from ._results import RESULTS as RESULTS
+from ._reversible import Reversible as Reversible
 from ._rk4 import RK4 as RK4

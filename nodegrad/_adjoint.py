@@ -1,29 +1,15 @@
-"""The Diffrax door: `ACAAdjoint` as an adjoint of `diffrax.diffeqsolve`.
+"""The adjoints: how a gradient through a solve is computed."""
 
-The forward pass is Diffrax's own loop, with every `SaveAt`, event, progress meter, term
-and solver it knows; it takes the `while` loop it runs as an argument, and is handed
-ours (`_record.recorded_loop`).
-"""
-
-import functools as ft
-from dataclasses import replace
-from typing import Any
-
-import diffrax
 import equinox as eqx
-import equinox.internal as eqxi
-import jax
-import jax.numpy as jnp
 
 from ._checkpoints import choose_checkpoints
-from ._diffrax import solver_loop
-from ._grid import make_grid, may_jump, without_derivatives
-from ._record import recorded_loop, Solve
-from ._save import Save
-from ._step import AbstractStep, make_step, RungeKuttaStep
+from ._door import RecordedAdjoint
+from ._grid import has_unknown_jumps, may_jump
+from ._inversion import Restarts
+from ._reversal import make_reversal
 
 
-class ACAAdjoint(diffrax.AbstractAdjoint):
+class ACAAdjoint(RecordedAdjoint):
     r"""The adaptive checkpoint adjoint: search once, replay the accepted steps once.
 
     The forward pass searches for the step sizes without derivatives and records the
@@ -72,9 +58,9 @@ class ACAAdjoint(diffrax.AbstractAdjoint):
     `SaveAt(dense=True)` or an event, each replay also evaluates the last stage, which
     interpolation needs.
 
-    **When not to use it:** where memory must not grow with the number of steps at all;
-    for forward mode alone (`diffrax.ForwardMode`); for steady states
-    (`diffrax.ImplicitAdjoint`).
+    **When not to use it:** where memory must not grow with the number of steps at all
+    (`nodegrad.ReversibleAdjoint`); for forward mode alone (`diffrax.ForwardMode`); for
+    steady states (`diffrax.ImplicitAdjoint`).
 
     ??? cite "Reference"
 
@@ -102,130 +88,71 @@ class ACAAdjoint(diffrax.AbstractAdjoint):
             )
             raise ValueError(msg)
 
-    def loop(
-        self, *, solver, stepsize_controller, saveat, terms, args, init_state,
-        max_steps, throw, passed_solver_state, passed_controller_state, **kwargs,
-    ):  # fmt: skip
-        """Diffrax's loop, recorded. Called by `diffrax.diffeqsolve`."""
-        del throw, passed_solver_state, passed_controller_state
-        step = make_step(
-            solver, terms, args, init_state.tprev, init_state.tnext, init_state.y
-        )
-        run = ft.partial(
-            solver_loop,
-            solver=_StepSolver(solver, step),
-            stepsize_controller=without_derivatives(stepsize_controller),
-            saveat=saveat,
-            terms=terms,
-            args=args,
-            init_state=_started(step, init_state),
-            max_steps=max_steps,
-            inner_while_loop=ft.partial(eqxi.while_loop, kind="lax"),
-            **kwargs,
-        )
-        if max_steps is None:
-            final_state, stats = run(
-                outer_while_loop=ft.partial(eqxi.while_loop, kind="lax")
-            )
-            return without_gradient(final_state), stats
-        t0, t1 = kwargs["t0"], kwargs["t1"]
-        solve = Solve(
-            step=step,
-            interpolation_cls=solver.interpolation_cls,
-            saves=saves_of(subs_of(saveat)),
-            grid=make_grid(stepsize_controller, t0, t1),
-            checkpoints=choose_checkpoints(self.checkpoints, max_steps),
-            dense=saveat.dense,
-            event=kwargs["event"] is not None,
-            jumps=may_jump(stepsize_controller),
-            lanes=False,
-            args=args,
-            t0=t0,
-            t1=t1,
-        )
-        final_state, stats = run(outer_while_loop=ft.partial(recorded_loop, solve))
-        if isinstance(step, RungeKuttaStep):
-            final_state = _with_diffrax_solver_state(step, saveat, final_state)
-        if step.evaluations is not None and not solve.jumps:
-            first, each_attempt = step.evaluations
-            count = first + each_attempt * final_state.num_steps
-            stats = {**stats, "num_vector_field_evaluations": count}
-        return final_state, stats
+    def sources(self, solver, terms, args, controller, grid, max_steps):
+        """Nothing is undone; states are stored, thinned as need be."""
+        del solver, terms, args, controller, grid
+        return None, choose_checkpoints(self.checkpoints, max_steps)
 
 
-class _StepSolver(diffrax.AbstractWrappedSolver):
-    """`solver`, stepping through `step`."""
+class ReversibleAdjoint(RecordedAdjoint):
+    r"""Undoes the steps of a reversible solver, so that no state need be stored.
 
-    solver: diffrax.AbstractSolver
-    stepper: AbstractStep
+    The backward pass starts from the final state and walks back: the inverse of an
+    accepted step $y_{i+1} = \Phi_i(y_i)$ is known in closed form, and takes the very
+    evaluations that the pullback of the step is built on, so that nothing is evaluated
+    twice. The recursion of cotangents is that of `nodegrad.ACAAdjoint`, and the
+    gradient is exact for the computed solution, to the rounding that the way back
+    picks up.
 
-    @property
-    def term_structure(self):
-        return self.solver.term_structure
+    One object serves `nodegrad.odesolve(..., adjoint=...)` and
+    `diffrax.diffeqsolve(..., adjoint=...)`, with every `SaveAt`, controller, term and
+    event of theirs.
 
-    @property
-    def interpolation_cls(self):  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.solver.interpolation_cls
+    **Arguments:** none. The solver has to be one of `nodegrad.Reversible(...)`,
+    `nodegrad.ALF(...)`, `diffrax.ReversibleHeun()`, `diffrax.SemiImplicitEuler()` and
+    `diffrax.LeapfrogMidpoint()`.
 
-    def order(self, terms):
-        return self.solver.order(terms)
+    **Raises:** `TypeError` for another solver. `RuntimeError` if the way back misses
+    a known state (the start of the solve, or a restart) by more than a relative
+    $10^{-3}$; with `throw=False` the gradient of that solve is NaN instead. Otherwise
+    as `nodegrad.ACAAdjoint`. A solve that ended with
+    `nodegrad.RESULTS.coupling_lost`, which `throw=False` lets pass, has zero gradient.
 
-    def strong_order(self, terms):
-        return self.solver.strong_order(terms)
+    **What is differentiated:** as with `nodegrad.ACAAdjoint`, second derivatives
+    included.
 
-    def error_order(self, terms):
-        return self.solver.error_order(terms)
+    **Cost:** per accepted step as many evaluations and pullbacks as the step has
+    evaluations (12 of each for `Reversible(Tsit5())`; `ReversibleHeun` takes two
+    evaluations and one pullback). Memory: no state, whatever the number of steps. With
+    `resync_every=K` two states for each `K` of `max_steps`. Times: 9 bytes for each of
+    `max_steps` where an error estimate chooses the steps, none with
+    `diffrax.ConstantStepSize` and `diffrax.StepTo`.
 
-    def init(self, terms, t0, t1, y0, args):
-        del terms, args
-        return self.stepper.start(t0, t1, y0)
+    **When not to use it:** where the memory for about `2.5 sqrt(max_steps)` states is
+    there: a plain solver with `nodegrad.ACAAdjoint` takes half the evaluations. On
+    problems that decay, only with `resync_every`: what the solution forgets on the way
+    forwards, rounding reinvents on the way back, at the same rate.
 
-    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-        del terms, args
-        return self.stepper.advance(t0, t1, y0, solver_state, made_jump)
+    ??? cite "Reference"
 
-    def func(self, terms, t0, y0, args):
-        return self.solver.func(terms, t0, y0, args)
-
-
-def _started(step: AbstractStep, init_state: Any) -> Any:
-    """Diffrax's initial state with the solver state that `step` wants.
-
-    Diffrax evaluates the first stage inside its loop; we do it once, before.
+        McCallum, Foster: Efficient, Accurate and Stable Gradients for Neural ODEs,
+        2024, arXiv:2410.11648, Algorithm 1; Kidger, Foster, Li, Lyons: Efficient and
+        Accurate Gradients for Neural SDEs, 2021, arXiv:2105.13493, Algorithm 2.
     """
-    if not isinstance(step, RungeKuttaStep):
-        return init_state
-    solver_state = step.start(init_state.tprev, init_state.tnext, init_state.y)
-    return replace(init_state, solver_state=solver_state)
 
-
-def _with_diffrax_solver_state(step: RungeKuttaStep, saveat, final_state: Any) -> Any:
-    """The final state with the solver state that Diffrax's Runge-Kutta methods have."""
-    solver_state = None
-    if saveat.solver_state and step.tableau.fsal:
-        # Evaluated anew, because its gradient must reach `y` and `args`.
-        f0 = step.start(final_state.tprev, final_state.tnext, final_state.y)
-        solver_state = jnp.array(False), f0
-    return replace(final_state, solver_state=solver_state)
-
-
-def subs_of(saveat: diffrax.SaveAt) -> list[diffrax.SubSaveAt]:
-    """The `SubSaveAt`s of `saveat`, in order."""
-    is_sub = lambda x: isinstance(x, diffrax.SubSaveAt)
-    return jax.tree.leaves(saveat.subs, is_leaf=is_sub)
-
-
-def saves_of(subs: list[diffrax.SubSaveAt]) -> list[Save]:
-    """What is to be saved during the loop."""
-    return [Save(ts=sub.ts, steps=sub.steps, fn=sub.fn) for sub in subs]
-
-
-def without_gradient(tree: Any) -> Any:
-    """Refuses to be differentiated, for want of a bound on the number of steps."""
-    msg = (
-        "`max_steps=None` cannot be combined with a gradient through "
-        "`nodegrad.ACAAdjoint`: the memory for the accepted steps must be allocated "
-        "before the solve. Pass a bound, `max_steps=...`; it costs 8 bytes a step, and "
-        "the states kept are set by `ACAAdjoint(checkpoints=...)`."
-    )
-    return eqxi.nondifferentiable_backward(tree, msg=msg)
+    def sources(self, solver, terms, args, controller, grid, max_steps):
+        """Steps are undone; states are stored before restarts."""
+        reversal = make_reversal(solver, terms, args)
+        jumps = 0
+        if reversal.restarts_at_jumps and may_jump(controller):
+            if has_unknown_jumps(controller):
+                msg = (
+                    f"`{type(solver).__name__}` has to be restarted where the vector "
+                    "field jumps, and `nodegrad.ReversibleAdjoint` cannot tell how "
+                    f"often {controller} makes it jump. Use "
+                    "`diffrax.ClipStepSizeController(..., jump_ts=...)` around one of "
+                    "Diffrax's controllers, or `nodegrad.ACAAdjoint()`."
+                )
+                raise TypeError(msg)
+            jumps = len(grid.anchors) + 1
+        return reversal, Restarts(reversal.resync_every, jumps, max_steps)

@@ -10,8 +10,8 @@ import lineax.internal as lxi
 import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
-from ._adjoint import ACAAdjoint, subs_of
 from ._diffrax import use_stepsize_tol
+from ._door import RecordedAdjoint, subs_of
 from ._tree import is_traced
 
 
@@ -26,9 +26,10 @@ def is_terms(terms: Any) -> bool:
 
 
 def check_supported(adjoint, saveat):
-    if not isinstance(adjoint, ACAAdjoint):
+    if not isinstance(adjoint, RecordedAdjoint):
         msg = (
-            f"`odesolve(adjoint=...)` takes a `nodegrad.ACAAdjoint`; got {adjoint}. "
+            "`odesolve(adjoint=...)` takes a `nodegrad.ACAAdjoint` or a "
+            f"`nodegrad.ReversibleAdjoint`; got {adjoint}. "
             "For Diffrax's own adjoints use `diffrax.diffeqsolve`."
         )
         raise TypeError(msg)

@@ -54,7 +54,7 @@ class Checkpoints(eqx.Module):
         index, turn = step >> level, level % bits
         return ((index << turn) | (index >> (bits - turn))) & (self.slots - 1)
 
-    def row_to_write(self, step: Int[Array, ""]) -> Int[Array, ""]:
+    def row_to_write(self, step: Int[Array, ""], *_) -> Int[Array, ""]:
         """Where the forward pass puts `step`: its slot, or a row nobody reads."""
         if self.max_level == 0:
             return step

@@ -3,7 +3,8 @@
 Checked on Diffrax 0.7.2. Each is here because nothing public does its work:
 
 - `assert_term_compatible`: whether terms fit a solver, with Diffrax's own messages.
-- `is_unsafe_sde`: whether a term is driven by an `UnsafeBrownianPath`.
+- `is_sde`, `is_unsafe_sde`: whether a term is driven by a Brownian motion, and by one
+  that gives the same values only for the very same times.
 - `use_stepsize_tol`: the placeholder in an implicit solver's root finder that stands
   for the tolerances of the step size controller.
 - `WrapTerm`: a term in the time that runs forwards, for solves with `t1 < t0`.
@@ -11,7 +12,7 @@ Checked on Diffrax 0.7.2. Each is here because nothing public does its work:
   argument. With it comes the layout of the loop's state (see `_record.py`).
 """
 
-from diffrax._heuristics import is_unsafe_sde as is_unsafe_sde
+from diffrax._heuristics import is_sde as is_sde, is_unsafe_sde as is_unsafe_sde
 from diffrax._integrate import (
     _assert_term_compatible as assert_term_compatible,
     loop as solver_loop,
@@ -23,6 +24,7 @@ from diffrax._term import WrapTerm as WrapTerm
 __all__ = [
     "WrapTerm",
     "assert_term_compatible",
+    "is_sde",
     "is_unsafe_sde",
     "solver_loop",
     "use_stepsize_tol",

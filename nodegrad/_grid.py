@@ -15,6 +15,8 @@ These are the derivatives that Diffrax's default adjoint takes. The three classe
 differ in what their anchors are.
 """
 
+from typing import Any
+
 import diffrax
 import equinox as eqx
 import equinox.internal as eqxi
@@ -27,7 +29,10 @@ RATIO, CONSTANT, FIRST_ANCHOR = 0, 1, 2
 
 
 class AdaptiveGrid(eqx.Module):
-    """Sizes from an error estimate, clipped to `t1` and to `step_ts` and `jump_ts`."""
+    """Sizes from an error estimate, clipped to `t1` and to `step_ts` and `jump_ts`.
+
+    The ends of its steps have to be written down; those of the other grids are known.
+    """
 
     anchors: Array
     ends: Array
@@ -72,6 +77,11 @@ class PrescribedGrid(eqx.Module):
 
     anchors: Array
 
+    def end(self, index, first_end):
+        """The end of step `index`."""
+        del first_end
+        return self.anchors[index + 1]
+
     def origin_of(self, index, logged):
         """The origin of the size of accepted step `index`."""
         del logged
@@ -92,6 +102,15 @@ class UniformGrid(eqx.Module):
     """`diffrax.ConstantStepSize`: from the second step on, fractions of `[t0, t1]`."""
 
     anchors: Array
+    num_steps: Any
+
+    def end(self, index, first_end):
+        """The end of step `index`, computed as the controller does."""
+        t0, t1 = self.anchors
+        state = index, self.num_steps, t0, t1
+        step = diffrax.ConstantStepSize().adapt_step_size
+        _, _, end, *_ = step(t0, t1, None, None, None, None, None, state)
+        return jnp.where(index == 0, first_end, jnp.minimum(end, t1))
 
     def origin_of(self, index, logged):
         """The origin of the size of accepted step `index`."""
@@ -113,9 +132,17 @@ class UniformGrid(eqx.Module):
 
 def may_jump(controller: PyTree) -> bool:
     """Whether a step may start elsewhere than the one before it ended."""
-    while isinstance(controller, diffrax.ClipStepSizeController):
-        if controller.jump_ts is not None:
+    inner = controller
+    while isinstance(inner, diffrax.ClipStepSizeController):
+        if inner.jump_ts is not None:
             return True
+        inner = inner.controller
+    return has_unknown_jumps(controller)
+
+
+def has_unknown_jumps(controller: PyTree) -> bool:
+    """Whether it cannot be known where a step may start elsewhere."""
+    while isinstance(controller, diffrax.ClipStepSizeController | _ConstantSizes):
         controller = controller.controller
     return not isinstance(
         controller, diffrax.StepTo | diffrax.ConstantStepSize | diffrax.PIDController
@@ -178,12 +205,14 @@ def without_derivatives(controller: PyTree) -> PyTree:
 AbstractGrid = AdaptiveGrid | PrescribedGrid | UniformGrid
 
 
-def make_grid(controller: PyTree, t0: Array, t1: Array) -> AbstractGrid:
+def make_grid(controller: PyTree, t0: Array, t1: Array, dt0: Any) -> AbstractGrid:
     """The grid that a step size controller makes, and the times it hangs on."""
     if isinstance(controller, diffrax.StepTo):
         return PrescribedGrid(controller.ts)
     if isinstance(controller, diffrax.ConstantStepSize):
-        return UniformGrid(jnp.stack([t0, t1]))
+        init = controller.init
+        _, (_, num_steps, *_) = init(None, t0, t1, None, dt0, None, None, None)  # pyright: ignore
+        return UniformGrid(jnp.stack([t0, t1]), num_steps)
     anchors, ends = [t1[None]], [t1[None]]
     while isinstance(controller, diffrax.ClipStepSizeController):
         if controller.step_ts is not None:

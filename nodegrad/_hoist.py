@@ -54,3 +54,19 @@ def hoist(fn: Callable, *examples: PyTree) -> tuple[list[Array], Callable]:
         return eqx.combine(arrays, static_out)
 
     return list(closed.consts), pure
+
+
+def as_struct(tree: PyTree) -> PyTree:
+    """Shapes and dtypes of the numbers in `tree`."""
+
+    def struct(x):
+        return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+
+    return jax.tree.map(
+        lambda x: (
+            struct(x)
+            if eqx.is_array_like(x) or isinstance(x, jax.ShapeDtypeStruct)
+            else x
+        ),
+        tree,
+    )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ._output import allocate, allocate_dense, SaveState, write, write_dense, write_step
-from ._results import promoted, RESULTS as _RESULTS
+from ._results import comparable, promoted, RESULTS as _RESULTS, with_coupling_lost
 from ._save import Save
 from ._step import AbstractStep
 from ._tree import all_finite, where
@@ -209,7 +209,9 @@ class Problem(eqx.Module):
             RESULTS.max_steps_reached,
             RESULTS.vector_field_not_finite,
         )
-        return RESULTS.where(self.is_running(state), out_of_steps, state.result)
+        result = RESULTS.where(self.is_running(state), out_of_steps, state.result)
+        lost = getattr(state.solver_state, "lost", None)
+        return comparable(result) if lost is None else with_coupling_lost(result, lost)
 
 
 def loop_buffers(state: State) -> PyTree:

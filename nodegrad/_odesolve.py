@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PyTree, Real
 
-from ._adjoint import ACAAdjoint, saves_of, subs_of, without_gradient
+from ._adjoint import ACAAdjoint
 from ._arguments import (
     as_state,
     as_times,
@@ -23,13 +23,13 @@ from ._arguments import (
     is_terms,
     with_tolerances,
 )
-from ._checkpoints import choose_checkpoints
 from ._diffrax import assert_term_compatible, WrapTerm
-from ._grid import make_grid, may_jump, without_derivatives
+from ._door import RecordedAdjoint, saves_of, subs_of, without_gradient
+from ._grid import may_jump, without_derivatives
 from ._integrate import loop_buffers, nearly, Problem, State
 from ._output import write_final
-from ._record import recorded_loop, Solve
-from ._results import comparable, RESULTS
+from ._record import recorded_loop
+from ._results import RESULTS
 from ._step import make_step
 from ._tree import each, is_traced
 
@@ -52,7 +52,7 @@ def odesolve(
     *,
     saveat: diffrax.SaveAt = _SAVE_T1,
     stepsize_controller: diffrax.AbstractStepSizeController = _CONSTANT,
-    adjoint: ACAAdjoint = _ACA,
+    adjoint: RecordedAdjoint = _ACA,
     max_steps: int | None = 4096,
     throw: bool = True,
     batched: bool = False,
@@ -76,7 +76,8 @@ def odesolve(
     - `saveat`: what to save; any `diffrax.SaveAt` but for the `solver_state`,
       `controller_state` and `made_jump`.
     - `stepsize_controller`: any Diffrax step size controller.
-    - `adjoint`: how to differentiate, see `nodegrad.ACAAdjoint`.
+    - `adjoint`: how to differentiate: `nodegrad.ACAAdjoint(...)`, or for reversible
+      solvers `nodegrad.ReversibleAdjoint()`.
     - `max_steps`: a bound on the number of attempted steps. `None` for none, which
       cannot be differentiated.
     - `throw`: whether to raise if the solve fails. Otherwise look at `result`.
@@ -126,6 +127,7 @@ def odesolve(
         stepsize_controller,
         adjoint,
         max_steps,
+        throw,
         batched,
     )
     return _raised(sol) if throw else sol
@@ -144,6 +146,7 @@ def _odesolve(
     controller,
     adjoint,
     max_steps,
+    throw,
     batched,
 ) -> diffrax.Solution:
     direction = jnp.where(t0 < t1, 1, -1).astype(t0.dtype)
@@ -162,7 +165,7 @@ def _odesolve(
         max_steps,
     )
     state = each(batched, problem.initial_state)(y0)
-    state = _run(problem, adjoint, state, batched)
+    state = _run(problem, adjoint, state, batched, throw)
     finish = ft.partial(_solution, problem, saveat, direction)
     return each(batched, finish)(y0, state)
 
@@ -201,7 +204,9 @@ def _make_problem(
     )
 
 
-def _run(problem: Problem, adjoint: ACAAdjoint, state: State, batched: bool) -> State:
+def _run(
+    problem: Problem, adjoint: RecordedAdjoint, state: State, batched: bool, throw: bool
+) -> State:
     """Runs the loop, recorded if there is a bound on the number of steps."""
     if problem.max_steps is None:
         loop = ft.partial(
@@ -212,19 +217,21 @@ def _run(problem: Problem, adjoint: ACAAdjoint, state: State, batched: bool) -> 
             kind="lax",
         )
         return without_gradient(each(batched, loop)(state))
-    solve = Solve(
-        step=problem.step,
-        interpolation_cls=problem.solver.interpolation_cls,
+    solve = adjoint.make_solve(
+        problem.step,
+        problem.solver,
+        problem.terms,
+        problem.args,
+        problem.controller,
+        problem.t0,
+        problem.t1,
+        problem.dt0,
+        problem.max_steps,
         saves=problem.saves,
-        grid=make_grid(problem.controller, problem.t0, problem.t1),
-        checkpoints=choose_checkpoints(adjoint.checkpoints, problem.max_steps),
         dense=problem.dense,
         event=False,
-        jumps=problem.jumps,
         lanes=batched,
-        args=problem.args,
-        t0=problem.t0,
-        t1=problem.t1,
+        throw=throw,
     )
     return recorded_loop(
         solve,
@@ -264,6 +271,8 @@ def _solution(problem: Problem, saveat, direction, y0, state: State):
         "time_reached": t * direction,
         "max_steps": problem.max_steps,
     }
+    if hasattr(state.solver_state, "distance"):
+        stats["coupling_distance"] = state.solver_state.distance
     return diffrax.Solution(
         t0=problem.t0 * direction,
         t1=problem.t1 * direction,
@@ -273,7 +282,7 @@ def _solution(problem: Problem, saveat, direction, y0, state: State):
         ys=jax.tree.unflatten(structure, [s.ys for s in saved]),
         interpolation=interpolation,
         stats=stats,
-        result=comparable(problem.result(state)),
+        result=problem.result(state),
         solver_state=None,
         controller_state=None,
         made_jump=None,

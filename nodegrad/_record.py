@@ -27,9 +27,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ._checkpoints import Checkpoints
+from ._diffrax import is_unsafe_sde
 from ._grid import AbstractGrid, AdaptiveGrid, RATIO
-from ._hoist import hoist
+from ._hoist import as_struct, hoist
+from ._inversion import hoist_reversal, Restarts
 from ._modes import reverse_mode_only, REVERSE_OVER_REVERSE
+from ._reversal import AbstractReversal
 from ._save import Save, save_states
 from ._step import AbstractStep, SolverStep
 from ._sweep import Sweep, SweepInputs
@@ -39,11 +42,12 @@ from ._tree import as_arrays, where
 class Log(eqx.Module):
     """What is known of every accepted step; each field has one row a step.
 
-    `starts` is kept only where a step may start elsewhere than the last one ended (a
-    jump), `origins` only for grids that need to know (see `_grid.py`).
+    `ends` is kept only where it cannot be computed, `starts` only where a step may
+    start elsewhere than the last one ended (a jump), `origins` only for grids that need
+    to know (see `_grid.py`).
     """
 
-    ends: Array
+    ends: Array | None
     starts: Array | None
     origins: Array | None
 
@@ -51,27 +55,40 @@ class Log(eqx.Module):
 class Record(eqx.Module):
     """The forward pass as the sweep sees it."""
 
-    checkpoints: Checkpoints
     rows: PyTree[Array]
     log: Log
     tprev0: Array
     tnext0: Array
+    made_jump0: Array
     num_steps: Array
 
-    def end(self, index):
+    def end(self, grid: AbstractGrid, index):
         """Where step `index` ended; `index = -1` is the start of the solve."""
-        end = self.log.ends[jnp.maximum(index, 0)]
+        known = jnp.maximum(index, 0)
+        if self.log.ends is not None:
+            end = self.log.ends[known]
+        else:
+            assert not isinstance(grid, AdaptiveGrid)
+            end = grid.end(known, self.tnext0)
         return jnp.where(index < 0, self.tprev0, end)
 
-    def start(self, index):
+    def start(self, grid: AbstractGrid, index):
         """Where step `index` started."""
         if self.log.starts is None:
-            return self.end(index - 1)
+            return self.end(grid, index - 1)
         return self.log.starts[index]
 
-    def previous_size(self, index):
+    def made_jump(self, grid: AbstractGrid, index):
+        """Whether step `index` started just after a jump of the vector field."""
+        if self.log.starts is None:
+            return self.made_jump0 & (index == 0)
+        jumped = self.start(grid, index) != self.end(grid, index - 1)
+        return jnp.where(index == 0, self.made_jump0, jumped)
+
+    def previous_size(self, grid: AbstractGrid, index):
         """The size before that of step `index`, as the controller saw it."""
-        previous = self.end(index - 1) - self.start(jnp.maximum(index - 1, 0))
+        before = jnp.maximum(index - 1, 0)
+        previous = self.end(grid, index - 1) - self.start(grid, before)
         return jnp.where(index == 0, self.tnext0 - self.tprev0, previous)
 
     def origin(self, grid: AbstractGrid, index):
@@ -99,13 +116,19 @@ class Record(eqx.Module):
 
 
 class Solve(eqx.Module):
-    """What a loop solves: everything that the forward and the backward pass share."""
+    """What a loop solves: everything that the forward and the backward pass share.
+
+    `memory` says which states are stored. They are all that the backward pass has, or,
+    with a `reversal`, where it starts to walk back anew.
+    """
 
     step: AbstractStep
+    reversal: AbstractReversal | None
     interpolation_cls: Callable = eqx.field(static=True)
     saves: list[Save]
     grid: AbstractGrid
-    checkpoints: Checkpoints
+    memory: Checkpoints | Restarts
+    throw: bool = eqx.field(static=True)
     dense: bool = eqx.field(static=True)
     event: bool = eqx.field(static=True)
     jumps: bool = eqx.field(static=True)
@@ -113,6 +136,20 @@ class Solve(eqx.Module):
     args: PyTree
     t0: Array
     t1: Array
+
+    def kept(self, solver_state, made_jump):
+        """What a step hands to the next besides `y`, to replay it or to undo it."""
+        if self.reversal is not None:
+            return self.reversal.kept(solver_state)
+        return self.step.kept(solver_state, made_jump)
+
+    @property
+    def stores_times(self) -> bool:
+        """Whether the ends of steps are written down rather than computed again."""
+        if self.reversal is None or isinstance(self.grid, AdaptiveGrid):
+            return True
+        # These give the same noise only for the very same times.
+        return is_unsafe_sde(self.reversal.terms)
 
     @property
     def needs_dense_info(self) -> bool:
@@ -191,11 +228,11 @@ def _differentiable(solve: Solve, pure_run, pure_step, pure_saves) -> Callable:
         final_state, rows, log = residuals
         loop_consts, inputs = loop_consts__inputs
         record = Record(
-            checkpoints=solve.checkpoints,
             rows=rows,
             log=log,
             tprev0=inputs.init_state.tprev,
             tnext0=inputs.init_state.tnext,
+            made_jump0=inputs.init_state.made_jump,
             num_steps=final_state.num_accepted_steps,
         )
         sweep = Sweep(
@@ -222,16 +259,15 @@ def _one_lane(tree: PyTree) -> PyTree:
 
 def _run_recording(solve, cond_fun, body_fun, init_state, max_steps, buffers):
     """The loop itself: `(final state, (rows, log))`."""
-    checkpoints, grid = solve.checkpoints, solve.grid
+    memory, grid = solve.memory, solve.grid
     logs_origin = isinstance(grid, AdaptiveGrid)
-    kept = solve.step.kept(init_state.solver_state, init_state.made_jump)
-    stored = (init_state.y, eqx.filter(kept, eqx.is_array))
     rows = jax.tree.map(
-        lambda x: jnp.zeros((checkpoints.rows, *x.shape), x.dtype), as_arrays(stored)
+        lambda x: jnp.zeros((memory.rows, *x.shape), x.dtype),
+        _to_store(solve, init_state),
     )
     empty = jnp.zeros(max_steps, init_state.tprev.dtype)
     log = Log(
-        ends=empty,
+        ends=empty if solve.stores_times else None,
         starts=empty if solve.jumps else None,
         origins=jnp.zeros(max_steps, grid.origin_dtype) if logs_origin else None,
     )
@@ -240,13 +276,11 @@ def _run_recording(solve, cond_fun, body_fun, init_state, max_steps, buffers):
     def body(carry):
         state, rows, log, origin = carry
         index = state.num_accepted_steps
-        row = checkpoints.row_to_write(index)
-        kept = solve.step.kept(state.solver_state, state.made_jump)
-        stored = (state.y, eqx.filter(as_arrays(kept), eqx.is_array))
+        row = memory.row_to_write(index, state.tprev, state.made_jump, grid)
         # A rejected attempt is overwritten by the next one.
-        rows = _set(rows, row, stored)
+        rows = _set(rows, row, _to_store(solve, state))
         now = Log(
-            ends=state.tnext,
+            ends=state.tnext if solve.stores_times else None,
             starts=state.tprev if solve.jumps else None,
             origins=origin.astype(grid.origin_dtype) if logs_origin else None,
         )
@@ -268,6 +302,14 @@ def _run_recording(solve, cond_fun, body_fun, init_state, max_steps, buffers):
     return final_state, (rows, log)
 
 
+def _to_store(solve: Solve, state: PyTree) -> PyTree[Array]:
+    """The arrays to store of the state before a step, if any."""
+    if solve.memory.rows == 0:
+        return None
+    kept = solve.kept(state.solver_state, state.made_jump)
+    return eqx.filter(as_arrays((state.y, kept)), eqx.is_array)
+
+
 def _set(buffers: PyTree, index, values: PyTree) -> PyTree:
     is_buffer = lambda x: hasattr(x, "at")
     return jax.tree.map(
@@ -276,19 +318,23 @@ def _set(buffers: PyTree, index, values: PyTree) -> PyTree:
 
 
 def _hoist_parts(solve: Solve, state: PyTree):
-    """The replayed step and the save functions as pure functions."""
-    kept = as_struct(solve.step.kept(state.solver_state, state.made_jump))
+    """The step to pull back through and the save functions as pure functions."""
+    kept = as_struct(solve.kept(state.solver_state, state.made_jump))
     t, y = as_struct(state.tprev), as_struct(state.y)
-    dense = solve.needs_dense_info
+    if solve.reversal is None:
+        dense = solve.needs_dense_info
 
-    def replay(t0, t1, y, kept):
-        y1, kept, info = solve.step.replay(t0, t1, y, kept, dense)
-        return y1, as_arrays(kept), info
+        def replay(t0, t1, y, kept):
+            y1, kept, info = solve.step.replay(t0, t1, y, kept, dense)
+            return y1, as_arrays(kept), info
 
-    step_consts, pure_step = hoist(replay, t, t, y, kept)
+        step_consts, pure_step = hoist(replay, t, t, y, kept)
+        step = replay
+    else:
+        step_consts, pure_step, step = hoist_reversal(solve, t, y, kept)
     dense_info = None
     if any(save.ts is not None for save in solve.saves):
-        _, _, dense_info = eqx.filter_eval_shape(replay, t, t, y, kept)
+        _, _, dense_info = eqx.filter_eval_shape(step, t, t, y, kept)
     saves = [_hoist_save(solve, save, t, y, dense_info) for save in solve.saves]
     save_consts = [[consts for consts, _ in parts] for parts in saves]
     pure_saves = [[pure for _, pure in parts] for parts in saves]
@@ -310,22 +356,6 @@ def _hoist_save(solve: Solve, save: Save, t, y, dense_info) -> list[tuple[Any, A
         hoist(at_end, t, y) if save.steps else nothing,
         nothing if save.ts is None else hoist(inside, t, t, t, dense_info),
     ]
-
-
-def as_struct(tree: PyTree) -> PyTree:
-    """Shapes and dtypes of the numbers in `tree`."""
-
-    def struct(x):
-        return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
-
-    return jax.tree.map(
-        lambda x: (
-            struct(x)
-            if eqx.is_array_like(x) or isinstance(x, jax.ShapeDtypeStruct)
-            else x
-        ),
-        tree,
-    )
 
 
 def _only_differentiable(solve: Solve, init_state, final_state):

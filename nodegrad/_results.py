@@ -26,7 +26,18 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "the precision of its dtype, or the problem is stiff: try looser tolerances, "
         "float64, or an implicit solver such as `diffrax.Kvaerno5()`."
     )
+    coupling_lost = (
+        "The two copies of the solution that a reversible solver carries have come "
+        "apart, so that neither is a solution any more: `stats['coupling_distance']` "
+        "is how far, at `stats['time_reached']`. The problem decays faster than the "
+        "coupling allows (`nodegrad.is_stable`). Pass `resync_every=10` or so to the "
+        "solver, take smaller steps or a smaller `coupling_parameter`, or use a plain "
+        "solver with `nodegrad.ACAAdjoint()`."
+    )
 
+
+# What a solver's own `step` can say of that, in the words of Diffrax.
+COUPLING_LOST: Any = diffrax.RESULTS.nonlinear_divergence
 
 _Item = type(diffrax.RESULTS.successful)
 
@@ -47,6 +58,13 @@ def promoted(item: Any) -> Any:
         # The common case, for which `promote` would compile an indexing operation.
         return RESULTS.successful
     return RESULTS.promote(item) if isinstance(item, diffrax.RESULTS) else item
+
+
+def with_coupling_lost(result: Any, lost: Any) -> Any:
+    """`result` of a solve, with its true name if the coupling was lost."""
+    result = promoted(result)
+    failed = lost & (result != RESULTS.successful)
+    return comparable(RESULTS.where(failed, RESULTS.coupling_lost, result))
 
 
 def comparable(result: Any) -> Any:

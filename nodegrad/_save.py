@@ -120,7 +120,8 @@ def _pull_back_ts(sweep, which, carry, cts, index, live, step_args, info):
     """`SaveAt(ts=...)`: the times in `(end of the step before, end]`."""
     ts, wrt_ts = sweep.inputs.ts[which], sweep.wrt.ts[which]
     start, end, _, _ = step_args
-    previous_end = each(sweep.lanes, lambda r, i: r.end(i - 1))(sweep.record, index)
+    end_before = lambda record, index: record.end(sweep.inputs.grid, index - 1)
+    previous_end = each(sweep.lanes, end_before)(sweep.record, index)
     spec = (wrt_ts, sweep.wrt_times, sweep.wrt_times, _inexact(info))
 
     def is_inside(state):

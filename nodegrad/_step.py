@@ -126,7 +126,12 @@ class SolverStep(eqx.Module):
         """Vector field evaluations, as far as they are known: not of solvers that
         iterate.
         """
-        return (0, 1) if type(self.solver) is diffrax.Euler else None
+        known = {
+            diffrax.Euler: (0, 1),
+            diffrax.ReversibleHeun: (1, 1),
+            diffrax.LeapfrogMidpoint: (0, 1),
+        }
+        return getattr(self.solver, "evaluations", known.get(type(self.solver)))
 
     def advance(self, t0, t1, y0, solver_state, made_jump):
         """As `diffrax.AbstractSolver.step`, by loops that forward mode can pass."""

@@ -10,14 +10,16 @@ where $\lambda_{d_i}$ collects whatever was saved from inside the step (`_save.p
 $\theta$ is everything the step closes over: `args`, the terms, closures. Cotangents of
 times go through `_grid.pull_back_times`. A cotangent is named `ct_...` throughout.
 
-The state before a step comes from the checkpoints (`_checkpoints.py`): from its slot
-or, where the slots were too few, by stepping again from the nearest one before it.
+The states that the steps started from come from one of two sources: from checkpoints
+(`_replay.py`) or by undoing the steps (`_inversion.py`). Either hands every step,
+linearised, to `Sweep.pull_back_step`.
 
 All this is for one solve or, with `solve.lanes`, for a batch of them at once, each at a
 step of its own. Then $\lambda_\theta$ is summed over the batch inside every pullback;
 lanes that have no step left ride along on their first step with zero cotangents.
 """
 
+import functools as ft
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -29,8 +31,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ._grid import pull_back_times
+from ._inversion import walk_back
+from ._replay import replay_back
 from ._save import initial_cursors, pull_back_saves, StepCotangents
-from ._tree import add, each, filled_like, where, zeros_like
+from ._tree import add, each, filled_like, inexact_spec, where, zeros_like
 
 
 class SweepInputs(eqx.Module):
@@ -96,92 +100,19 @@ class Sweep(eqx.Module):
 
     def __call__(self) -> SweepInputs:
         """The cotangents of `inputs`."""
-        checkpoints, num_steps = self.solve.checkpoints, self.record.num_steps
         if self.lanes:
             self = replace(self, record=self.record.with_safe_first_step())
-        rows, carry = self.record.rows, self._initial()
-        zero = jnp.zeros_like(num_steps)
-        if checkpoints.max_level == 0:
-            return self._finish(self._reverse(carry, rows, zero, num_steps, zero))
-        level = checkpoints.level(jnp.maximum(num_steps - 1, 0))
+        walk = replay_back if self.solve.reversal is None else walk_back
+        return self._finish(walk(self, self._initial()))
 
-        def segment(stop__rows__carry):
-            stop, rows, carry = stop__rows__carry
-            start = ((jnp.maximum(stop, 1) - 1) >> level) << level
-            start = jnp.where(level == 0, 0, start)
-            rows = self._step_again(rows, start, stop, level)
-            return start, rows, self._reverse(carry, rows, start, stop, level)
+    def pull_back_step(self, carry, index, live, args, outputs, pull) -> Carry:
+        """The cotangents before step `index`, from those after it in `carry`.
 
-        *_, carry = self.while_loop(
-            lambda c: c[0] > 0, segment, (num_steps, rows, carry), lambda c: c[1]
-        )
-        return self._finish(carry)
-
-    def _step_again(self, rows, start, stop, level):
-        """Fills the segment with the states before steps `start, ..., stop - 1`."""
-        checkpoints = self.solve.checkpoints
-        segment, nowhere = checkpoints.slots, checkpoints.rows
-        is_live = lambda index: (index < stop - 1) & (level > 0)
-
-        def body(index__rows):
-            index, rows = index__rows
-            live = is_live(index)
-            from_row = self.idle_at_zero(live, segment + index - start)
-            args = self._step_args(rows, self.idle_at_zero(live, index), from_row)
-            mapped = jax.vmap(self._replay) if self.lanes else self._replay
-            to_row = segment + index + 1 - start
-            to_row = jnp.where(live, to_row, nowhere) if self.lanes else to_row
-            return index + 1, self._write(rows, to_row, mapped(args))
-
-        slot = checkpoints.slot(start, level)
-        first = each(self.lanes, take)(rows, slot)
-        rows = self._write(rows, jnp.full_like(start, segment), first)
-        _, rows = self.while_loop(
-            lambda c: is_live(c[0]), body, (start, rows), lambda c: c[1]
-        )
-        return rows
-
-    def _reverse(self, carry, rows, start, stop, level):
-        """Pulls back through steps `stop - 1, ..., start`."""
-        segment = self.solve.checkpoints.slots
-        is_live = lambda index: index >= start
-
-        def body(index__carry):
-            index, carry = index__carry
-            live = is_live(index)
-            row = jnp.where(level == 0, index, segment + index - start)
-            at, row = self.idle_at_zero(live, index), self.idle_at_zero(live, row)
-            args = self._step_args(rows, at, row)
-            return index - 1, self._pull_back_step(carry, at, args, live)
-
-        _, carry = self.while_loop(lambda c: is_live(c[0]), body, (stop - 1, carry))
-        return carry
-
-    def _step_args(self, rows, index, row):
-        """`(start, end, y, kept)` of step `index`."""
-
-        def read(record, rows, index, row):
-            return record.start(index), record.end(index), *take(rows, row)
-
-        return each(self.lanes, read)(self.record, rows, index, row)
-
-    def _replay(self, args):
-        y1, kept, _ = self.pure_step(self.inputs.step_consts, *args)
-        return y1, eqx.filter(kept, eqx.is_array)
-
-    def _write(self, rows, row, stored):
-        def write(rows, row, stored):
-            return jax.tree.map(
-                lambda buffer, x: buffer.at[row].set(x), rows, stored, is_leaf=is_buffer
-            )
-
-        return each(self.lanes, write)(rows, row, stored)
-
-    def _pull_back_step(self, carry, index, args, live) -> Carry:
-        spec = (self.wrt_times, self.wrt_times, *inexact_spec(args[2:]))
-        (y1, _, info), pull = self.pullback(
-            self.pure_step, self.inputs.step_consts, self.wrt.step_consts, args, spec
-        )
+        `args` are `(start, end, y, kept)` of the step, `outputs` are `(y1, kept, info)`
+        and `pull` takes the cotangents of these to those of the constants and of
+        `args`.
+        """
+        y1, _, info = outputs
         zero = jnp.zeros_like(args[0])
         cts = StepCotangents(y1=carry.y, info=zeros_like(info), start=zero, end=zero)
         new, cts = pull_back_saves(self, carry, cts, index, live, args, y1, info)
@@ -195,6 +126,10 @@ class Sweep(eqx.Module):
             new = self._pull_back_times(new, index, start, end)
         return self._frozen(live, carry, new)
 
+    def step_spec(self, args) -> PyTree[bool]:
+        """What to differentiate a step with respect to, of its `args`."""
+        return (self.wrt_times, self.wrt_times, *inexact_spec(args[2:]))
+
     def _pull_back_times(self, carry, index, ct_start, ct_end) -> Carry:
         grid = self.inputs.grid
 
@@ -203,9 +138,9 @@ class Sweep(eqx.Module):
                 grid,
                 ct_anchors,
                 record.origin(grid, index),
-                record.start(index),
-                record.end(index),
-                record.previous_size(index),
+                record.start(grid, index),
+                record.end(grid, index),
+                record.previous_size(grid, index),
                 cts,
             )
 
@@ -216,8 +151,8 @@ class Sweep(eqx.Module):
 
     def _initial(self) -> Carry:
         state, ct_state = self.final_state, self.ct_state
-        kept = self.solve.step.kept(state.solver_state, state.made_jump)
-        ct_kept = self.solve.step.kept(ct_state.solver_state, None)
+        kept = self.solve.kept(state.solver_state, state.made_jump)
+        ct_kept = self.solve.kept(ct_state.solver_state, None)
         zero = jnp.zeros_like(state.tprev)
         per_lane = lambda x: jnp.zeros(zero.shape + x.shape, x.dtype)
         wanted = lambda consts, wrt: zeros_like(eqx.filter(consts, wrt))
@@ -248,7 +183,7 @@ class Sweep(eqx.Module):
             ct_init = replace(ct_init, **times)
             ct_grid = replace(ct_grid, anchors=over_lanes(carry.anchors))
         if carry.kept is not None:
-            solver_state, _ = carry.kept
+            solver_state = self._ct_solver_state(ct_init.solver_state, carry.kept)
             ct_init = replace(ct_init, solver_state=solver_state)
         return SweepInputs(
             init_state=ct_init,
@@ -258,13 +193,20 @@ class Sweep(eqx.Module):
             ts=jax.tree.map(over_lanes, carry.ts),
         )
 
+    def _ct_solver_state(self, none, ct_kept):
+        if self.solve.reversal is not None:
+            return self.solve.reversal.with_kept(none, ct_kept)
+        solver_state, _ = ct_kept
+        return solver_state
+
     # One solve or many.
 
-    def pullback(self, pure, consts, wrt_consts, args, spec):
+    def pullback(self, pure, consts, wrt_consts, args, spec, mapped=None):
         """`pure(consts, *args)` and its pullback to `(consts, args)`.
 
         Only what `wrt_consts` and `spec` mark is differentiated; over lanes the
-        cotangents of `consts` are summed.
+        cotangents of `consts` are summed. `pure` is for one lane, unless `mapped` is
+        `False`.
         """
         consts, fixed_consts = eqx.partition(consts, wrt_consts)
         args, fixed_args = eqx.partition(args, spec)
@@ -274,8 +216,9 @@ class Sweep(eqx.Module):
             out = pure(consts, *eqx.combine(args, fixed_args))
             return eqx.filter(out, eqx.is_inexact_array)
 
-        mapped = jax.vmap(fn, in_axes=(None, 0, 0)) if self.lanes else fn
-        return jax.vjp(lambda c, a: mapped(c, a, fixed_args), consts, args)
+        if self.lanes and mapped is not False:
+            fn = jax.vmap(fn, in_axes=(None, 0, 0))
+        return jax.vjp(lambda c, a: fn(c, a, fixed_args), consts, args)
 
     def while_loop(self, is_live, body, init, buffers=None):
         """Runs `body` while any lane is live."""
@@ -295,22 +238,12 @@ class Sweep(eqx.Module):
         """`new`, but what belongs to idle lanes stays as it was."""
         if not self.lanes:
             return new
-        shared = dict(step_consts=new.step_consts, save_consts=new.save_consts)
-        unshared = dict(step_consts=None, save_consts=None)
-        frozen = where(live, replace(new, **unshared), replace(old, **unshared))
-        return replace(frozen, **shared)
+        return self.map_carry(ft.partial(where, live), lambda n, _: n, new, old)
 
-
-def is_buffer(x: Any) -> bool:
-    """Whether `x` is an array or a loop buffer."""
-    return hasattr(x, "at")
-
-
-def take(tree: PyTree, row) -> PyTree:
-    """Row `row` of every array of `tree`."""
-    return jax.tree.map(lambda x: x[row], tree, is_leaf=is_buffer)
-
-
-def inexact_spec(tree: PyTree) -> PyTree[bool]:
-    """Which leaves of `tree` are inexact arrays."""
-    return jax.tree.map(eqx.is_inexact_array, tree)
+    def map_carry(self, per_lane, shared, *carries: Carry) -> Carry:
+        """Maps `per_lane` over what belongs to a lane, `shared` over what is summed."""
+        none = dict(step_consts=None, save_consts=None)
+        out = jax.tree.map(per_lane, *(replace(c, **none) for c in carries))
+        sums = [(c.step_consts, c.save_consts) for c in carries]
+        step_consts, save_consts = jax.tree.map(shared, *sums)
+        return replace(out, step_consts=step_consts, save_consts=save_consts)

@@ -60,6 +60,21 @@ def is_traced(x: Any) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
+def is_buffer(x: Any) -> bool:
+    """Whether `x` is an array or a loop buffer."""
+    return hasattr(x, "at")
+
+
+def take(tree: PyTree, row) -> PyTree:
+    """Row `row` of every array of `tree`."""
+    return jax.tree.map(lambda x: x[row], tree, is_leaf=is_buffer)
+
+
+def inexact_spec(tree: PyTree) -> PyTree[bool]:
+    """Which leaves of `tree` are inexact arrays."""
+    return jax.tree.map(eqx.is_inexact_array, tree)
+
+
 def each(lanes: bool, fn: Callable[..., Any]) -> Callable[..., Any]:
     """`fn` on one solve, or mapped over the leading axis of a batch of solves."""
     return jax.vmap(fn) if lanes else fn

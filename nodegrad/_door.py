@@ -1,0 +1,196 @@
+"""The Diffrax door: adjoints of `diffrax.diffeqsolve` that record the solve.
+
+The forward pass is Diffrax's own loop, with every `SaveAt`, event, progress meter, term
+and solver it knows; it takes the `while` loop it runs as an argument, and is handed
+ours (`_record.recorded_loop`).
+"""
+
+import abc
+import functools as ft
+from dataclasses import replace
+from typing import Any
+
+import diffrax
+import equinox.internal as eqxi
+import jax
+import jax.numpy as jnp
+
+from ._checkpoints import Checkpoints
+from ._diffrax import solver_loop
+from ._grid import make_grid, may_jump, without_derivatives
+from ._inversion import Restarts
+from ._record import recorded_loop, Solve
+from ._results import with_coupling_lost
+from ._reversal import AbstractReversal
+from ._save import Save
+from ._step import AbstractStep, make_step, RungeKuttaStep
+
+
+class RecordedAdjoint(diffrax.AbstractAdjoint):
+    """An adjoint that records the accepted steps and sweeps back over them once."""
+
+    @abc.abstractmethod
+    def sources(
+        self, solver, terms, args, controller, grid, max_steps: int
+    ) -> tuple[AbstractReversal | None, Checkpoints | Restarts]:
+        """How the sweep comes by the states: whether steps are undone, what is kept."""
+
+    def make_solve(
+        self, step, solver, terms, args, controller, t0, t1, dt0, max_steps, **kwargs
+    ) -> Solve:
+        """What both doors record; `kwargs` are further fields of `Solve`."""
+        grid = make_grid(controller, t0, t1, dt0)
+        reversal, memory = self.sources(
+            solver, terms, args, controller, grid, max_steps
+        )
+        return Solve(
+            step=step,
+            reversal=reversal,
+            interpolation_cls=solver.interpolation_cls,
+            grid=grid,
+            memory=memory,
+            jumps=may_jump(controller),
+            args=args,
+            t0=t0,
+            t1=t1,
+            **kwargs,
+        )
+
+    def loop(
+        self, *, solver, stepsize_controller, saveat, terms, args, init_state,
+        max_steps, throw, passed_solver_state, passed_controller_state, **kwargs,
+    ):  # fmt: skip
+        """Diffrax's loop, recorded. Called by `diffrax.diffeqsolve`."""
+        del passed_solver_state, passed_controller_state
+        step = make_step(
+            solver, terms, args, init_state.tprev, init_state.tnext, init_state.y
+        )
+        run = ft.partial(
+            solver_loop,
+            solver=_StepSolver(solver, step),
+            stepsize_controller=without_derivatives(stepsize_controller),
+            saveat=saveat,
+            terms=terms,
+            args=args,
+            init_state=_started(step, init_state),
+            max_steps=max_steps,
+            inner_while_loop=ft.partial(eqxi.while_loop, kind="lax"),
+            **kwargs,
+        )
+        if max_steps is None:
+            final_state, stats = run(
+                outer_while_loop=ft.partial(eqxi.while_loop, kind="lax")
+            )
+            return without_gradient(final_state), stats
+        solve = self.make_solve(
+            step,
+            solver,
+            terms,
+            args,
+            stepsize_controller,
+            kwargs["t0"],
+            kwargs["t1"],
+            kwargs["dt0"],
+            max_steps,
+            saves=saves_of(subs_of(saveat)),
+            dense=saveat.dense,
+            event=kwargs["event"] is not None,
+            lanes=False,
+            throw=throw,
+        )
+        final_state, stats = run(outer_while_loop=ft.partial(recorded_loop, solve))
+        if isinstance(step, RungeKuttaStep):
+            final_state = _with_diffrax_solver_state(step, saveat, final_state)
+        if step.evaluations is not None and not solve.jumps:
+            first, each_attempt = step.evaluations
+            count = first + each_attempt * final_state.num_steps
+            stats = {**stats, "num_vector_field_evaluations": count}
+        return _with_coupling(final_state, stats)
+
+
+class _StepSolver(diffrax.AbstractWrappedSolver):
+    """`solver`, stepping through `step`."""
+
+    solver: diffrax.AbstractSolver
+    stepper: AbstractStep
+
+    @property
+    def term_structure(self):
+        return self.solver.term_structure
+
+    @property
+    def interpolation_cls(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.solver.interpolation_cls
+
+    def order(self, terms):
+        return self.solver.order(terms)
+
+    def strong_order(self, terms):
+        return self.solver.strong_order(terms)
+
+    def error_order(self, terms):
+        return self.solver.error_order(terms)
+
+    def init(self, terms, t0, t1, y0, args):
+        del terms, args
+        return self.stepper.start(t0, t1, y0)
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        del terms, args
+        return self.stepper.advance(t0, t1, y0, solver_state, made_jump)
+
+    def func(self, terms, t0, y0, args):
+        return self.solver.func(terms, t0, y0, args)
+
+
+def _started(step: AbstractStep, init_state: Any) -> Any:
+    """Diffrax's initial state with the solver state that `step` wants.
+
+    Diffrax evaluates the first stage inside its loop; we do it once, before.
+    """
+    if not isinstance(step, RungeKuttaStep):
+        return init_state
+    solver_state = step.start(init_state.tprev, init_state.tnext, init_state.y)
+    return replace(init_state, solver_state=solver_state)
+
+
+def _with_diffrax_solver_state(step: RungeKuttaStep, saveat, final_state: Any) -> Any:
+    """The final state with the solver state that Diffrax's Runge-Kutta methods have."""
+    solver_state = None
+    if saveat.solver_state and step.tableau.fsal:
+        # Evaluated anew, because its gradient must reach `y` and `args`.
+        f0 = step.start(final_state.tprev, final_state.tnext, final_state.y)
+        solver_state = jnp.array(False), f0
+    return replace(final_state, solver_state=solver_state)
+
+
+def _with_coupling(final_state: Any, stats: dict) -> tuple[Any, dict]:
+    """What our own solvers have to say of their coupling."""
+    solver_state = final_state.solver_state
+    if not hasattr(solver_state, "distance"):
+        return final_state, stats
+    stats = {**stats, "coupling_distance": solver_state.distance}
+    result = with_coupling_lost(final_state.result, solver_state.lost)
+    return replace(final_state, result=result), stats
+
+
+def subs_of(saveat: diffrax.SaveAt) -> list[diffrax.SubSaveAt]:
+    """The `SubSaveAt`s of `saveat`, in order."""
+    is_sub = lambda x: isinstance(x, diffrax.SubSaveAt)
+    return jax.tree.leaves(saveat.subs, is_leaf=is_sub)
+
+
+def saves_of(subs: list[diffrax.SubSaveAt]) -> list[Save]:
+    """What is to be saved during the loop."""
+    return [Save(ts=sub.ts, steps=sub.steps, fn=sub.fn) for sub in subs]
+
+
+def without_gradient(tree: Any) -> Any:
+    """Refuses to be differentiated, for want of a bound on the number of steps."""
+    msg = (
+        "`max_steps=None` cannot be combined with a gradient through "
+        "`nodegrad.ACAAdjoint`: the memory for the accepted steps must be allocated "
+        "before the solve. Pass a bound, `max_steps=...`; it costs 8 bytes a step, and "
+        "the states kept are set by `ACAAdjoint(checkpoints=...)`."
+    )
+    return eqxi.nondifferentiable_backward(tree, msg=msg)
