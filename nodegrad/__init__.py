@@ -4,3 +4,7 @@ from ._odesolve import odesolve as odesolve
 from ._results import RESULTS as RESULTS
 from ._reversible import Reversible as Reversible
 from ._rk4 import RK4 as RK4
+from ._stability import (
+    is_stable as is_stable,
+    stability_polynomial as stability_polynomial,
+)

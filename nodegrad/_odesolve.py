@@ -307,9 +307,12 @@ def _raised(sol: diffrax.Solution) -> diffrax.Solution:
     number = lambda x: f"{float(jnp.asarray(x)[lane]):.9g}"
     sample = f" (sample {lane[0]} of the batch)" if lane else ""
     reached, steps = sol.stats["time_reached"], sol.stats["num_accepted_steps"]
+    distance = sol.stats.get("coupling_distance")
+    apart = "" if distance is None else f", its copies apart by {number(distance)}"
     msg = (
         f"{message}\nThe solve{sample} reached t = {number(reached)}, of "
-        f"[{number(sol.t0)}, {number(sol.t1)}], after {number(steps)} accepted steps. "
+        f"[{number(sol.t0)}, {number(sol.t1)}], after {number(steps)} accepted steps"
+        f"{apart}. "
         "Pass `throw=False` to get the solution up to there, with its `result`."
     )
     raise eqx.EquinoxRuntimeError(msg)

@@ -1,0 +1,379 @@
+"""The reversible solvers themselves: accuracy, round trips, and coming apart."""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import nodegrad
+from nodegrad._reversal import make_reversal
+
+from .problems import explicit_step, Field, van_der_pol
+
+
+RK_SOLVERS = [
+    diffrax.Euler(),
+    diffrax.Midpoint(),
+    diffrax.Bosh3(),
+    nodegrad.RK4(),
+    diffrax.Tsit5(),
+    diffrax.Dopri5(),
+]
+name_of = lambda solver: type(solver).__name__
+
+
+def _round_trip(solver, field, y0, h, n):
+    """The start of `n` steps, found from their end; and the kept state there."""
+    term = diffrax.ODETerm(field)
+    times = jnp.arange(n + 1, dtype=y0.dtype) * h
+    reversal = make_reversal(solver, term, None)
+    parts = reversal.parts()
+    evaluate = lambda part, _, *args: parts[part](*args)
+
+    def forward(carry, interval):
+        y, state = carry
+        y, _, _, state, _ = solver.step(term, *interval, y, None, state, False)
+        return (y, state), None
+
+    def backward(carry, interval):
+        t0, t1, before = interval
+        return reversal.backward(evaluate, t0, t1, before, *carry), None
+
+    @jax.jit
+    def there_and_back(y0):
+        init = y0, solver.init(term, times[0], times[1], y0, None)
+        (y1, state), _ = jax.lax.scan(forward, init, (times[:-1], times[1:]))
+        before = jnp.concatenate([times[:1], times[:-2]])
+        steps = times[:-1], times[1:], before
+        end = y1, reversal.kept(state)
+        start, _ = jax.lax.scan(backward, end, steps, reverse=True)
+        return start
+
+    return there_and_back(y0)
+
+
+def _network(dtype=jnp.float64):
+    field = Field(8, 32, jr.PRNGKey(0), dtype)
+    return field, jr.normal(jr.PRNGKey(1), (8,), dtype)
+
+
+@pytest.mark.parametrize("base", [diffrax.Midpoint(), nodegrad.RK4()], ids=name_of)
+@pytest.mark.parametrize("coupling, tol", [(0.999, 1e-13), (0.99, 1e-11)])
+def test_coupled_round_trip(base, coupling, tol):
+    field, y0 = _network()
+    solver = nodegrad.Reversible(base, coupling)
+    y, _ = _round_trip(solver, field, y0, 5e-3, 1000)
+    assert float(jnp.max(jnp.abs(y - y0))) <= tol
+
+
+def test_difference_form_loses_far_fewer_digits_than_the_published_form():
+    field, y0 = _network(jnp.float32)
+    coupling, n = 0.99, 1000
+    h = jnp.float32(5e-3)
+    y, _ = _round_trip(
+        nodegrad.Reversible(diffrax.Midpoint(), coupling), field, y0, h, n
+    )
+    ours = float(jnp.max(jnp.abs(y - y0)))
+    psi = lambda h, x: h * field(0, x + 0.5 * h * field(0, x, None), None)
+
+    def forward(_, y__z):
+        y, z = y__z
+        y = coupling * y + (1 - coupling) * z + psi(h, z)
+        return y, z - psi(-h, y)
+
+    def backward(_, y__z):
+        y, z = y__z
+        z = z + psi(-h, y)
+        return (y - z - psi(h, z)) / coupling + z, z
+
+    loop = lambda body, init: jax.lax.fori_loop(0, n, body, init)
+    y, _ = jax.jit(lambda y0: loop(backward, loop(forward, (y0, y0))))(y0)
+    published = float(jnp.max(jnp.abs(y - y0)))
+    assert ours <= 1e-3
+    assert published >= 20 * ours
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        nodegrad.ALF(),
+        nodegrad.ALF(damping=0.99),
+        diffrax.ReversibleHeun(),
+        diffrax.LeapfrogMidpoint(),
+    ],
+    ids=str,
+)
+def test_round_trip_of_the_other_solvers(solver):
+    field, y0 = _network()
+    y, _ = _round_trip(solver, field, y0, 5e-3, 200)
+    assert float(jnp.max(jnp.abs(y - y0))) <= 1e-13
+
+
+def _slope(errors, sizes):
+    return np.polyfit(np.log(sizes), np.log(errors), 1)[0]
+
+
+def _forced_decay(t, y, args):
+    # Non-linear and non-autonomous, with the solution 1 / (2 - cos t).
+    del args
+    return -jnp.sin(t) * y**2
+
+
+def _forced_decay_solution(t):
+    return 1 / (2 - jnp.cos(t))
+
+
+@pytest.mark.parametrize("base", RK_SOLVERS, ids=name_of)
+def test_coupled_solution_has_the_order_of_the_base_solver(base):
+    solver = nodegrad.Reversible(base)
+    order = solver.order(None)
+    counts = {1: [256, 512], 2: [64, 128], 3: [32, 64], 4: [16, 32], 5: [16, 32]}[order]
+
+    @jax.jit
+    def error(h):
+        sol = nodegrad.odesolve(
+            _forced_decay, solver, 0.0, 2.0, h, jnp.array(1.0), max_steps=600
+        )
+        return jnp.abs(sol.ys[0] - _forced_decay_solution(2.0))
+
+    sizes = [2.0 / n for n in counts]
+    slope = _slope([error(h) for h in sizes], sizes)
+    assert abs(slope - order) < 0.15 + 0.1 * (order == 5)
+
+
+@pytest.mark.parametrize("base", [nodegrad.RK4(), diffrax.Tsit5()], ids=name_of)
+def test_dense_output_is_of_fourth_order(base):
+    @jax.jit
+    def error(h):
+        # Between the ends of the steps.
+        ts = h * (jnp.arange(8) + 0.37)
+        sol = nodegrad.odesolve(
+            _forced_decay,
+            nodegrad.Reversible(base),
+            0.0,
+            2.0,
+            h,
+            jnp.array(1.0),
+            saveat=diffrax.SaveAt(ts=ts),
+        )
+        return jnp.max(jnp.abs(sol.ys - _forced_decay_solution(ts)))
+
+    sizes = [2 / 16, 2 / 32]
+    assert _slope([error(h) for h in sizes], sizes) >= 3.8
+
+
+@pytest.mark.parametrize("damping, order", [(1.0, 2), (0.9, 1)])
+def test_order_of_leapfrog(damping, order):
+    @jax.jit
+    def error(h):
+        sol = nodegrad.odesolve(
+            _forced_decay, nodegrad.ALF(damping=damping), 0.0, 2.0, h, jnp.array(1.0)
+        )
+        return jnp.abs(sol.ys[0] - _forced_decay_solution(2.0))
+
+    sizes = [2 / 128, 2 / 256]
+    assert abs(_slope([error(h) for h in sizes], sizes) - order) < 0.15
+
+
+# Problems that decay.
+
+
+def _follow_cosine(rate):
+    return lambda t, y, args: rate * (y - jnp.cos(t)) - jnp.sin(t)
+
+
+def _solve_decaying(solver, rate, t1=20.0, **kwargs):
+    return nodegrad.odesolve(
+        _follow_cosine(rate),
+        solver,
+        0.0,
+        t1,
+        0.02,
+        jnp.array(1.0),
+        saveat=diffrax.SaveAt(steps=True),
+        max_steps=1000,
+        throw=False,
+        **kwargs,
+    )
+
+
+def _error(sol):
+    return float(
+        jnp.nanmax(jnp.abs(jnp.where(jnp.isinf(sol.ts), 0, sol.ys - jnp.cos(sol.ts))))
+    )
+
+
+@pytest.mark.parametrize("rate", [-1.0, -5.0])
+@pytest.mark.parametrize("base", [diffrax.Midpoint(), nodegrad.RK4()], ids=name_of)
+def test_restarts_keep_a_decaying_problem_stable(base, rate):
+    plain = _solve_decaying(base, rate)
+    restarted = _solve_decaying(nodegrad.Reversible(base, resync_every=10), rate)
+    assert restarted.result == nodegrad.RESULTS.successful
+    assert _error(restarted) < 2 * _error(plain)
+    coupled = _solve_decaying(nodegrad.Reversible(base), rate)
+    assert coupled.result == nodegrad.RESULTS.coupling_lost
+    # It is noticed long before anything is garbage.
+    assert _error(coupled) < 1e-2
+    assert float(coupled.stats["time_reached"]) < 20
+
+
+def test_restarted_leapfrog_is_stable_and_of_second_order():
+    errors = []
+    for n in (400, 800):
+        sol = nodegrad.odesolve(
+            _follow_cosine(-5.0),
+            nodegrad.ALF(resync_every=10),
+            0.0,
+            8.0,
+            8.0 / n,
+            jnp.array(1.0),
+        )
+        errors.append(abs(float(sol.ys[0] - jnp.cos(8.0))))
+    assert errors[0] < 1e-3
+    assert abs(np.log2(errors[0] / errors[1]) - 2) < 0.15
+    apart = _solve_decaying(nodegrad.ALF(), -5.0, t1=8.0)
+    assert apart.result == nodegrad.RESULTS.coupling_lost
+    assert _error(apart) < 1.0
+
+
+def _lorenz(t, y, args):
+    del t, args
+    return jnp.stack(
+        [10 * (y[1] - y[0]), y[0] * (28 - y[2]) - y[1], y[0] * y[1] - 8 / 3 * y[2]]
+    )
+
+
+@pytest.mark.parametrize(
+    "field, y0, t1, n",
+    [
+        (lambda t, y, args: -4 * y, jnp.ones(1), 5.0, 2000),
+        (_lorenz, jnp.array([1.0, 1.0, 20.0]), 5.0, 200),
+        (_lorenz, jnp.array([1.0, 1.0, 20.0]), 5.0, 2000),
+        (lambda t, y, args: van_der_pol(t, y, 5.0), jnp.array([2.0, 0.0]), 5.0, 200),
+        (lambda t, y, args: van_der_pol(t, y, 5.0), jnp.array([2.0, 0.0]), 5.0, 2000),
+    ],
+    ids=["decay", "lorenz-200", "lorenz", "van-der-pol-200", "van-der-pol"],
+)
+@pytest.mark.parametrize("coupling", [0.9, 0.99, 0.999])
+def test_never_returns_garbage_without_saying_so(field, y0, t1, n, coupling):
+    # Forwards and backwards: the gradient is right, or an error, or a NaN.
+    def grad(solver, adjoint):
+        def loss(y0):
+            sol = nodegrad.odesolve(
+                field, solver, 0.0, t1, t1 / n, y0, adjoint=adjoint, throw=False
+            )
+            return jnp.sum(sol.ys[-1]), sol.result != nodegrad.RESULTS.successful
+
+        (value, failed), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(y0)
+        return value, bool(failed), gradient
+
+    scale = float(jnp.max(jnp.abs(y0)))
+    truth, plain_failed, _ = grad(diffrax.Bosh3(), nodegrad.ACAAdjoint())
+    for resync_every in (None, 10):
+        solver = nodegrad.Reversible(diffrax.Bosh3(), coupling, resync_every)
+        value, failed, gradient = grad(solver, nodegrad.ReversibleAdjoint())
+        if failed:
+            # With restarts only where the plain solver fares no better.
+            assert resync_every is None or plain_failed or n == 200
+            continue
+        if n == 2000:
+            assert abs(value - truth) < 0.02 * scale
+        if not bool(jnp.all(jnp.isnan(gradient))):
+            _, _, exact = grad(solver, nodegrad.ACAAdjoint())
+            assert float(jnp.max(jnp.abs(gradient - exact))) < 1e-3 * float(
+                jnp.max(jnp.abs(exact)) + 1e-6
+            )
+        else:
+            assert resync_every is None or coupling == 0.9
+
+
+@pytest.mark.parametrize(
+    "field, y0",
+    [
+        (lambda t, y, args: jnp.stack([y[1], -y[0]]), jnp.array([1.0, 0.0])),
+        (lambda t, y, args: 0.5 * y, jnp.array([1.0])),
+        (lambda t, y, args: jnp.stack([jnp.cos(t), 0 * t]), jnp.zeros(2)),
+    ],
+    ids=["rotation", "growth", "quadrature from rest"],
+)
+@pytest.mark.parametrize("base", RK_SOLVERS[:4], ids=name_of)
+def test_a_sound_solution_is_not_reported(field, y0, base):
+    sol = nodegrad.odesolve(
+        field, nodegrad.Reversible(base), 0.0, 10.0, 0.05, y0, throw=False
+    )
+    assert sol.result == nodegrad.RESULTS.successful
+    assert float(sol.stats["coupling_distance"]) < 0.1
+
+
+def test_message_says_when_how_far_and_what_to_do():
+    with pytest.raises(RuntimeError) as error:
+        nodegrad.odesolve(
+            _follow_cosine(-5.0),
+            nodegrad.Reversible(nodegrad.RK4()),
+            0.0,
+            20.0,
+            0.02,
+            jnp.array(1.0),
+        )
+    for words in ("resync_every", "reached t = ", "come apart", "apart by"):
+        assert words in str(error.value)
+
+
+def test_diffrax_reports_a_lost_coupling():
+    for adjoint, result in (
+        (nodegrad.ReversibleAdjoint(), nodegrad.RESULTS.coupling_lost),
+        (nodegrad.ACAAdjoint(), nodegrad.RESULTS.coupling_lost),
+        (diffrax.DirectAdjoint(), diffrax.RESULTS.nonlinear_divergence),
+    ):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(_follow_cosine(-5.0)),
+            nodegrad.Reversible(nodegrad.RK4()),
+            0.0,
+            20.0,
+            0.02,
+            jnp.array(1.0),
+            adjoint=adjoint,
+            throw=False,
+        )
+        assert sol.result == result
+
+
+def test_refuses_what_it_cannot_couple():
+    with pytest.raises(TypeError, match="explicit Runge-Kutta"):
+        nodegrad.Reversible(diffrax.Kvaerno3())
+    with pytest.raises(TypeError, match="explicit Runge-Kutta"):
+        nodegrad.Reversible(diffrax.HalfSolver(diffrax.Heun()))
+    for coupling in (0.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="coupling_parameter"):
+            nodegrad.Reversible(diffrax.Heun(), coupling)
+    with pytest.raises(TypeError, match="resync_every"):
+        nodegrad.Reversible(diffrax.Heun(), resync_every=2.0)
+    with pytest.raises(ValueError, match="at least one"):
+        nodegrad.ALF(resync_every=0)
+    with pytest.raises(ValueError, match="damping"):
+        nodegrad.ALF(damping=0.5)
+
+
+def test_error_estimate_is_that_of_the_base_solver():
+    field, y0 = _network()
+    term, h = diffrax.ODETerm(field), 0.1
+    for base in (diffrax.Tsit5(), diffrax.Heun(), diffrax.Midpoint()):
+        solver = nodegrad.Reversible(base)
+        state = solver.init(term, 0.0, h, y0, None)
+        _, error, *_ = solver.step(term, 0.0, h, y0, None, state, False)
+        state = base.init(term, 0.0, h, y0, None)
+        _, expected, *_ = base.step(term, 0.0, h, y0, None, state, False)
+        assert float(jnp.max(jnp.abs(error - expected))) < 2e-6
+        assert float(jnp.max(jnp.abs(expected))) > 2e-5 or base == diffrax.Tsit5()
+
+
+def test_first_step_is_that_of_the_base_solver():
+    # With both copies equal y' = z + Psi(z).
+    field, y0 = _network()
+    sol = nodegrad.odesolve(
+        field, nodegrad.Reversible(diffrax.Bosh3()), 0.0, 0.1, 0.1, y0
+    )
+    expected = explicit_step(diffrax.Bosh3.tableau, field, 0.0, 0.1, y0, None)
+    assert float(jnp.max(jnp.abs(sol.ys[0] - expected))) < 1e-15
