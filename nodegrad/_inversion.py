@@ -10,7 +10,6 @@ the greatest difference, relative to the state, is the *reconstruction error*, w
 tells whether the gradient can be trusted.
 """
 
-import functools as ft
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple

@@ -25,7 +25,7 @@ class Log(eqx.Module):
 
 
 class Record(eqx.Module):
-    """The forward pass as the sweep sees it."""
+    """The forward pass as the sweep sees it. `at_end`: whether it came to its `t1`."""
 
     rows: PyTree[Array]
     log: Log
@@ -33,6 +33,7 @@ class Record(eqx.Module):
     tnext0: Array
     made_jump0: Array
     num_steps: Array
+    at_end: Array
 
     def end(self, grid: AbstractGrid, index):
         """Where step `index` ended; `index = -1` is the start of the solve."""

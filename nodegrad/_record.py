@@ -132,7 +132,8 @@ def recorded_loop(
     error = None
     if solve.check:
         constants = final_state, written, inputs
-        sweep = _make_sweep(solve, pure_step, pure_saves, *_constant(constants))
+        final, written, inputs = _constant(constants)
+        sweep = _make_sweep(solve, pure_step, pure_saves, final, written, inputs)
         error = reconstruction_error(sweep)
     return _only_differentiable(solve, init_state, final_state), error
 
@@ -159,7 +160,8 @@ def _differentiable(solve: Solve, pure_run, pure_step, pure_saves) -> Callable:
     @differentiable_run.def_bwd
     def _backward_rule(residuals, ct, perturbed, loop_consts__inputs):
         loop_consts, inputs = loop_consts__inputs
-        sweep = _make_sweep(solve, pure_step, pure_saves, *residuals, inputs)
+        final_state, written = residuals
+        sweep = _make_sweep(solve, pure_step, pure_saves, final_state, written, inputs)
         sweep = replace(sweep, ct_state=ct[0], wrt=perturbed[1])
         # The loop's own constants are the step's, whose cotangents are among `inputs`.
         out = (jax.tree.map(lambda _: None, loop_consts), sweep())
@@ -169,8 +171,8 @@ def _differentiable(solve: Solve, pure_run, pure_step, pure_saves) -> Callable:
 
 
 def _make_sweep(solve: Solve, pure_step, pure_saves, final_state, written, inputs):
-    """A sweep without cotangents."""
-    rows, log = written
+    """A sweep, without cotangents yet."""
+    rows, log, at_end = written
     record = Record(
         rows=rows,
         log=log,
@@ -178,6 +180,7 @@ def _make_sweep(solve: Solve, pure_step, pure_saves, final_state, written, input
         tnext0=inputs.init_state.tnext,
         made_jump0=inputs.init_state.made_jump,
         num_steps=final_state.num_accepted_steps,
+        at_end=at_end,
     )
     return Sweep(
         solve=solve,
@@ -187,12 +190,12 @@ def _make_sweep(solve: Solve, pure_step, pure_saves, final_state, written, input
         final_state=final_state,
         ct_state=None,
         inputs=inputs,
-        wrt=None,
+        wrt=jax.tree.map(lambda _: False, inputs),
     )
 
 
 def _constant(tree: PyTree) -> PyTree:
-    stop = lambda x: jax.lax.stop_gradient(x) if eqx.is_array(x) else x
+    stop = lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x
     return jax.tree.map(stop, tree)
 
 
@@ -202,7 +205,7 @@ def _one_lane(tree: PyTree) -> PyTree:
 
 
 def _run_recording(solve, cond_fun, body_fun, init_state, max_steps, buffers):
-    """The loop itself: `(final state, (rows, log))`."""
+    """The loop itself: `(final state, (rows, log, whether it came to its end))`."""
     memory, grid = solve.memory, solve.grid
     logs_origin = isinstance(grid, AdaptiveGrid)
     rows = jax.tree.map(
@@ -243,7 +246,7 @@ def _run_recording(solve, cond_fun, body_fun, init_state, max_steps, buffers):
         buffers=lambda carry: (buffers(carry[0]), carry[1], carry[2]),
         kind="lax",
     )
-    return final_state, (rows, log)
+    return final_state, (rows, log, final_state.tprev >= solve.t1)
 
 
 def _to_store(solve: Solve, state: PyTree) -> PyTree[Array]:
