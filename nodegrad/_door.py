@@ -199,8 +199,8 @@ def saves_of(subs: list[diffrax.SubSaveAt]) -> list[Save]:
 def without_gradient(tree: Any) -> Any:
     """Refuses to be differentiated, for want of a bound on the number of steps."""
     msg = (
-        "`max_steps=None` cannot be combined with a gradient through "
-        "`nodegrad.ACAAdjoint`: the memory for the accepted steps must be allocated "
+        "`max_steps=None` cannot be combined with a gradient through an adjoint of "
+        "nodegrad: the memory for the accepted steps must be allocated "
         "before the solve. Pass a bound, `max_steps=...`; it costs 8 bytes a step, and "
         "the states kept are set by `ACAAdjoint(checkpoints=...)`."
     )

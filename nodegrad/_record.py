@@ -1,7 +1,7 @@
 """Running a solver loop so that it can be differentiated: record, then sweep back.
 
 `recorded_loop` takes the place of the `while` loop of a solver, be it Diffrax's
-(`ACAAdjoint` inside `diffrax.diffeqsolve`) or our own (`odesolve`). The forward pass
+(`_door.py`) or our own (`odesolve`). The forward pass
 runs that loop unchanged, search for the step sizes included, and writes down for every
 accepted step its times and (thinned, see `_checkpoints.py`) the state it started from.
 The backward pass is the one sweep of `_sweep.py`.
