@@ -31,17 +31,18 @@ class RecordedAdjoint(diffrax.AbstractAdjoint):
 
     @abc.abstractmethod
     def sources(
-        self, solver, terms, args, controller, grid, max_steps: int
+        self, solver, terms, args, controller, grid, max_steps: int, first_jump: bool
     ) -> tuple[AbstractReversal | None, Checkpoints | Restarts]:
         """How the sweep comes by the states: whether steps are undone, what is kept."""
 
     def make_solve(
-        self, step, solver, terms, args, controller, t0, t1, dt0, max_steps, **kwargs
-    ) -> Solve:
+        self, step, solver, terms, args, controller, t0, t1, dt0, max_steps,
+        first_jump=False, **kwargs,
+    ) -> Solve:  # fmt: skip
         """What both doors record; `kwargs` are further fields of `Solve`."""
         grid = make_grid(controller, t0, t1, dt0)
         reversal, memory = self.sources(
-            solver, terms, args, controller, grid, max_steps
+            solver, terms, args, controller, grid, max_steps, first_jump
         )
         return Solve(
             step=step,
@@ -93,6 +94,8 @@ class RecordedAdjoint(diffrax.AbstractAdjoint):
             kwargs["t1"],
             kwargs["dt0"],
             max_steps,
+            # What is not known before the solve is an array.
+            first_jump=init_state.made_jump is not False,
             saves=saves_of(subs_of(saveat)),
             dense=saveat.dense,
             event=kwargs["event"] is not None,
@@ -201,7 +204,7 @@ def without_gradient(tree: Any) -> Any:
     msg = (
         "`max_steps=None` cannot be combined with a gradient through an adjoint of "
         "nodegrad: the memory for the accepted steps must be allocated "
-        "before the solve. Pass a bound, `max_steps=...`; it costs 8 bytes a step, and "
-        "the states kept are set by `ACAAdjoint(checkpoints=...)`."
+        "before the solve. Pass a bound, `max_steps=...`; it costs 8 bytes a step at "
+        "most, besides the states that the adjoint keeps."
     )
     return eqxi.nondifferentiable_backward(tree, msg=msg)
