@@ -160,8 +160,11 @@ class _StepSolver(diffrax.AbstractWrappedSolver):
 def _started(step: AbstractStep, init_state: Any) -> Any:
     """Diffrax's initial state with the solver state that `step` wants.
 
-    Diffrax evaluates the first stage inside its loop; we do it once, before.
+    Diffrax evaluates the first stage inside its loop; we do it once, before. And a jump
+    before the first step it would take for one before every step.
     """
+    if init_state.made_jump is True:
+        init_state = replace(init_state, made_jump=jnp.array(True))
     if not isinstance(step, RungeKuttaStep):
         return init_state
     solver_state = step.start(init_state.tprev, init_state.tnext, init_state.y)

@@ -176,8 +176,9 @@ def _undo(sweep, evaluate: Callable, index, times: "_Times", walk: _Walk):
     found = reversal.backward(evaluate, t0, t1, before, walk.y, walk.kept)
     restart = restarts.is_restart(index, sweep.record.taken, made_jump)
     is_known, known = (index == 0) | restart, _known(sweep, index, row)
-    # A restart changes what is kept besides `y`, and that is not undone.
-    error = each(sweep.lanes, _relative_error)(found[0], known[0], walk.peak)
+    error = each(sweep.lanes, _relative_error)(
+        reversal.untouched(*found), reversal.untouched(*known), walk.peak
+    )
     error = jnp.where(is_known, error, 0)
     return (t0, t1, *where(is_known, known, found)), restart, error
 

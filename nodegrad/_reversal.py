@@ -74,6 +74,11 @@ class AbstractReversal(eqx.Module):
         """`kept` of a solver state (or of its cotangent)."""
         return solver_state
 
+    def untouched(self, y: PyTree, kept: PyTree) -> PyTree:
+        """What a restart leaves as it was, so that the inverse finds it again."""
+        del kept
+        return y
+
     def lost(self, solver_state: PyTree) -> Any:
         """Whether the solver found that it is no longer solving anything."""
         return getattr(solver_state, "lost", jnp.array(False))
@@ -93,6 +98,11 @@ class _ReversibleHeun(AbstractReversal):
     """
 
     restarts_at_jumps: ClassVar[bool] = True
+
+    def untouched(self, y, kept):
+        del y
+        yhat, _ = kept
+        return yhat
 
     def parts(self):
         vf = lambda t, y: self.terms.vf(t, y, self.args)

@@ -170,6 +170,44 @@ def test_matches_diffrax_for_semi_implicit_euler():
         assert relative_error(ours, expected) < 1e-12
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("made_jump", [None, True])
+@pytest.mark.parametrize(
+    "solver",
+    [RESTARTED, nodegrad.ALF(resync_every=10), diffrax.ReversibleHeun()],
+    ids=repr,
+)
+def test_continues_where_another_solve_ended(solver, made_jump):
+    # The second solve starts between two restarts, and perhaps at a jump.
+    def loss(a, y0, adjoint):
+        def solve(t0, t1, y0, saveat, **kwargs):
+            return diffrax.diffeqsolve(
+                diffrax.ODETerm(lambda t, y, a: jnp.sin(a * t) - jnp.tanh(a * y)),
+                solver,
+                t0,
+                t1,
+                0.1,
+                y0,
+                a,
+                saveat=saveat,
+                adjoint=adjoint,
+                max_steps=64,
+                **kwargs,
+            )
+
+        first = solve(0.0, 0.7, y0, diffrax.SaveAt(t1=True, solver_state=True))
+        state = dict(solver_state=first.solver_state, made_jump=made_jump)
+        last = solve(0.7, 2.6, first.ys[-1], diffrax.SaveAt(t1=True), **state)
+        return jnp.sum(last.ys**2)
+
+    point = jnp.array(1.3), jnp.array([1.0, 0.3])
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
+    # (Diffrax's own adjoint takes a jump at the start for one at every step.)
+    adjoint = nodegrad.ACAAdjoint() if made_jump else RCA
+    expected = grad(*point, adjoint)
+    assert relative_error(grad(*point, nodegrad.ReversibleAdjoint()), expected) < 1e-12
+
+
 @pytest.mark.parametrize("solver", [COUPLED, RESTARTED, LEAPFROG], ids=repr)
 def test_gradients_of_times_are_those_of_differences(solver):
     # The last step is shorter than the others, and a save is inside of one.
@@ -602,3 +640,40 @@ def test_gradient_of_a_lost_solve_raises_or_is_that_of_its_part():
     alone = jax.grad(lambda r: _falls_apart(r, False))(0.1)
     assert jnp.allclose(grads[0], alone, rtol=1e-12)
     assert jnp.all(jnp.isfinite(grads))
+
+
+def test_times_may_be_less_precise_than_states():
+    time = jnp.float32
+
+    def loss(y0):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: jnp.cos(y)),
+            COUPLED,
+            time(0),
+            time(1),
+            time(0.125),
+            y0,
+            adjoint=nodegrad.ReversibleAdjoint(),
+        )
+        return jnp.sum(sol.ys)
+
+    with jax.numpy_dtype_promotion("standard"):
+        assert jnp.all(jnp.isfinite(jax.grad(loss)(jnp.array([1.0, 2.0]))))
+
+
+def test_a_small_component_is_not_lost_behind_a_large_one():
+    def loss(a):
+        sol = nodegrad.odesolve(
+            lambda t, y, a: (0 * y[0], -a * y[1] ** 3),
+            nodegrad.Reversible(diffrax.Midpoint(), 0.945),
+            0.0,
+            1.0,
+            1 / 800,
+            (jnp.array(1e8), jnp.array(1.0)),
+            a,
+            adjoint=nodegrad.ReversibleAdjoint(),
+            throw=False,
+        )
+        return sol.ys[1][0]
+
+    assert jnp.isnan(jax.grad(loss)(1.0))
