@@ -1,5 +1,13 @@
 from ._adjoint import ACAAdjoint as ACAAdjoint, ReversibleAdjoint as ReversibleAdjoint
 from ._alf import ALF as ALF
+from ._hessian_blocks import (
+    hessian_blocks as hessian_blocks,
+    HessianBlocks as HessianBlocks,
+)
+from ._low_rank import (
+    low_rank_blocks as low_rank_blocks,
+    LowRankBlocks as LowRankBlocks,
+)
 from ._odesolve import odesolve as odesolve
 from ._products import (
     ggn_operator as ggn_operator,

@@ -187,7 +187,7 @@ def recorded_loop(
     example = _one_lane(init_state) if solve.lanes else init_state
 
     def run(state):
-        return _run_recording(solve, cond_fun, body_fun, state, max_steps, buffers)
+        return run_recording(solve, cond_fun, body_fun, state, max_steps, buffers)
 
     loop_consts, pure_run = hoist(run, example)
     step_consts, pure_step, save_consts, pure_saves = _hoist_parts(solve, example)
@@ -257,7 +257,7 @@ def _one_lane(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: struct(x) if eqx.is_array(x) else x, tree)
 
 
-def _run_recording(solve, cond_fun, body_fun, init_state, max_steps, buffers):
+def run_recording(solve, cond_fun, body_fun, init_state, max_steps, buffers):
     """The loop itself: `(final state, (rows, log))`."""
     memory, grid = solve.memory, solve.grid
     logs_origin = isinstance(grid, AdaptiveGrid)
