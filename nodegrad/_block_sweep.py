@@ -21,7 +21,7 @@ from ._quadratic import expand, Expansion, pull_back
 from ._record import Record, Solve
 from ._replay import replay_back
 from ._sweep import SweepInputs
-from ._tree import flatten
+from ._tree import as_arrays, flatten
 
 
 class Rows(eqx.Module):
@@ -149,7 +149,7 @@ class BlockSweep(eqx.Module):
     @property
     def pure_step(self) -> Any:
         """The step, or its parts, with nothing split off that it closes over."""
-        pure = lambda fn: lambda _, *args: fn(*args)
+        pure = lambda fn: lambda _, *args: as_arrays(fn(*args))
         if self.solve.reversal is None:
             return pure(lambda *args: self.solve.step.replay(*args, False))
         return {name: pure(fn) for name, fn in self.solve.reversal.parts().items()}

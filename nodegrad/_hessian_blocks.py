@@ -89,8 +89,10 @@ def hessian_blocks(
     With `exact=True` this is the Hessian of the computed loss with the step sizes held
     constant, as `jax.hessian` finds it, to rounding. With `exact=False` the term in
     brackets is dropped as far as it comes from the vector field: the (generalised)
-    Gauss-Newton matrix, positive semidefinite if the costs are convex. That is what
-    the published equations are, the two agree if the vector field is affine in $(y, u)$
+    Gauss-Newton matrix, which is what the published equations compute. It is positive
+    semidefinite if the costs are convex (with a running cost, if moreover no weight
+    $b_i$ of the solver is negative: so with `nodegrad.RK4`, and up to the local error
+    with `diffrax.Tsit5`). The two agree if the vector field is affine in $(y, u)$
     together.
 
     **Arguments:**

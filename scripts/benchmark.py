@@ -7,12 +7,12 @@ are taken within one run; see `benchmarks/measure.py` for how.
 import argparse
 from pathlib import Path
 
-from benchmarks import gradients
+from benchmarks import gradients, second_order
 from benchmarks.measure import describe_machine, make_clock
 from benchmarks.report import Report
 
 
-_SUBCOMMANDS = {"gradients": gradients}
+_SUBCOMMANDS = {"gradients": gradients, "second-order": second_order}
 
 
 def main() -> None:
@@ -20,9 +20,10 @@ def main() -> None:
     arguments = _make_parser().parse_args()
     # Before anything asks JAX for a device.
     clock = make_clock(arguments.clock)
-    header = describe_machine(clock, dtype="float32")
+    benchmark = _SUBCOMMANDS[arguments.subcommand]
+    header = describe_machine(clock, dtype=getattr(benchmark, "DTYPE", "float32"))
     report = Report(f"nodegrad benchmark: {arguments.subcommand}", header)
-    _SUBCOMMANDS[arguments.subcommand].run(arguments, clock, report)
+    benchmark.run(arguments, clock, report)
     default = Path("results") / f"benchmark_{arguments.subcommand}.json"
     report.finish(arguments.output or default)
 
