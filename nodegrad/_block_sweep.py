@@ -39,8 +39,8 @@ class Rows(eqx.Module):
     def init(cls, ts: Array, expansion: Expansion, state: Array) -> "Rows":
         """Rows of zeros for expansions and states like these."""
         empty = lambda x: jnp.zeros((len(ts), *x.shape), x.dtype)
-        rows = jax.tree.map(empty, (expansion, state))
-        return cls(ts, *rows, jnp.zeros(len(ts), bool))
+        expansion, state = jax.tree.map(empty, (expansion, state))
+        return cls(ts, expansion, state, found=jnp.zeros(len(ts), bool))
 
     def write(self, t, expansion: Expansion, state: Array) -> "Rows":
         """With the rows at time `t`, if there is one; times may be off by rounding."""
@@ -50,8 +50,9 @@ class Rows(eqx.Module):
         hit = jnp.abs(self.ts - t) <= 100 * spacing
         row = jnp.where(jnp.any(hit), jnp.argmax(hit), len(self.ts))
         set_row = lambda rows, x: rows.at[row].set(x, mode="drop")
-        new = jax.tree.map(set_row, (self.expansion, self.state), (expansion, state))
-        return Rows(self.ts, *new, self.found | hit)
+        old = self.expansion, self.state
+        expansion, state = jax.tree.map(set_row, old, (expansion, state))
+        return Rows(self.ts, expansion, state, found=self.found | hit)
 
     def checked(self) -> "Rows":
         """Itself; raises unless there is a step to every time."""
@@ -113,26 +114,28 @@ class BlockSweep(eqx.Module):
     def pull_back_step(self, carry: Carry, index, live, args, outputs, pull) -> Carry:
         """The expansion before step `index`, from the one after it."""
         del live, outputs, pull
-        start, end, *state = args
-        s, unravel = flatten(state, self.u.dtype)
-        step = lambda s, u: self._step(index, start, end, *unravel(s), u)
+        start, end, y, kept = args
+        s, unravel = flatten((y, kept), self.u.dtype)
+        step = lambda s, u: self._step(index, start, end, unravel(s), u)
         expansion = pull_back(carry.expansion, step, s, self.u, self.curved)
         rows = carry.rows
         if rows is not None:
             rows = rows.write(start, expansion, s)
         return Carry(expansion, rows)
 
-    def _step(self, index, t0, t1, y, kept, u) -> Array:
+    def _step(self, index, t0, t1, state, u) -> Array:
         """The state after step `index`."""
-        solve = self.solve_at(u)
+        solve, (y, kept) = self.solve_at(u), state
         if solve.reversal is None:
             y1, kept1, _ = solve.step.replay(t0, t1, y, kept, False)
         else:
             made_jump = self.record.made_jump(self.solve.grid, index)
-            restart = self.solve.memory.is_restart(index, made_jump)
+            memory: Any = self.solve.memory
+            restart = memory.is_restart(index, made_jump)
             parts = solve.reversal.parts()
             evaluate = lambda part, _, *args: parts[part](*args)
-            y1, kept1, _ = solve.reversal.forward(evaluate, t0, t1, y, kept, restart)
+            forward: Any = solve.reversal.forward
+            y1, kept1, _ = forward(evaluate, t0, t1, y, kept, restart)
         return flatten((y1, kept1), u.dtype)[0]
 
     def _start(self, y0, u) -> Array:
@@ -151,7 +154,8 @@ class BlockSweep(eqx.Module):
         """The step, or its parts, with nothing split off that it closes over."""
         pure = lambda fn: lambda _, *args: as_arrays(fn(*args))
         if self.solve.reversal is None:
-            return pure(lambda *args: self.solve.step.replay(*args, False))
+            replay = self.solve.step.replay
+            return pure(lambda t0, t1, y, kept: replay(t0, t1, y, kept, False))
         return {name: pure(fn) for name, fn in self.solve.reversal.parts().items()}
 
     @property
@@ -159,7 +163,13 @@ class BlockSweep(eqx.Module):
         """The start and the grid, and no constants."""
         parts = () if self.solve.reversal is None else self.solve.reversal.parts()
         consts: Any = {name: [] for name in parts}
-        return SweepInputs(self.init_state, consts, [], self.solve.grid, [])
+        return SweepInputs(
+            init_state=self.init_state,
+            step_consts=consts,
+            save_consts=[],
+            grid=self.solve.grid,
+            ts=[],
+        )
 
     @property
     def wrt(self) -> SweepInputs:

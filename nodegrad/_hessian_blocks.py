@@ -122,9 +122,10 @@ def hessian_blocks(
     passes through discrete blocks (third derivatives), reverse mode does not.
 
     **Cost:** for $m$ states and $n$ parameters, a step costs $m + n$ second-order
-    pullbacks; Gauss-Newton without a running cost $\min(m, m + n)$ pullbacks, and
-    matrix products of $m n^2$. Memory: $(m + n)^2$, and that of a first-order gradient,
-    so that with `nodegrad.ReversibleAdjoint` it does not depend on the number of steps.
+    pullbacks; Gauss-Newton without a running cost $m$ pullbacks (or $m + n$
+    pushforwards, if $n \le m$), and matrix products of $m n^2$. Memory: $(m + n)^2$,
+    and that of a first-order gradient, so that with `nodegrad.ReversibleAdjoint` it
+    does not depend on the number of steps.
     `continuous=True` stores all of the forward solve, `"backsolve"` nothing of it.
 
     **When not to use it:** for more than some thousand parameters, where the matrix
@@ -149,7 +150,7 @@ def hessian_blocks(
             "state by hand, or leave `continuous=False`."
         )
         raise TypeError(msg)
-    saveat = _SAVE_T1 if ts is None else diffrax.SaveAt(ts=ts)
+    saveat = _SAVE_T1 if ts is None else diffrax.SaveAt(ts=jnp.asarray(ts))
     t0, t1, dt0 = as_times(t0, t1, dt0, saveat)
     y0 = jax.tree.map(lambda x: as_state(t0.dtype, x), y0)
     check_ts(saveat, t0, t1)
@@ -173,7 +174,7 @@ def hessian_blocks(
         **({"backsolve": continuous == "backsolve"} if continuous else {}),
     )
     for sol in sols:
-        blocks = raised(replace(sol, ys=blocks)).ys
+        blocks: Any = raised(replace(sol, ys=blocks)).ys
     return blocks
 
 
@@ -251,7 +252,7 @@ def _continuous_blocks(
         dtype=dtype,
         **kwargs,
     )
-    to_go = backward.ys
+    to_go: Any = backward.ys
     if ts is None:
         to_go = jax.tree.map(lambda x: x[0], to_go)
     blocks = _structured(to_go.value, to_go.gradient, to_go.hessian, y0, args)
@@ -337,7 +338,7 @@ def _check_costs(terminal_cost, running_cost, t0, y0, args):
         costs.append(("running_cost(t, y, args)", running_cost, (t0, y0, args)))
     for name, cost, inputs in costs:
         out = eqx.filter_eval_shape(cost, *inputs)
-        shape, dtype = getattr(out, "shape", None), getattr(out, "dtype", None)
+        shape, dtype = getattr(out, "shape", None), getattr(out, "dtype", bool)
         if shape != () or not jnp.issubdtype(dtype, jnp.floating):
             msg = f"`{name}` must return a real scalar array; got {out}."
             raise ValueError(msg)

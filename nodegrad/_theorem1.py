@@ -72,7 +72,8 @@ def solve_backwards(
     terminal = expand(lambda s, _: terminal_cost(unravel(s)), s, u)
     gradient, hessian = terminal.of_first(len(s))
     last = LossToGo(terminal_cost(y1), gradient, hessian, y1 if backsolve else None)
-    evaluate = None if backsolve else forward.interpolation.evaluate
+    interpolation: Any = forward.interpolation
+    evaluate = None if backsolve else interpolation.evaluate
     backward = odesolve(
         diffrax.ODETerm(_rates(field, running_cost, exact, evaluate, y0, dtype)),
         t0=t1,

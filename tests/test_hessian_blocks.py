@@ -200,6 +200,7 @@ def _gauss_newton(grid, tableau):
     return jacobian.T @ curvature @ jacobian
 
 
+@pytest.mark.slow
 def test_discrete_gauss_newton_drops_the_curvature_of_the_field_alone():
     solver = RK4
     grid = jnp.linspace(0.0, 1.0, 6)
@@ -435,6 +436,7 @@ def test_weight_decay_adds_its_multiple_of_the_identity(exact, continuous):
         assert jnp.max(jnp.abs(difference)) < 1e-12
 
 
+@pytest.mark.slow
 def test_blocks_along_the_solve_are_those_of_the_solves_from_there():
     """A solve from the state at a time `t`, over the same steps."""
     grid = jnp.linspace(0.0, 1.0, 9)
@@ -463,6 +465,7 @@ def test_blocks_along_the_solve_are_those_of_the_solves_from_there():
         assert relative_error(jax.tree.map(lambda x, i=i: x[i], along), rest) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t0, t1", [(0.0, 1.0), (1.0, 0.0)])
 def test_adaptive_steps_are_made_to_end_at_the_times_asked_for(t0, t1):
     ts = jnp.linspace(t0, t1, 4)
@@ -474,6 +477,7 @@ def test_adaptive_steps_are_made_to_end_at_the_times_asked_for(t0, t1):
     assert relative_error(discrete, continuous) < 1e-7
 
 
+@pytest.mark.slow
 def test_blocks_are_structured_like_those_of_jax():
     args = {"rate": jnp.array(0.4), "matrix": jnp.eye(2), "power": 2, "name": "cubic"}
     y0 = {"a": jnp.array([0.3, 0.1]), "b": jnp.array(0.5)}
@@ -567,6 +571,7 @@ def test_every_kind_of_solver_and_memory(name):
     assert relative_error(jnp.concatenate([upper, lower]), expected) < 1e-11
 
 
+@pytest.mark.slow
 def test_noise_is_as_good_as_a_vector_field():
     """Plain terms, and a batch by `vmap`."""
     noise = diffrax.VirtualBrownianTree(0.0, 1.0, 1e-3, (2,), jr.PRNGKey(0))
@@ -591,6 +596,7 @@ def test_noise_is_as_good_as_a_vector_field():
     assert relative_error(blocks.hess_argsargs, expected) < 1e-11
 
 
+@pytest.mark.slow
 def test_third_derivatives_by_forward_mode():
     solver, grid = RK4, jnp.linspace(0.0, 1.0, 5)
     v = jnp.array([0.3, -0.7])

@@ -131,6 +131,7 @@ def test_taylor_remainders_have_slopes_two_and_three():
         assert np.all(abs(slopes - order) < 0.1 * (order - 1))
 
 
+@pytest.mark.slow
 def test_third_derivatives_by_nesting_forward_mode():
     frozen = _frozen_outputs(diffrax.Tsit5())
     third = jax.jacfwd(jax.hessian(lambda p: _loss_of(frozen(p))))(POINT)
@@ -218,6 +219,7 @@ def test_products_of_a_model_with_several_batched_solves():
     assert relative_error(again, product) < 1e-12
 
 
+@pytest.mark.slow
 def test_operators_serve_the_solvers_of_lineax():
     hessian = nodegrad.hessian_operator(_loss, POINT)
     assert lx.is_symmetric(hessian)
