@@ -1,6 +1,20 @@
 from ._adjoint import ACAAdjoint as ACAAdjoint, ReversibleAdjoint as ReversibleAdjoint
 from ._alf import ALF as ALF
+from ._hessian_blocks import (
+    hessian_blocks as hessian_blocks,
+    HessianBlocks as HessianBlocks,
+)
+from ._low_rank import (
+    low_rank_blocks as low_rank_blocks,
+    LowRankBlocks as LowRankBlocks,
+)
 from ._odesolve import odesolve as odesolve
+from ._products import (
+    ggn_operator as ggn_operator,
+    ggn_vp as ggn_vp,
+    hessian_operator as hessian_operator,
+    hvp as hvp,
+)
 from ._results import RESULTS as RESULTS
 from ._reversible import Reversible as Reversible
 from ._rk4 import RK4 as RK4

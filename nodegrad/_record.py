@@ -115,7 +115,7 @@ def recorded_loop(
     example = _one_lane(init_state) if solve.lanes else init_state
 
     def run(state):
-        return _run_recording(solve, cond_fun, body_fun, state, max_steps, buffers)
+        return run_recording(solve, cond_fun, body_fun, state, max_steps, buffers)
 
     loop_consts, pure_run = hoist(run, example)
     step_consts, pure_step, save_consts, pure_saves = _hoist_parts(solve, example)
@@ -172,26 +172,30 @@ def _differentiable(solve: Solve, pure_run, pure_step, pure_saves) -> Callable:
 
 def _make_sweep(solve: Solve, pure_step, pure_saves, final_state, written, inputs):
     """A sweep, without cotangents yet."""
-    rows, log, at_end = written
-    record = Record(
-        rows=rows,
-        log=log,
-        tprev0=inputs.init_state.tprev,
-        tnext0=inputs.init_state.tnext,
-        made_jump0=inputs.init_state.made_jump,
-        num_steps=final_state.num_accepted_steps,
-        at_end=at_end,
-        taken=_steps_taken(inputs.init_state),
-    )
     return Sweep(
         solve=solve,
-        record=record,
+        record=make_record(inputs.init_state, final_state, written),
         pure_step=pure_step,
         pure_saves=pure_saves,
         final_state=final_state,
         ct_state=None,
         inputs=inputs,
         wrt=jax.tree.map(lambda _: False, inputs),
+    )
+
+
+def make_record(init_state: PyTree, final_state: PyTree, written) -> Record:
+    """What `run_recording` has written down, with what else the sweep needs."""
+    rows, log, at_end = written
+    return Record(
+        rows=rows,
+        log=log,
+        tprev0=init_state.tprev,
+        tnext0=init_state.tnext,
+        made_jump0=init_state.made_jump,
+        num_steps=final_state.num_accepted_steps,
+        at_end=at_end,
+        taken=_steps_taken(init_state),
     )
 
 
@@ -205,7 +209,7 @@ def _one_lane(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: struct(x) if eqx.is_array(x) else x, tree)
 
 
-def _run_recording(solve, cond_fun, body_fun, init_state, max_steps, buffers):
+def run_recording(solve, cond_fun, body_fun, init_state, max_steps, buffers):
     """The loop itself: `(final state, (rows, log, whether it came to its end))`."""
     memory, grid, taken = solve.memory, solve.grid, _steps_taken(init_state)
     logs_origin = isinstance(grid, AdaptiveGrid)

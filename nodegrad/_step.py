@@ -141,7 +141,9 @@ class SolverStep(eqx.Module):
     def replay(self, t0, t1, y0, kept, dense: bool):
         """The accepted step once more: `(y1, kept, dense_info)`."""
         solver_state, made_jump = kept
-        y1, _, dense_info, solver_state, _ = self.solver.step(
+        # Diffrax's default for loops over stages cannot be differentiated twice.
+        solver = with_scan_kind(self.solver, "bounded")
+        y1, _, dense_info, solver_state, _ = solver.step(
             self.terms, t0, t1, y0, self.args, solver_state, made_jump
         )
         return y1, (solver_state, made_jump), dense_info if dense else None

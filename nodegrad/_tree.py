@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 
@@ -78,3 +79,21 @@ def inexact_spec(tree: PyTree) -> PyTree[bool]:
 def each(lanes: bool, fn: Callable[..., Any]) -> Callable[..., Any]:
     """`fn` on one solve, or mapped over the leading axis of a batch of solves."""
     return jax.vmap(fn) if lanes else fn
+
+
+def flatten(tree: PyTree, dtype) -> tuple[Array, Callable[[Array], PyTree]]:
+    """The inexact arrays of `tree` as one vector of type `dtype`, and the way back."""
+    inexact, rest = eqx.partition(tree, eqx.is_inexact_array)
+    leaves, structure = jax.tree.flatten(inexact)
+    ends = np.cumsum([x.size for x in leaves], dtype=int)
+
+    def unflatten(vector):
+        parts = jnp.split(vector, ends[:-1])
+        new = [
+            jnp.reshape(part, x.shape).astype(x.dtype)
+            for part, x in zip(parts, leaves, strict=False)
+        ]
+        return eqx.combine(jax.tree.unflatten(structure, new), rest)
+
+    flat = [jnp.ravel(x).astype(dtype) for x in leaves]
+    return jnp.concatenate([jnp.zeros(0, dtype), *flat]), unflatten
