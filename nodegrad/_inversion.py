@@ -278,7 +278,7 @@ def _times(sweep, index) -> _Times:
     def read(record, index):
         start, end = record.start(grid, index), record.end(grid, index)
         before = record.start(grid, jnp.maximum(index - 1, 0))
-        made_jump = record.made_jump(grid, index)
+        made_jump = record.made_jump(index)
         row = memory.row_to_write(index, record.taken, start, made_jump, grid)
         return _Times(start, end, before, made_jump, row)
 

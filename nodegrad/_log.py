@@ -15,12 +15,13 @@ class Log(eqx.Module):
     """What is known of every accepted step; each field has one row a step.
 
     `ends` is kept only where it cannot be computed, `starts` only where a step may
-    start elsewhere than the last one ended (a jump), `origins` only for grids that need
-    to know (see `_grid.py`).
+    start elsewhere than the last one ended (a jump: `made_jumps`), `origins` only for
+    grids that need to know (see `_grid.py`).
     """
 
     ends: Array | None
     starts: Array | None
+    made_jumps: Array | None
     origins: Array | None
 
 
@@ -56,12 +57,11 @@ class Record(eqx.Module):
             return self.end(grid, index - 1)
         return self.log.starts[index]
 
-    def made_jump(self, grid: AbstractGrid, index):
+    def made_jump(self, index):
         """Whether step `index` started just after a jump of the vector field."""
-        if self.log.starts is None:
+        if self.log.made_jumps is None:
             return self.made_jump0 & (index == 0)
-        jumped = self.start(grid, index) != self.end(grid, index - 1)
-        return jnp.where(index == 0, self.made_jump0, jumped)
+        return self.log.made_jumps[index]
 
     def previous_size(self, grid: AbstractGrid, index):
         """The size before that of step `index`, as the controller saw it."""

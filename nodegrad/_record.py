@@ -221,6 +221,7 @@ def run_recording(solve, cond_fun, body_fun, init_state, max_steps, buffers):
     log = Log(
         ends=empty if solve.stores_times else None,
         starts=empty if solve.jumps else None,
+        made_jumps=empty.astype(bool) if solve.jumps else None,
         origins=jnp.zeros(max_steps, grid.origin_dtype) if logs_origin else None,
     )
     origin = jnp.asarray(RATIO, jnp.int32) if logs_origin else None
@@ -234,6 +235,7 @@ def run_recording(solve, cond_fun, body_fun, init_state, max_steps, buffers):
         now = Log(
             ends=state.tnext if solve.stores_times else None,
             starts=state.tprev if solve.jumps else None,
+            made_jumps=state.made_jump if solve.jumps else None,
             origins=origin.astype(grid.origin_dtype) if logs_origin else None,
         )
         log = _set(log, index, now)

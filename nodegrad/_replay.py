@@ -86,7 +86,10 @@ def _step_args(sweep, rows, index, row):
     grid = sweep.inputs.grid
 
     def read(record, rows, index, row):
-        return record.start(grid, index), record.end(grid, index), *take(rows, row)
+        y, kept = take(rows, row)
+        # A replay knows nothing of the jumps of the steps after it.
+        kept = sweep.solve.step.kept_at(kept, record.made_jump(index))
+        return record.start(grid, index), record.end(grid, index), y, kept
 
     return each(sweep.lanes, read)(sweep.record, rows, index, row)
 

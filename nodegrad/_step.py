@@ -49,6 +49,11 @@ class RungeKuttaStep(eqx.Module):
         """What a replay needs besides the state: nothing."""
         del solver_state, made_jump
 
+    def kept_at(self, kept, made_jump):
+        """`kept`, for a step that does or does not start just after a jump."""
+        del made_jump
+        return kept
+
     @property
     def evaluations(self) -> tuple[int, int] | None:
         """Vector field evaluations before the first attempt, and of each attempt."""
@@ -119,6 +124,11 @@ class SolverStep(eqx.Module):
 
     def kept(self, solver_state, made_jump):
         """What a replay needs besides the state."""
+        return solver_state, made_jump
+
+    def kept_at(self, kept, made_jump):
+        """`kept`, for a step that does or does not start just after a jump."""
+        solver_state, _ = kept
         return solver_state, made_jump
 
     @property
