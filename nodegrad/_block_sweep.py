@@ -131,7 +131,7 @@ class BlockSweep(eqx.Module):
         if solve.reversal is None:
             y1, kept1, _ = solve.step.replay(t0, t1, y, kept, False)
         else:
-            made_jump = self.record.made_jump(self.solve.grid, index)
+            made_jump = self.record.made_jump(index)
             memory: Any = self.solve.memory
             restart = memory.is_restart(index, self.record.taken, made_jump)
             parts = solve.reversal.parts()
