@@ -60,7 +60,7 @@ class Reversible(diffrax.AbstractStratonovichSolver, diffrax.AbstractWrappedSolv
     an adjoint of Diffrax: `diffrax.RESULTS.nonlinear_divergence`): usually long before
     that is visible, but driven by noise or by a path of several channels, where the
     vector fields of two steps cannot be compared, only when the copies are apart by a
-    tenth of the solution.
+    quarter of the solution.
 
     **Cost:** twice that of `solver`, without the last stage of a method that shares it
     with the next step: 12 evaluations a step for `Tsit5`, 6 for `Bosh3`.
