@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from equinox.internal import ω
 from jaxtyping import Array, PyTree
 
+from ._coupling_monitor import FIRST_STEPS
 from ._diffrax import is_sde
 from ._magnitude import magnitudes, relative_size, size
 from ._results import COUPLING_LOST
@@ -125,7 +126,7 @@ class ALF(diffrax.AbstractAdaptiveSolver):
         error = ((info["k1"] ** ω - info["k0"] ** ω) / twice).ω
         gap, speed = jax.lax.stop_gradient((((v1**ω - v0**ω) / twice).ω, v1))
         scale = magnitudes(solver_state.scale, speed)
-        lost = ~(relative_size(gap, scale) <= _OVERWHELMING)
+        lost = ~(relative_size(gap, scale) <= _OVERWHELMING) & (count >= FIRST_STEPS)
         result = diffrax.RESULTS.where(lost, COUPLING_LOST, diffrax.RESULTS.successful)
         new_state = VelocityState(v1, scale, size(gap), lost, count + 1)
         return y1, error, info, new_state, result

@@ -115,11 +115,7 @@ class RecordedAdjoint(diffrax.AbstractAdjoint):
             stats = {**stats, "reconstruction_error": errors.pop()}
         if isinstance(step, RungeKuttaStep):
             final_state = _with_diffrax_solver_state(step, saveat, final_state)
-        if step.evaluations is not None and not solve.jumps:
-            first, each_attempt = step.evaluations
-            count = first + each_attempt * final_state.num_steps
-            stats = {**stats, "num_vector_field_evaluations": count}
-        return _with_coupling(final_state, stats)
+        return _with_coupling(final_state, {**stats, **_counted(solve, final_state)})
 
 
 class _StepSolver(diffrax.AbstractWrappedSolver):
@@ -179,6 +175,16 @@ def _with_diffrax_solver_state(step: RungeKuttaStep, saveat, final_state: Any) -
         f0 = step.start(final_state.tprev, final_state.tnext, final_state.y)
         solver_state = jnp.array(False), f0
     return replace(final_state, solver_state=solver_state)
+
+
+def _counted(solve: Solve, final_state: Any) -> dict:
+    """The number of vector field evaluations, if it is known."""
+    if solve.step.evaluations is None or solve.jumps:
+        return {}
+    first, each_attempt = solve.step.evaluations
+    return {
+        "num_vector_field_evaluations": first + each_attempt * final_state.num_steps
+    }
 
 
 def _with_coupling(final_state: Any, stats: dict) -> tuple[Any, dict]:

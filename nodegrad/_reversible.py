@@ -57,7 +57,10 @@ class Reversible(diffrax.AbstractStratonovichSolver, diffrax.AbstractWrappedSolv
     **Raises:** `TypeError` or `ValueError` for other arguments, and for stochastic
     equations with a `solver` that is not Stratonovich. A solve whose copies have come
     apart ends with `nodegrad.RESULTS.coupling_lost` (inside `diffrax.diffeqsolve` with
-    an adjoint of Diffrax: `diffrax.RESULTS.nonlinear_divergence`).
+    an adjoint of Diffrax: `diffrax.RESULTS.nonlinear_divergence`): usually long before
+    that is visible, but driven by noise or by a path of several channels, where the
+    vector fields of two steps cannot be compared, only when the copies are apart by a
+    quarter of the solution.
 
     **Cost:** twice that of `solver`, without the last stage of a method that shares it
     with the next step: 12 evaluations a step for `Tsit5`, 6 for `Bosh3`.
