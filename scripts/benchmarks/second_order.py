@@ -352,7 +352,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, clock: Clock, report: Report) -> None:
     """Runs the benchmark."""
-    jax.config.update("jax_enable_x64", True)
     settings = Settings(clock, report, row_seconds=0.3 if arguments.quick else 2.0)
     measure_van_der_pol(settings)
     measure_depth(settings, arguments.quick)
