@@ -14,7 +14,12 @@ from ._coupling_monitor import FIRST_STEPS
 from ._diffrax import is_sde
 from ._magnitude import magnitudes, relative_size, size
 from ._results import COUPLING_LOST
-from ._reversal import AbstractReversal, check_number, check_resync_every
+from ._reversal import (
+    AbstractReversal,
+    check_number,
+    check_resync_every,
+    is_regular_restart,
+)
 
 
 # The velocities of two successive half steps differ by a full turn: there is no
@@ -116,9 +121,8 @@ class ALF(diffrax.AbstractAdaptiveSolver):
         step = LeapfrogReversal(self, terms, args)
         parts: dict[str, Callable] = step.parts()
         evaluate = lambda part, _, *part_args: parts[part](*part_args)
-        restart, count = made_jump, solver_state.steps_taken
-        if self.resync_every is not None:
-            restart = restart | ((count % self.resync_every == 0) & (count > 0))
+        count = solver_state.steps_taken
+        restart = made_jump | is_regular_restart(self.resync_every, count)
         v0, twice = solver_state.velocity, 2 * self.damping
         if restart is not False:
             v0 = parts["restarted"](t0, y0, v0, restart)

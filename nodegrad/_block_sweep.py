@@ -178,9 +178,9 @@ class BlockSweep(eqx.Module):
         """Nothing is differentiated by pullbacks."""
         return self.inputs
 
-    def pullback(self, pure, consts, wrt_consts, args, spec, mapped=None):
+    def pullback(self, pure, consts, wrt_consts, args, spec):
         """`pure(consts, *args)`, and no pullback: `pull_back_step` needs none."""
-        del wrt_consts, spec, mapped
+        del wrt_consts, spec
         return pure(consts, *args), None
 
     def step_spec(self, args) -> PyTree:
@@ -195,8 +195,3 @@ class BlockSweep(eqx.Module):
         """`index`: the only lane is never idle."""
         del live
         return index
-
-    def map_carry(self, per_lane, shared, *carries):
-        """Maps `per_lane` over the carry."""
-        del shared
-        return jax.tree.map(per_lane, *carries)

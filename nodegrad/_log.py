@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ._grid import AbstractGrid, AdaptiveGrid
-from ._tree import where
+from ._tree import lent
 
 
 class Log(eqx.Module):
@@ -75,19 +75,9 @@ class Record(eqx.Module):
         return grid.origin_of(index, logged)
 
     def with_safe_first_step(self) -> "Record":
-        """A batch in which every lane has a first step that can be pulled back.
-
-        A lane that made none (its `y0` may be a NaN) gets that of one that did. It only
-        rides along: its cotangents are zero, but zero times NaN would not be.
-        """
+        """A batch in which every lane has a first step that can be pulled back."""
         none = self.num_steps == 0
-        donor = jnp.argmax(~none)
-        patch = lambda x: where(none, jnp.broadcast_to(x[donor], x.shape), x)
-        patch_first = lambda x: x.at[:, 0].set(patch(x[:, 0]))
-        return replace(
-            self,
-            rows=jax.tree.map(patch_first, self.rows),
-            log=jax.tree.map(patch_first, self.log),
-            tprev0=patch(self.tprev0),
-            tnext0=patch(self.tnext0),
-        )
+        lend_first = lambda x: x.at[:, 0].set(lent(none, x[:, 0]))
+        rows, log = jax.tree.map(lend_first, (self.rows, self.log))
+        tprev0, tnext0 = lent(none, (self.tprev0, self.tnext0))
+        return replace(self, rows=rows, log=log, tprev0=tprev0, tnext0=tnext0)

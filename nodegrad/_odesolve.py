@@ -29,7 +29,7 @@ from ._grid import may_jump, without_derivatives
 from ._integrate import loop_buffers, nearly, Problem, State
 from ._output import write_final
 from ._record import recorded_loop
-from ._results import RESULTS
+from ._results import coupling_stats, RESULTS
 from ._step import make_step
 from ._tree import each, is_traced
 
@@ -273,10 +273,8 @@ def solution_of(problem: Problem, saveat, direction, y0, state: State, error):
         "num_vector_field_evaluations": state.num_evaluations,
         "time_reached": t * direction,
         "max_steps": problem.max_steps,
+        **coupling_stats(state.solver_state),
     }
-    if hasattr(state.solver_state, "distance"):
-        distance = jax.lax.stop_gradient(state.solver_state.distance)
-        stats["coupling_distance"] = distance
     if error is not None:
         stats["reconstruction_error"] = error
     return diffrax.Solution(

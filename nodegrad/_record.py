@@ -1,10 +1,10 @@
 """Running a solver loop so that it can be differentiated: record, then sweep back.
 
 `recorded_loop` takes the place of the `while` loop of a solver, be it Diffrax's
-(`_door.py`) or our own (`odesolve`). The forward pass
-runs that loop unchanged, search for the step sizes included, and writes down for every
-accepted step its times and (thinned, see `_checkpoints.py`) the state it started from.
-The backward pass is the one sweep of `_sweep.py`.
+(`_door.py`) or our own (`odesolve`). The forward pass runs that loop unchanged, search
+for the step sizes included, and writes down for every accepted step its times and
+(thinned, see `_checkpoints.py`) the state it started from. The backward pass is the one
+sweep of `_sweep.py`.
 
 What the loop state must have is what Diffrax's has: `y`, `tprev`, `tnext`, `made_jump`,
 `solver_state`, `num_accepted_steps`, `save_state` (with `ts`, `ys`, `save_index` and
@@ -37,7 +37,7 @@ from ._reversal import AbstractReversal
 from ._save import Save, save_states
 from ._step import AbstractStep, SolverStep
 from ._sweep import Sweep, SweepInputs
-from ._tree import as_arrays
+from ._tree import as_arrays, put
 
 
 class Solve(eqx.Module):
@@ -231,14 +231,14 @@ def run_recording(solve, cond_fun, body_fun, init_state, max_steps, buffers):
         index = state.num_accepted_steps
         row = memory.row_to_write(index, taken, state.tprev, state.made_jump, grid)
         # A rejected attempt is overwritten by the next one.
-        rows = _set(rows, row, _to_store(solve, state))
+        rows = put(rows, row, _to_store(solve, state))
         now = Log(
             ends=state.tnext if solve.stores_times else None,
             starts=state.tprev if solve.jumps else None,
             made_jumps=state.made_jump if solve.jumps else None,
             origins=origin.astype(grid.origin_dtype) if logs_origin else None,
         )
-        log = _set(log, index, now)
+        log = put(log, index, now)
         new_state = body_fun(state)
         if logs_origin:
             accepted = new_state.num_accepted_steps != state.num_accepted_steps
@@ -269,13 +269,6 @@ def _to_store(solve: Solve, state: PyTree) -> PyTree[Array]:
         return None
     kept = solve.kept(state.solver_state, state.made_jump)
     return eqx.filter(as_arrays((state.y, kept)), eqx.is_array)
-
-
-def _set(buffers: PyTree, index, values: PyTree) -> PyTree:
-    is_buffer = lambda x: hasattr(x, "at")
-    return jax.tree.map(
-        lambda buffer, x: buffer.at[index].set(x), buffers, values, is_leaf=is_buffer
-    )
 
 
 def _hoist_parts(solve: Solve, state: PyTree):

@@ -159,6 +159,26 @@ class SolverStep(eqx.Module):
         return y1, (solver_state, made_jump), dense_info if dense else None
 
 
+class DelegatingSolver(diffrax.AbstractWrappedSolver):
+    """A solver with the terms, orders and vector field of the one that it wraps."""
+
+    @property
+    def term_structure(self):
+        return self.solver.term_structure
+
+    def order(self, terms):
+        return self.solver.order(terms)
+
+    def strong_order(self, terms):
+        return self.solver.strong_order(terms)
+
+    def error_order(self, terms):
+        return self.solver.error_order(terms)
+
+    def func(self, terms, t0, y0, args):
+        return self.solver.func(terms, t0, y0, args)
+
+
 AbstractStep = RungeKuttaStep | SolverStep
 
 

@@ -71,6 +71,12 @@ def take(tree: PyTree, row) -> PyTree:
     return jax.tree.map(lambda x: x[row], tree, is_leaf=is_buffer)
 
 
+def put(tree: PyTree, row, values: PyTree) -> PyTree:
+    """`tree` with `values` in row `row` of its arrays."""
+    set_row = lambda buffer, x: buffer.at[row].set(x)
+    return jax.tree.map(set_row, tree, values, is_leaf=is_buffer)
+
+
 def inexact_spec(tree: PyTree) -> PyTree[bool]:
     """Which leaves of `tree` are inexact arrays."""
     return jax.tree.map(eqx.is_inexact_array, tree)
@@ -79,6 +85,17 @@ def inexact_spec(tree: PyTree) -> PyTree[bool]:
 def each(lanes: bool, fn: Callable[..., Any]) -> Callable[..., Any]:
     """`fn` on one solve, or mapped over the leading axis of a batch of solves."""
     return jax.vmap(fn) if lanes else fn
+
+
+def lent(none: Array, tree: PyTree) -> PyTree:
+    """`tree`, in which lanes with `none` have the numbers of one without.
+
+    A lane that made no step (its `y0` may be a NaN) only rides along: its cotangents
+    are zero, but zero times NaN would not be.
+    """
+    donor = jnp.argmax(~none)
+    lend = lambda x: where(none, jnp.broadcast_to(x[donor], x.shape), x)
+    return jax.tree.map(lend, tree)
 
 
 def flatten(tree: PyTree, dtype) -> tuple[Array, Callable[[Array], PyTree]]:
