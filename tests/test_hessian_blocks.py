@@ -155,7 +155,7 @@ def test_discrete_is_the_hessian_of_the_accepted_grid(name, running):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adjoint", [REVERSIBLE, ACA, nodegrad.ACAAdjoint(2)])
+@pytest.mark.parametrize("adjoint", [REVERSIBLE, nodegrad.ACAAdjoint(2)])
 def test_discrete_is_exact_for_a_reversible_solver(adjoint):
     solver = nodegrad.Reversible(diffrax.Tsit5())
     grid = _grid(with_cost, solver, jnp.append(Y0, 0.0), PID)
