@@ -1,9 +1,15 @@
 from ._adjoint import ACAAdjoint as ACAAdjoint, ReversibleAdjoint as ReversibleAdjoint
 from ._alf import ALF as ALF
+from ._kronecker import KroneckerFactors as KroneckerFactors
 from ._odesolve import odesolve as odesolve
 from ._results import RESULTS as RESULTS
 from ._reversible import Reversible as Reversible
 from ._rk4 import RK4 as RK4
+from ._snopt import (
+    scale_by_snopt as scale_by_snopt,
+    snopt as snopt,
+    SNOptState as SNOptState,
+)
 from ._stability import (
     is_stable as is_stable,
     stability_polynomial as stability_polynomial,
