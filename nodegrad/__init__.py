@@ -14,3 +14,7 @@ from ._stability import (
     is_stable as is_stable,
     stability_polynomial as stability_polynomial,
 )
+from ._terminal_time import (
+    terminal_time as terminal_time,
+    terminal_time_derivatives as terminal_time_derivatives,
+)

@@ -59,8 +59,8 @@ class LayerState(NamedTuple):
     input_basis: Float[Array, "*stack d_in d_in"]
     output_basis: Float[Array, "*stack d_out d_out"]
     second_moment: Float[Array, "*stack d_out d_in"]
-    input_factor: Float[Array, "*stack d_in d_in"] | None
-    output_factor: Float[Array, "*stack d_out d_out"] | None
+    input_factor: Any
+    output_factor: Any
     num_samples: Float[Array, "*stack"]
     num_refreshes: Int[Array, "*stack"]
 
@@ -116,6 +116,7 @@ def refresh(rule: Rule, state: LayerState, factors: KroneckerFactors) -> LayerSt
     input_values, input_basis, input_ok = _eigenbasis(a)
     output_values, output_basis, output_ok = _eigenbasis(b)
     if rule.moment == "ekfac":
+        assert factors.draws is not None
         drawn = _rotated(output_basis, factors.draws, input_basis)
         moment = jnp.sum(drawn**2, axis=0) / samples
         share = jnp.where(is_first, 0, _as(rule.decay, dtype))[..., None, None]

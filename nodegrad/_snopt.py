@@ -165,7 +165,7 @@ def scale_by_snopt(
     def chosen(tree: PyTree) -> list[Layer]:
         return [x for x in layers_of(tree) if layers is None or layers(x.key)]
 
-    def init_fn(params: PyTree) -> SNOptState:
+    def init_fn(params: PyTree) -> Any:
         count = jnp.zeros((), jnp.int32)
         if not jax.tree.leaves(params):
             # So that `optax.tree_map_params`, which asks with a placeholder for the
@@ -265,7 +265,7 @@ def snopt(
     )
 
 
-def _next(count: Array) -> Array:
+def _next(count: Array) -> Any:
     return optax.safe_increment(count)
 
 
