@@ -1,5 +1,6 @@
 from ._adjoint import ACAAdjoint as ACAAdjoint, ReversibleAdjoint as ReversibleAdjoint
 from ._alf import ALF as ALF
+from ._curvature import value_grad_and_curvature as value_grad_and_curvature
 from ._kronecker import KroneckerFactors as KroneckerFactors
 from ._odesolve import odesolve as odesolve
 from ._results import RESULTS as RESULTS

@@ -5,12 +5,18 @@ Checked on Diffrax 0.7.2. Each is here because nothing public does its work:
 - `assert_term_compatible`: whether terms fit a solver, with Diffrax's own messages.
 - `is_sde`, `is_unsafe_sde`: whether a term is driven by a Brownian motion, and by one
   that gives the same values only for the very same times.
+- `running_adjoints`: reads the adjoint of a running `diffeqsolve` off the call stack,
+  where nothing public says which it is.
 - `use_stepsize_tol`: the placeholder in an implicit solver's root finder that stands
   for the tolerances of the step size controller.
 - `WrapTerm`: a term in the time that runs forwards, for solves with `t1 < t0`.
 - `solver_loop`: Diffrax's solver loop, which takes the `while` loop to run as an
   argument. With it comes the layout of the loop's state (see `_record.py`).
 """
+
+import sys
+from collections.abc import Iterator
+from typing import Any
 
 from diffrax._heuristics import is_sde as is_sde, is_unsafe_sde as is_unsafe_sde
 from diffrax._integrate import (
@@ -26,6 +32,17 @@ __all__ = [
     "assert_term_compatible",
     "is_sde",
     "is_unsafe_sde",
+    "running_adjoints",
     "solver_loop",
     "use_stepsize_tol",
 ]
+
+
+def running_adjoints() -> Iterator[Any]:
+    """The adjoint of every `diffrax.diffeqsolve` that is being traced right now."""
+    frame = sys._getframe()
+    while frame is not None:
+        is_solve = frame.f_code.co_name == "diffeqsolve"
+        if is_solve and frame.f_globals.get("__name__") == "diffrax._integrate":
+            yield frame.f_locals.get("adjoint")
+        frame = frame.f_back

@@ -36,7 +36,8 @@ _CELLS = eqx.nn.GRUCell | eqx.nn.LSTMCell
 _MODULES = eqx.nn.Linear | eqx.nn.Conv | _CELLS
 
 
-def _is_module(x: Any) -> bool:
+def is_module(x: Any) -> bool:
+    """Whether `x` is a module that has layers and nothing besides."""
     return isinstance(x, _MODULES)
 
 
@@ -47,10 +48,10 @@ def layers_of(model: PyTree) -> list[Layer]:
     of each `eqx.nn.GRUCell` and `eqx.nn.LSTMCell`. A layer whose weight is missing
     (`None`, masked) or not real is none.
     """
-    leaves, _ = jax.tree.flatten_with_path(model, is_leaf=_is_module)
+    leaves, _ = jax.tree.flatten_with_path(model, is_leaf=is_module)
     found = []
     for path, module in leaves:
-        if not _is_module(module):
+        if not is_module(module):
             continue
         key = jax.tree_util.keystr(path)
         if isinstance(module, _CELLS):

@@ -34,6 +34,7 @@ from ._inversion import hoist_reversal, Restarts
 from ._modes import reverse_mode_only, REVERSE_OVER_REVERSE
 from ._reversal import AbstractReversal
 from ._save import Save, save_states
+from ._statistics import make_statistics, without_probes
 from ._step import AbstractStep, SolverStep
 from ._sweep import Sweep, SweepInputs
 from ._tree import as_arrays, where
@@ -191,20 +192,23 @@ def recorded_loop(
 
     loop_consts, pure_run = hoist(run, example)
     step_consts, pure_step, save_consts, pure_saves = _hoist_parts(solve, example)
+    statistics_consts, payload = make_statistics(solve, example, pure_step)
     inputs = SweepInputs(
         init_state=init_state,
         step_consts=step_consts,
         save_consts=save_consts,
         grid=solve.grid,
         ts=[save.ts for save in solve.saves],
+        statistics=statistics_consts,
     )
 
-    differentiable_run = _differentiable(solve, pure_run, pure_step, pure_saves)
+    pure = pure_run, pure_step, pure_saves, payload
+    differentiable_run = _differentiable(solve, *pure)
     final_state = differentiable_run(reverse_mode_only((loop_consts, inputs)))
     return _only_differentiable(solve, init_state, final_state)
 
 
-def _differentiable(solve: Solve, pure_run, pure_step, pure_saves) -> Callable:
+def _differentiable(solve: Solve, pure_run, pure_step, pure_saves, payload) -> Callable:
     """`(loop constants, inputs) -> final state`, with the sweep for a gradient."""
 
     def forward(loop_consts__inputs):
@@ -235,6 +239,11 @@ def _differentiable(solve: Solve, pure_run, pure_step, pure_saves) -> Callable:
             made_jump0=inputs.init_state.made_jump,
             num_steps=final_state.num_accepted_steps,
         )
+        wrt, collect = perturbed[1], None
+        if payload is not None:
+            no_probes = without_probes(wrt.step_consts, pure_step)
+            wrt = replace(wrt, step_consts=no_probes)
+            collect = payload if payload.is_wanted(wrt.statistics) else None
         sweep = Sweep(
             solve=solve,
             record=record,
@@ -243,7 +252,8 @@ def _differentiable(solve: Solve, pure_run, pure_step, pure_saves) -> Callable:
             final_state=final_state,
             ct_state=ct_state,
             inputs=inputs,
-            wrt=perturbed[1],
+            wrt=wrt,
+            payload=collect,
         )
         # The loop's own constants are the step's, whose cotangents are among `inputs`.
         out = (jax.tree.map(lambda _: None, loop_consts), sweep())
