@@ -156,6 +156,7 @@ class NodeStatistics(eqx.Module):
             weight = jnp.where(live, jnp.full_like(size, 0.5), 0)
             ct_y = over_nodes(_scaled, 0, None)(ct_y, size)
         t, y, _ = nodes
+        weight = over_nodes(_tied, None, 0)(weight, ct_y)
 
         def field(probes, weight, start, end, t, y):
             consts = self._consts(sweep, probes, weight)
@@ -167,7 +168,7 @@ class NodeStatistics(eqx.Module):
             if sweep.lanes:
                 has_lanes = 0 if self.reduction == "reduce" else None
                 fn = jax.vmap(fn, in_axes=(has_lanes, 0, 0, 0, 0, 0))
-            fn = jax.vmap(fn, in_axes=(None, None, None, None, 0, 0))
+            fn = jax.vmap(fn, in_axes=(None, 0, None, None, 0, 0))
             return fn(probes, weight, start, end, t, y)
 
         _, pull = jax.vjp(all_nodes, zeros_like(total))
@@ -181,7 +182,7 @@ class NodeStatistics(eqx.Module):
         for slots, probe in zip(self.slots, probes, strict=True):
             for slot, value in zip(slots[self._collected], probe, strict=True):
                 consts[slot] = value
-            offset = (weight - 1).astype(consts[slots[0]].dtype)
+            offset = (weight + 1).astype(consts[slots[0]].dtype)
             consts[slots[0]] = jnp.broadcast_to(offset, consts[slots[0]].shape)
         return consts
 
@@ -235,6 +236,16 @@ def _products(count: Array, x_sum: Array, g_sum: Array) -> list[Array]:
 
 def _outer(x: Array) -> Array:
     return x[..., :, None] * x[..., None, :]
+
+
+def _tied(weight: Array, ct: PyTree) -> Array:
+    """`weight`, with an axis for every `vmap` for which `ct` has one.
+
+    A layer whose input is the same for all of a batch would else be taken to be used
+    once, by a sum of samples.
+    """
+    leaf, *_ = jax.tree.leaves(ct)
+    return jnp.where(jnp.ravel(leaf)[0] > 0, weight, weight)
 
 
 def _scaled(tree: PyTree, size: Array) -> PyTree:

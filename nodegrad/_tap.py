@@ -4,9 +4,12 @@ r"""The product of a weight and an input, which can be asked for its curvature.
 depends besides on *probes*: arrays of zeros that it does not use. What comes back in
 reverse mode as the "gradient" of a probe is no derivative but a statistic of the use:
 $\sum x x^\top$, $\sum g g^\top$ (with $g$ the cotangent of $h$), how many they are, and
-$\sum x$, $\sum g$, each times one plus the value of the probe `offset`. Like any
-cotangent, statistics add up over all uses of a layer, and under `vmap`, `scan`, `cond`
-and `jit`.
+$\sum x$, $\sum g$. Like any cotangent, statistics add up over all uses of a layer, and
+under `vmap`, `scan`, `cond` and `jit`.
+
+Their weight is set by the value of the probe `offset`: `offset - 1`; or, where that is
+zero as everywhere outside of a sweep, one. But then a use whose cotangents are zero
+throughout has none: JAX may well pull zeros back through a branch that leads nowhere.
 
 Being a primitive, `tap` survives forward and reverse mode *inside* a vector field, as
 in the trace of its Jacobian (continuous normalising flows): the products with tangents,
@@ -96,14 +99,16 @@ class Use:
 
     def statistics(self, x: Array, ct: Array, offset: Array) -> tuple[Array, ...]:
         """The five statistics, summed over levels where the probes have no axis."""
+        is_used = jnp.any(ct != 0).astype(offset.dtype)
+        weight = jnp.where(offset == 0, is_used, offset - 1)
         fn = self._statistics
         for size, _, x_, offset_, probes in reversed(self.levels):
             fn = _over(fn, size, (x_, True, offset_))
             if not probes:
                 fn = _summed(fn)
-        return fn(x, ct, offset)
+        return fn(x, ct, weight)
 
-    def _statistics(self, x: Array, ct: Array, offset: Array) -> tuple[Array, ...]:
+    def _statistics(self, x: Array, ct: Array, weight: Array) -> tuple[Array, ...]:
         x, g = (ct, x) if self.transposed else (x, ct)
         x, g = self._patches(x).astype(self.dtype), _rows(g).astype(self.dtype)
         if self.one is not None:
@@ -115,8 +120,7 @@ class Use:
         else:
             inputs, outputs = x.T @ x, g.T @ g
         count = jnp.asarray(len(x), self.dtype)
-        scale = 1 + offset
-        return tuple(scale * s for s in (inputs, outputs, count, x_sum, g_sum))
+        return tuple(weight * s for s in (inputs, outputs, count, x_sum, g_sum))
 
     def _patches(self, x: Array) -> Array:
         """What the rows of the weight are multiplied with: `(positions, d_in)`."""

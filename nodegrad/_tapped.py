@@ -19,10 +19,7 @@ from ._tap import tap, Use
 
 
 class Probe(eqx.Module):
-    """Zeros, one for each statistic of a layer; see `_tap.py`.
-
-    `offset` plus one is the weight that statistics are taken with.
-    """
+    """Zeros, one for each statistic of a layer, and `offset`; see `_tap.py`."""
 
     offset: Array
     inputs: Array
