@@ -108,15 +108,22 @@ class ReversibleAdjoint(RecordedAdjoint):
     `diffrax.diffeqsolve(..., adjoint=...)`, with every `SaveAt`, controller, term and
     event of theirs.
 
-    **Arguments:** none. The solver has to be one of `nodegrad.Reversible(...)`,
-    `nodegrad.ALF(...)`, `diffrax.ReversibleHeun()`, `diffrax.SemiImplicitEuler()` and
+    The solver has to be one of `nodegrad.Reversible(...)`, `nodegrad.ALF(...)`,
+    `diffrax.ReversibleHeun()`, `diffrax.SemiImplicitEuler()` and
     `diffrax.LeapfrogMidpoint()`.
+
+    **Arguments:**
+
+    - `check`: whether to walk back right after the solve, once more and without
+      derivatives, for `Solution.stats["reconstruction_error"]`: by how much the way
+      back misses `y0` (and states before restarts), relatively. Rounding makes about
+      $10^{-12}$ (in float32: $10^{-4}$) of it; a gradient is refused from $10^{-3}$ on,
+      whether or not this is asked for.
 
     **Raises:** `TypeError` for another solver. `RuntimeError` if the way back misses
     a known state (the start of the solve, or a restart) by more than a relative
     $10^{-3}$; with `throw=False` the gradient of that solve is NaN instead. Otherwise
-    as `nodegrad.ACAAdjoint`. A solve that ended with
-    `nodegrad.RESULTS.coupling_lost`, which `throw=False` lets pass, has zero gradient.
+    as `nodegrad.ACAAdjoint`.
 
     **What is differentiated:** as with `nodegrad.ACAAdjoint`, second derivatives
     included.
@@ -139,6 +146,8 @@ class ReversibleAdjoint(RecordedAdjoint):
         2024, arXiv:2410.11648, Algorithm 1; Kidger, Foster, Li, Lyons: Efficient and
         Accurate Gradients for Neural SDEs, 2021, arXiv:2105.13493, Algorithm 2.
     """
+
+    check: bool = eqx.field(static=True, default=False)
 
     def sources(self, solver, terms, args, controller, grid, max_steps):
         """Steps are undone; states are stored before restarts."""

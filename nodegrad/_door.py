@@ -53,6 +53,7 @@ class RecordedAdjoint(diffrax.AbstractAdjoint):
             args=args,
             t0=t0,
             t1=t1,
+            check=reversal is not None and getattr(self, "check", False),
             **kwargs,
         )
 
@@ -98,7 +99,17 @@ class RecordedAdjoint(diffrax.AbstractAdjoint):
             lanes=False,
             throw=throw,
         )
-        final_state, stats = run(outer_while_loop=ft.partial(recorded_loop, solve))
+        errors = []
+
+        def outer_while_loop(*args, **kwargs):
+            # Diffrax's loop hands on the state alone.
+            final_state, error = recorded_loop(solve, *args, **kwargs)
+            errors.append(error)
+            return final_state
+
+        final_state, stats = run(outer_while_loop=outer_while_loop)
+        if solve.check:
+            stats = {**stats, "reconstruction_error": errors.pop()}
         if isinstance(step, RungeKuttaStep):
             final_state = _with_diffrax_solver_state(step, saveat, final_state)
         if step.evaluations is not None and not solve.jumps:

@@ -107,7 +107,8 @@ class UniformGrid(eqx.Module):
     def end(self, index, first_end):
         """The end of step `index`, computed as the controller does."""
         t0, t1 = self.anchors
-        state = index, self.num_steps, t0, t1
+        num_steps = jnp.asarray(self.num_steps)
+        state = index.astype(num_steps.dtype), num_steps, t0, t1
         step = diffrax.ConstantStepSize().adapt_step_size
         _, _, end, *_ = step(t0, t1, None, None, None, None, None, state)
         return jnp.where(index == 0, first_end, jnp.minimum(end, t1))

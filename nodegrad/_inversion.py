@@ -6,13 +6,13 @@ back on the way, so that nothing is evaluated twice (`_reversal.py`).
 
 What is stored is the state before every restart, and the start of the solve. There the
 state found by walking back is compared with the one stored, and then replaced by it:
-the greatest difference is the *residual*, which tells whether the gradient can be
-trusted.
+the greatest difference, relative to the state, is the *reconstruction error*, which
+tells whether the gradient can be trusted.
 """
 
-import functools as ft
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -24,15 +24,23 @@ from ._hoist import as_struct, hoist
 from ._tree import add, each, inexact_spec, take, where, zeros_like
 
 
-# A gradient is refused if the way back misses a known state by more, relatively.
-_MAX_RESIDUAL = 1e-3
+# A gradient is refused if the way back misses a known state by more, relatively, ...
+_MAX_ERROR = 1e-3
+# ... unless that is as little as this many units of rounding of the largest state.
+_MAX_ROUNDING = 1e3
 
 _UNTRUSTED = (
     "Walking back through a solve with `nodegrad.ReversibleAdjoint` missed a state "
-    f"that is known by more than a relative {_MAX_RESIDUAL}: rounding has grown on the "
+    f"that is known by more than a relative {_MAX_ERROR}: rounding has grown on the "
     "way, and the gradient would be wrong. Pass `resync_every=10` or so to the solver, "
     "take fewer steps or a `coupling_parameter` closer to one, or use "
     "`nodegrad.ACAAdjoint()`."
+)
+
+_LOST = (
+    "The solve whose gradient was asked for ended before `t1`, because its two copies "
+    "had come apart. Pass `resync_every=10` or so to the solver; or, for the gradient "
+    "of the part that was solved, `throw=False` to the solve."
 )
 
 
@@ -78,25 +86,58 @@ class Restarts(eqx.Module):
 
 
 class _Walk(eqx.Module):
-    """Where the walk is: the state after the next step to undo, and the residual."""
+    """Where the walk is: the state after the next step to undo.
+
+    - `peak`: the size of the largest state met.
+    - `error`: the largest reconstruction error.
+    """
 
     y: PyTree[Array]
     kept: PyTree[Array]
-    residual: Array
+    peak: Array
+    error: Array
 
 
 def walk_back(sweep: Any, carry: Any) -> Any:
     """Pulls `carry` back through every step of a solve, last to first."""
+    reversal = sweep.solve.reversal
+
+    def pull_back(index, live, times, walk, carry):
+        calls = _Calls(sweep, times)
+        args, restart, error = _undo(sweep, calls, index, times, walk)
+        step = lambda evaluate, *args: reversal.forward(evaluate, *args, restart)
+        linearized = calls.linearize(step, args)
+        carry = sweep.pull_back_step(carry, index, live, args, *linearized)
+        return args, error, carry
+
+    carry, error = _walk(sweep, pull_back, carry)
+    return _trusted(sweep, carry, error)
+
+
+def reconstruction_error(sweep: Any) -> Array:
+    """By how much, relatively, the way back misses known states, at most."""
+
+    def evaluate(part, _, *args):
+        call, consts = sweep.pure_step[part], sweep.inputs.step_consts[part]
+        if sweep.lanes:
+            call = jax.vmap(call, in_axes=(None,) + (0,) * len(args))
+        return call(consts, *args)
+
+    def only_undo(index, live, times, walk, carry):
+        del live
+        args, _, error = _undo(sweep, evaluate, index, times, walk)
+        return args, error, carry
+
+    _, error = _walk(sweep, only_undo, None)
+    return error
+
+
+def _walk(sweep, step_back: Callable, carry: Any) -> tuple[Any, Array]:
+    """Takes every step back: `(carry, reconstruction error)`."""
     reversal, final = sweep.solve.reversal, sweep.final_state
-    # Nothing leads back from a solve that ended because its copies came apart.
-    lost = reversal.lost(final.solver_state)
-    num_steps = jnp.where(lost, 0, sweep.record.num_steps)
-    carry = sweep.map_carry(ft.partial(where, ~lost), add, carry, zeros_like(carry))
-    walk = _Walk(
-        y=final.y,
-        kept=reversal.kept(final.solver_state),
-        residual=jnp.zeros_like(final.tprev),
-    )
+    num_steps = sweep.record.num_steps
+    zero = jnp.zeros_like(final.tprev)
+    walk = _Walk(final.y, reversal.kept(final.solver_state), zero, zero)
     if sweep.lanes:
         walk = _with_safe_state(walk, num_steps)
 
@@ -104,60 +145,124 @@ def walk_back(sweep: Any, carry: Any) -> Any:
         index, walk, carry = index__walk__carry
         live = index >= 0
         at = sweep.idle_at_zero(live, index)
-        residual, args, linearized = _undo(sweep, at, walk)
-        carry = sweep.pull_back_step(carry, at, live, args, *linearized)
-        residual = jnp.maximum(walk.residual, jnp.where(live, residual, 0))
+        peak = jnp.maximum(walk.peak, each(sweep.lanes, _size)(walk.y))
+        walk = replace(walk, peak=peak)
+        args, error, carry = step_back(at, live, _times(sweep, at), walk, carry)
+        error = jnp.maximum(walk.error, jnp.where(live, error, 0))
         _, _, y, kept = args
         if sweep.lanes:
             # A lane that is through stays after its first step, which can be undone.
             y, kept = where(live & (at > 0), (y, kept), (walk.y, walk.kept))
-        return index - 1, _Walk(y, kept, residual), carry
+        return index - 1, _Walk(y, kept, peak, error), carry
 
     init = num_steps - 1, walk, carry
     _, walk, carry = sweep.while_loop(lambda c: c[0] >= 0, body, init)
-    return _trusted(sweep, carry, walk.residual)
+    return carry, walk.error
 
 
-def _undo(sweep, index, walk: _Walk):
-    """Undoes step `index`: `(residual, its arguments, (outputs, pull))`."""
+def _undo(sweep, evaluate: Callable, index, times: "_Times", walk: _Walk):
+    """Undoes step `index`: `(arguments of the step, whether it restarts, error)`."""
     reversal, restarts = sweep.solve.reversal, sweep.solve.memory
-    consts, wrt = sweep.inputs.step_consts, sweep.wrt.step_consts
-    t0, t1, before, made_jump, row = _times(sweep, index)
-    memory: dict[tuple[str, str], Any] = {}
-
-    def evaluate(part, key, *args):
-        spec = inexact_spec(args)
-        pure = sweep.pure_step[part]
-        linearized = sweep.pullback(pure, consts[part], wrt[part], args, spec)
-        memory[part, key] = linearized
-        return linearized[0]
-
+    t0, t1, before, made_jump, row = times
     found = reversal.backward(evaluate, t0, t1, before, walk.y, walk.kept)
     restart = restarts.is_restart(index, made_jump)
     is_known, known = (index == 0) | restart, _known(sweep, index, row)
-    residual = jnp.where(is_known, each(sweep.lanes, _residual)(found, known), 0)
-    args = (t0, t1, *where(is_known, known, found))
-
-    def forward(consts, *args):
-        def recall(part, key, *part_args):
-            if (part, key) not in memory:
-                call = sweep.pure_step[part]
-                if sweep.lanes:
-                    call = jax.vmap(call, in_axes=(None,) + (0,) * len(part_args))
-                return call(consts[part], *part_args)
-            wanted = eqx.filter(consts[part], wrt[part])
-            differentiable = eqx.filter(part_args, eqx.is_inexact_array)
-            return _recalled(*memory[part, key])(wanted, differentiable)
-
-        return reversal.forward(recall, *args, restart)
-
-    spec = sweep.step_spec(args)
-    linearized = sweep.pullback(forward, consts, wrt, args, spec, mapped=False)
-    return residual, args, linearized
+    # A restart changes what is kept besides `y`, and that is not undone.
+    error = each(sweep.lanes, _relative_error)(found[0], known[0], walk.peak)
+    error = jnp.where(is_known, error, 0)
+    return (t0, t1, *where(is_known, known, found)), restart, error
 
 
-def _times(sweep, index):
-    """`(start, end, start of the step before, whether it jumped, row)` of a step."""
+class _Calls:
+    """The calls of the parts during one step, each evaluated and linearised once."""
+
+    def __init__(self, sweep, times: "_Times"):
+        self.sweep = sweep
+        self.times = times[:3]
+        self.made: dict[tuple[str, str], _Call] = {}
+
+    def __call__(self, part, key, *args):
+        if (part, key) not in self.made:
+            sweep = self.sweep
+            spec = inexact_spec(args)
+            if not sweep.wrt_times:
+                # Not everything can be differentiated with respect to time.
+                is_time = lambda x: any(x is t for t in self.times)
+                spec = tuple(
+                    False if is_time(x) else s for x, s in zip(args, spec, strict=True)
+                )
+            pure, consts = sweep.pure_step[part], sweep.inputs.step_consts[part]
+            wrt = sweep.wrt.step_consts[part]
+            value, pull = sweep.pullback(pure, consts, wrt, args, spec)
+            self.made[part, key] = _Call(spec, value, pull)
+        return self.made[part, key].value
+
+    def linearize(self, step: Callable, args: PyTree) -> tuple[PyTree, Callable]:
+        """`step(evaluate, *args)` and its pullback to the constants and to `args`.
+
+        Besides the calls a step is arithmetic, and it is this that is differentiated
+        here: with the values of the calls for inputs and their arguments for outputs.
+        """
+        order = []
+
+        def ordered(*call):
+            order.append(call[:2])
+            return self(*call)
+
+        step(ordered, *args)
+        spec = self.sweep.step_spec(args)
+        wanted, fixed = eqx.partition(args, spec)
+
+        def arithmetic(wanted, values):
+            call_args = {}
+
+            def recall(part, key, *part_args):
+                call = self.made[part, key]
+                call_args[part, key] = eqx.filter(part_args, call.spec)
+                return values[part, key]
+
+            out = step(recall, *eqx.combine(wanted, fixed))
+            return eqx.filter(out, eqx.is_inexact_array), call_args
+
+        values = {name: call.value for name, call in self.made.items()}
+        (outputs, call_args), pull_arithmetic = jax.vjp(arithmetic, wanted, values)
+
+        def pull(cts):
+            ct_args, ct_consts = zeros_like(call_args), {}
+            # An argument of a call depends on the values of earlier ones only.
+            for part, key in reversed(order):
+                _, ct_values = pull_arithmetic((cts, ct_args))
+                ct_part, ct_args[part, key] = self.made[part, key].pull(
+                    ct_values[part, key]
+                )
+                ct_consts[part] = (
+                    add(ct_consts[part], ct_part) if part in ct_consts else ct_part
+                )
+            ct_wanted, _ = pull_arithmetic((cts, ct_args))
+            return ct_consts, ct_wanted
+
+        return outputs, pull
+
+
+class _Call(NamedTuple):
+    """What became of a call: its value and its pullback to the constants and `spec`."""
+
+    spec: PyTree[bool]
+    value: PyTree[Array]
+    pull: Callable
+
+
+class _Times(NamedTuple):
+    """When a step was, when the step `before` it started, and what it did at first."""
+
+    start: Array
+    end: Array
+    before: Array
+    made_jump: Array
+    row: Array
+
+
+def _times(sweep, index) -> _Times:
     grid, memory = sweep.inputs.grid, sweep.solve.memory
 
     def read(record, index):
@@ -165,7 +270,7 @@ def _times(sweep, index):
         before = record.start(grid, jnp.maximum(index - 1, 0))
         made_jump = record.made_jump(grid, index)
         row = memory.row_to_write(index, start, made_jump, grid)
-        return start, end, before, made_jump, row
+        return _Times(start, end, before, made_jump, row)
 
     return each(sweep.lanes, read)(sweep.record, index)
 
@@ -180,27 +285,16 @@ def _known(sweep, index, row):
     return where(index == 0, start, stored)
 
 
-def _residual(found: PyTree, known: PyTree) -> Array:
+def _size(y: PyTree) -> Array:
+    return size(jax.lax.stop_gradient(eqx.filter(y, eqx.is_inexact_array)))
+
+
+def _relative_error(found: PyTree, known: PyTree, peak: Array) -> Array:
     """How far `found` is from `known`, relatively."""
-    found, known = jax.lax.stop_gradient((found, known))
-    found, known = (eqx.filter(x, eqx.is_inexact_array) for x in (found, known))
-    error = size(jax.tree.map(jnp.subtract, found, known))
-    return jnp.where(error == 0, 0, error / size(known))
-
-
-def _recalled(value: PyTree, pull: Callable) -> Callable:
-    """A function of anything whose value and pullback are these."""
-
-    @jax.custom_vjp
-    def recalled(consts, args):
-        del consts, args
-        return value
-
-    def forward(consts, args):
-        return recalled(consts, args), None
-
-    recalled.defvjp(forward, lambda _, ct: pull(ct))
-    return recalled
+    inexact = [eqx.filter(x, eqx.is_inexact_array) for x in (found, known)]
+    error = _size(jax.tree.map(jnp.subtract, *inexact))
+    least = _MAX_ROUNDING / _MAX_ERROR * jnp.finfo(error.dtype).eps * peak
+    return jnp.where(error == 0, 0, error / jnp.maximum(_size(known), least))
 
 
 def _with_safe_state(walk: _Walk, num_steps: Array) -> _Walk:
@@ -214,11 +308,15 @@ def _with_safe_state(walk: _Walk, num_steps: Array) -> _Walk:
     return jax.tree.map(patch, walk)
 
 
-def _trusted(sweep, carry: Any, residual: Array) -> Any:
-    """`carry`, unless the residual is too large: then an error, or NaNs."""
-    bad = ~(residual <= _MAX_RESIDUAL)
+def _trusted(sweep, carry: Any, error: Array) -> Any:
+    """`carry`, unless the error is too large: then an exception, or NaNs."""
+    bad = ~(error <= _MAX_ERROR)
     if sweep.solve.throw:
-        return eqx.error_if(carry, bad, _UNTRUSTED)
+        # JAX may have dropped the exception of the solve, if nobody looks at its value.
+        lost = sweep.solve.reversal.lost(sweep.final_state.solver_state)
+        which = jnp.where(jnp.any(lost), 1, 0)
+        failed = jnp.any(bad | lost)
+        return eqx.branched_error_if(carry, failed, which, [_UNTRUSTED, _LOST])
     nan = lambda x: x * jnp.nan if eqx.is_inexact_array(x) else x
     per_lane = lambda x: where(bad, nan(x), x)
     shared = lambda x: where(jnp.any(bad), nan(x), x)

@@ -165,9 +165,9 @@ def _odesolve(
         max_steps,
     )
     state = each(batched, problem.initial_state)(y0)
-    state = _run(problem, adjoint, state, batched, throw)
+    state, error = _run(problem, adjoint, state, batched, throw)
     finish = ft.partial(_solution, problem, saveat, direction)
-    return each(batched, finish)(y0, state)
+    return each(batched, finish)(y0, state, error)
 
 
 def _make_problem(
@@ -206,8 +206,11 @@ def _make_problem(
 
 def _run(
     problem: Problem, adjoint: RecordedAdjoint, state: State, batched: bool, throw: bool
-) -> State:
-    """Runs the loop, recorded if there is a bound on the number of steps."""
+) -> tuple[State, Array | None]:
+    """Runs the loop, recorded if there is a bound on the number of steps.
+
+    Returns the state after it, and the reconstruction error if `adjoint` checks that.
+    """
     if problem.max_steps is None:
         loop = ft.partial(
             eqxi.while_loop,
@@ -216,7 +219,7 @@ def _run(
             buffers=loop_buffers,
             kind="lax",
         )
-        return without_gradient(each(batched, loop)(state))
+        return without_gradient(each(batched, loop)(state)), None
     solve = adjoint.make_solve(
         problem.step,
         problem.solver,
@@ -243,7 +246,7 @@ def _run(
     )
 
 
-def _solution(problem: Problem, saveat, direction, y0, state: State):
+def _solution(problem: Problem, saveat, direction, y0, state: State, error):
     """The solution of one solve, from the state after its loop."""
     t, y, count = state.tprev, state.y, state.num_accepted_steps
     saved = [
@@ -272,7 +275,10 @@ def _solution(problem: Problem, saveat, direction, y0, state: State):
         "max_steps": problem.max_steps,
     }
     if hasattr(state.solver_state, "distance"):
-        stats["coupling_distance"] = state.solver_state.distance
+        distance = jax.lax.stop_gradient(state.solver_state.distance)
+        stats["coupling_distance"] = distance
+    if error is not None:
+        stats["reconstruction_error"] = error
     return diffrax.Solution(
         t0=problem.t0 * direction,
         t1=problem.t1 * direction,

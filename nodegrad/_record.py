@@ -30,97 +30,23 @@ from ._checkpoints import Checkpoints
 from ._diffrax import is_unsafe_sde
 from ._grid import AbstractGrid, AdaptiveGrid, RATIO
 from ._hoist import as_struct, hoist
-from ._inversion import hoist_reversal, Restarts
+from ._inversion import hoist_reversal, reconstruction_error, Restarts
+from ._log import Log, Record
 from ._modes import reverse_mode_only, REVERSE_OVER_REVERSE
 from ._reversal import AbstractReversal
 from ._save import Save, save_states
-from ._statistics import make_statistics, without_probes
+from ._statistics import make_statistics
 from ._step import AbstractStep, SolverStep
 from ._sweep import Sweep, SweepInputs
-from ._tree import as_arrays, where
-
-
-class Log(eqx.Module):
-    """What is known of every accepted step; each field has one row a step.
-
-    `ends` is kept only where it cannot be computed, `starts` only where a step may
-    start elsewhere than the last one ended (a jump), `origins` only for grids that need
-    to know (see `_grid.py`).
-    """
-
-    ends: Array | None
-    starts: Array | None
-    origins: Array | None
-
-
-class Record(eqx.Module):
-    """The forward pass as the sweep sees it."""
-
-    rows: PyTree[Array]
-    log: Log
-    tprev0: Array
-    tnext0: Array
-    made_jump0: Array
-    num_steps: Array
-
-    def end(self, grid: AbstractGrid, index):
-        """Where step `index` ended; `index = -1` is the start of the solve."""
-        known = jnp.maximum(index, 0)
-        if self.log.ends is not None:
-            end = self.log.ends[known]
-        else:
-            assert not isinstance(grid, AdaptiveGrid)
-            end = grid.end(known, self.tnext0)
-        return jnp.where(index < 0, self.tprev0, end)
-
-    def start(self, grid: AbstractGrid, index):
-        """Where step `index` started."""
-        if self.log.starts is None:
-            return self.end(grid, index - 1)
-        return self.log.starts[index]
-
-    def made_jump(self, grid: AbstractGrid, index):
-        """Whether step `index` started just after a jump of the vector field."""
-        if self.log.starts is None:
-            return self.made_jump0 & (index == 0)
-        jumped = self.start(grid, index) != self.end(grid, index - 1)
-        return jnp.where(index == 0, self.made_jump0, jumped)
-
-    def previous_size(self, grid: AbstractGrid, index):
-        """The size before that of step `index`, as the controller saw it."""
-        before = jnp.maximum(index - 1, 0)
-        previous = self.end(grid, index - 1) - self.start(grid, before)
-        return jnp.where(index == 0, self.tnext0 - self.tprev0, previous)
-
-    def origin(self, grid: AbstractGrid, index):
-        """The origin of the size of step `index`."""
-        logged = None if self.log.origins is None else self.log.origins[index]
-        return grid.origin_of(index, logged)
-
-    def with_safe_first_step(self) -> "Record":
-        """A batch in which every lane has a first step that can be pulled back.
-
-        A lane that made none (its `y0` may be a NaN) gets that of one that did. It only
-        rides along: its cotangents are zero, but zero times NaN would not be.
-        """
-        none = self.num_steps == 0
-        donor = jnp.argmax(~none)
-        patch = lambda x: where(none, jnp.broadcast_to(x[donor], x.shape), x)
-        patch_first = lambda x: x.at[:, 0].set(patch(x[:, 0]))
-        return replace(
-            self,
-            rows=jax.tree.map(patch_first, self.rows),
-            log=jax.tree.map(patch_first, self.log),
-            tprev0=patch(self.tprev0),
-            tnext0=patch(self.tnext0),
-        )
+from ._tree import as_arrays
 
 
 class Solve(eqx.Module):
     """What a loop solves: everything that the forward and the backward pass share.
 
     `memory` says which states are stored. They are all that the backward pass has, or,
-    with a `reversal`, where it starts to walk back anew.
+    with a `reversal`, where it starts to walk back anew. `check` asks for a walk back
+    for its error alone.
     """
 
     step: AbstractStep
@@ -130,6 +56,7 @@ class Solve(eqx.Module):
     grid: AbstractGrid
     memory: Checkpoints | Restarts
     throw: bool = eqx.field(static=True)
+    check: bool = eqx.field(static=True)
     dense: bool = eqx.field(static=True)
     event: bool = eqx.field(static=True)
     jumps: bool = eqx.field(static=True)
@@ -167,7 +94,7 @@ def recorded_loop(
     *,
     max_steps: int,
     buffers: Callable,
-) -> PyTree:
+) -> tuple[PyTree, Array | None]:
     """`while cond_fun(state): state = body_fun(state)`, with our gradient.
 
     **Arguments:**
@@ -181,8 +108,9 @@ def recorded_loop(
 
     **Returns:**
 
-    The final state. Its `y`, the outputs saved so far, and what an event needs are
-    differentiable; everything else is constant.
+    - The final state. Its `y`, the outputs saved so far, and what an event needs are
+      differentiable; everything else is constant.
+    - The reconstruction error, if `solve.check`.
     """
     init_state = as_arrays(init_state)
     example = _one_lane(init_state) if solve.lanes else init_state
@@ -192,7 +120,7 @@ def recorded_loop(
 
     loop_consts, pure_run = hoist(run, example)
     step_consts, pure_step, save_consts, pure_saves = _hoist_parts(solve, example)
-    statistics_consts, payload = make_statistics(solve, example, pure_step)
+    statistics_consts, payload = make_statistics(solve, example, step_consts, pure_step)
     inputs = SweepInputs(
         init_state=init_state,
         step_consts=step_consts,
@@ -204,8 +132,14 @@ def recorded_loop(
 
     pure = pure_run, pure_step, pure_saves, payload
     differentiable_run = _differentiable(solve, *pure)
-    final_state = differentiable_run(reverse_mode_only((loop_consts, inputs)))
-    return _only_differentiable(solve, init_state, final_state)
+    final_state, written = differentiable_run(reverse_mode_only((loop_consts, inputs)))
+    error = None
+    if solve.check:
+        constants = final_state, written, inputs
+        final, written, inputs = _constant(constants)
+        sweep = _make_sweep(solve, pure_step, pure_saves, final, written, inputs)
+        error = reconstruction_error(sweep)
+    return _only_differentiable(solve, init_state, final_state), error
 
 
 def _differentiable(solve: Solve, pure_run, pure_step, pure_saves, payload) -> Callable:
@@ -218,48 +152,57 @@ def _differentiable(solve: Solve, pure_run, pure_step, pure_saves, payload) -> C
 
     @eqx.filter_custom_vjp
     def differentiable_run(loop_consts__inputs):
-        final_state, _ = forward(loop_consts__inputs)
-        return final_state
+        final_state, written = forward(loop_consts__inputs)
+        return final_state, written if solve.check else None
 
     @differentiable_run.def_fwd
     def _forward_rule(perturbed, loop_consts__inputs):
         del perturbed
-        final_state, (rows, log) = forward(loop_consts__inputs)
-        return final_state, (final_state, rows, log)
+        final_state, written = forward(loop_consts__inputs)
+        return (final_state, written if solve.check else None), (final_state, written)
 
     @differentiable_run.def_bwd
-    def _backward_rule(residuals, ct_state, perturbed, loop_consts__inputs):
-        final_state, rows, log = residuals
+    def _backward_rule(residuals, ct, perturbed, loop_consts__inputs):
         loop_consts, inputs = loop_consts__inputs
-        record = Record(
-            rows=rows,
-            log=log,
-            tprev0=inputs.init_state.tprev,
-            tnext0=inputs.init_state.tnext,
-            made_jump0=inputs.init_state.made_jump,
-            num_steps=final_state.num_accepted_steps,
-        )
-        wrt, collect = perturbed[1], None
+        final_state, written = residuals
+        sweep = _make_sweep(solve, pure_step, pure_saves, final_state, written, inputs)
+        sweep = replace(sweep, ct_state=ct[0], wrt=perturbed[1])
         if payload is not None:
-            no_probes = without_probes(wrt.step_consts, pure_step)
-            wrt = replace(wrt, step_consts=no_probes)
-            collect = payload if payload.is_wanted(wrt.statistics) else None
-        sweep = Sweep(
-            solve=solve,
-            record=record,
-            pure_step=pure_step,
-            pure_saves=pure_saves,
-            final_state=final_state,
-            ct_state=ct_state,
-            inputs=inputs,
-            wrt=wrt,
-            payload=collect,
-        )
+            sweep = payload.joined(sweep)
         # The loop's own constants are the step's, whose cotangents are among `inputs`.
         out = (jax.tree.map(lambda _: None, loop_consts), sweep())
         return eqxi.nondifferentiable_backward(out, msg=REVERSE_OVER_REVERSE)
 
     return differentiable_run
+
+
+def _make_sweep(solve: Solve, pure_step, pure_saves, final_state, written, inputs):
+    """A sweep, without cotangents yet."""
+    rows, log, at_end = written
+    record = Record(
+        rows=rows,
+        log=log,
+        tprev0=inputs.init_state.tprev,
+        tnext0=inputs.init_state.tnext,
+        made_jump0=inputs.init_state.made_jump,
+        num_steps=final_state.num_accepted_steps,
+        at_end=at_end,
+    )
+    return Sweep(
+        solve=solve,
+        record=record,
+        pure_step=pure_step,
+        pure_saves=pure_saves,
+        final_state=final_state,
+        ct_state=None,
+        inputs=inputs,
+        wrt=jax.tree.map(lambda _: False, inputs),
+    )
+
+
+def _constant(tree: PyTree) -> PyTree:
+    stop = lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x
+    return jax.tree.map(stop, tree)
 
 
 def _one_lane(tree: PyTree) -> PyTree:
@@ -268,7 +211,7 @@ def _one_lane(tree: PyTree) -> PyTree:
 
 
 def _run_recording(solve, cond_fun, body_fun, init_state, max_steps, buffers):
-    """The loop itself: `(final state, (rows, log))`."""
+    """The loop itself: `(final state, (rows, log, whether it came to its end))`."""
     memory, grid = solve.memory, solve.grid
     logs_origin = isinstance(grid, AdaptiveGrid)
     rows = jax.tree.map(
@@ -309,7 +252,7 @@ def _run_recording(solve, cond_fun, body_fun, init_state, max_steps, buffers):
         buffers=lambda carry: (buffers(carry[0]), carry[1], carry[2]),
         kind="lax",
     )
-    return final_state, (rows, log)
+    return final_state, (rows, log, final_state.tprev >= solve.t1)
 
 
 def _to_store(solve: Solve, state: PyTree) -> PyTree[Array]:

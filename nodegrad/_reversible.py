@@ -19,7 +19,7 @@ from ._stages import combine, explicit_tableau, num_inner_stages, stages
 from ._tree import where
 
 
-class Reversible(diffrax.AbstractWrappedSolver):
+class Reversible(diffrax.AbstractStratonovichSolver, diffrax.AbstractWrappedSolver):
     r"""Makes an explicit Runge-Kutta method algebraically reversible.
 
     Two copies of the solution, $y$ and $z$, take turns. With $\Psi_h(t, x)$ the

@@ -101,14 +101,14 @@ def is_stable(
     return _is_in_ellipse(trace, 1 + coupling_parameter, apart)
 
 
-def _is_in_leapfrog_ellipse(z: np.ndarray, damping: float) -> np.ndarray:
+def _is_in_leapfrog_ellipse(z: Any, damping: float) -> np.ndarray:
     if damping == 1:
         return (z.real == 0) & (np.abs(z.imag) < 1)
     radius = (1 - damping) / damping
     return _is_in_ellipse(z + radius, radius, 1.0)
 
 
-def _is_in_ellipse(w: np.ndarray, real: float, imaginary: float) -> np.ndarray:
+def _is_in_ellipse(w: Any, real: float, imaginary: float) -> np.ndarray:
     if imaginary == 0:
         return (w.imag == 0) & (np.abs(w.real) < real)
     return (w.real / real) ** 2 + (w.imag / imaginary) ** 2 < 1

@@ -17,6 +17,7 @@ differentiates with respect to the probes.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
@@ -60,6 +61,16 @@ def find_taps(jaxpr: Jaxpr) -> list[tuple[Slots, Use]]:
     return out
 
 
+def _has_tap(jaxpr: Jaxpr) -> bool:
+    for eqn in jaxpr.eqns:
+        if eqn.primitive is tap_p:
+            return True
+        for inner in jaxprs_in_params(eqn.params):
+            if _has_tap(getattr(inner, "jaxpr", inner)):
+                return True
+    return False
+
+
 def _walk(jaxpr: Jaxpr, roots: dict[Any, int], found: list) -> dict[Any, int]:
     """Follows constants, by `roots`, to the taps; returns where all of them went."""
     root = lambda v: None if isinstance(v, Literal) else roots.get(v)
@@ -93,31 +104,32 @@ def without_statistics(fn: Callable, *args: PyTree) -> PyTree:
     return pure(consts, *args)
 
 
-def without_probes(wrt: PyTree[bool], pure: PyTree[Pure]) -> PyTree[bool]:
-    """`wrt`, which goes with the constants of `pure`, but `False` for all probes."""
-    if isinstance(pure, dict):
-        return {name: without_probes(wrt[name], pure[name]) for name in pure}
-    slots = {slot for slots, _ in find_taps(pure.jaxpr) for slot in slots}
-    return [w and i not in slots for i, w in enumerate(wrt)]
-
-
 class NodeStatistics(eqx.Module):
     """The payload of a sweep that collects statistics at the ends of steps.
 
     - `field`: the vector field, a function of `(step start, step end, t, y)`.
     - `kept`: what a solver keeps besides the state, as a function of `(t, t1, y)`.
     - `slots`: the probes among the constants of `field`.
+    - `probes_of_step`: which constants of the sweep's steps are probes.
     """
 
     field: Pure = eqx.field(static=True)
     kept: Pure = eqx.field(static=True)
     slots: tuple[Slots, ...] = eqx.field(static=True)
+    probes_of_step: PyTree[bool] = eqx.field(static=True)
     reduction: str = eqx.field(static=True)
 
-    def is_wanted(self, wrt: Any) -> bool:
-        """Whether anybody differentiates with respect to a probe."""
-        wrt_field, _ = wrt
-        return any(wrt_field[slot] for slots in self.slots for slot in slots)
+    def joined(self, sweep: Any) -> Any:
+        """`sweep` with this payload, if anybody wants it; without statistics of stages.
+
+        It is wanted if somebody differentiates with respect to a probe.
+        """
+        wrt_field, _ = sweep.wrt.statistics
+        is_wanted = any(wrt_field[slot] for slots in self.slots for slot in slots)
+        but_not = lambda w, is_probe: w and not is_probe
+        consts = jax.tree.map(but_not, sweep.wrt.step_consts, self.probes_of_step)
+        wrt = replace(sweep.wrt, step_consts=consts)
+        return replace(sweep, wrt=wrt, payload=self if is_wanted else None)
 
     @property
     def _collected(self) -> slice:
@@ -252,10 +264,12 @@ def _scaled(tree: PyTree, size: Array) -> PyTree:
     return jax.tree.map(lambda x: x * size.astype(x.dtype), tree)
 
 
-def make_statistics(solve: Any, state: PyTree, pure_step: PyTree[Pure]) -> Any:
+def make_statistics(
+    solve: Any, state: PyTree, step_consts: PyTree[Array], pure_step: PyTree[Pure]
+) -> Any:
     """`(constants, NodeStatistics)` of a solve, or `(None, None)` if it has no taps."""
     parts = list(pure_step.values()) if isinstance(pure_step, dict) else [pure_step]
-    if not any(find_taps(part.jaxpr) for part in parts):
+    if not any(_has_tap(part.jaxpr) for part in parts):
         return None, None
     terms, args = solve.step.terms, solve.step.args
     _check_terms(terms)
@@ -282,7 +296,15 @@ def make_statistics(solve: Any, state: PyTree, pure_step: PyTree[Pure]) -> Any:
     if reduction == "reduce":
         for _, use in taps:
             _check_one_sample(use)
-    payload = NodeStatistics(pure_field, pure_kept, slots, reduction)
+    probes = [field_consts[slot] for layer in slots for slot in layer]
+    is_probe = lambda x: any(x is probe for probe in probes)
+    payload = NodeStatistics(
+        field=pure_field,
+        kept=pure_kept,
+        slots=slots,
+        probes_of_step=jax.tree.map(is_probe, step_consts),
+        reduction=reduction,
+    )
     return (field_consts, kept_consts), payload
 
 

@@ -108,7 +108,19 @@ class Sweep(eqx.Module):
         if self.lanes:
             self = replace(self, record=self.record.with_safe_first_step())
         walk = replay_back if self.solve.reversal is None else walk_back
-        return self._finish(walk(self, self._initial()))
+        return self._finish(self._nan_if_failed(walk(self, self._initial())))
+
+    def _nan_if_failed(self, carry: Carry) -> Carry:
+        """`carry`, or NaNs if the solve should have raised an exception.
+
+        JAX drops the exception if nobody looks at the value, as in `jax.jit(jax.grad)`
+        of a loss that is linear in it.
+        """
+        if not self.solve.throw or self.solve.event:
+            return carry
+        failed = ~jnp.all(self.record.at_end)
+        nan = lambda x: jnp.where(failed, jnp.nan, x) if eqx.is_inexact_array(x) else x
+        return jax.tree.map(nan, carry)
 
     def pull_back_step(self, carry, index, live, args, outputs, pull) -> Carry:
         """The cotangents before step `index`, from those after it in `carry`.

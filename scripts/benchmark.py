@@ -7,12 +7,13 @@ are taken within one run; see `benchmarks/measure.py` for how.
 import argparse
 from pathlib import Path
 
-from benchmarks import gradients
+import jax
+from benchmarks import gradients, reversible
 from benchmarks.measure import describe_machine, make_clock
 from benchmarks.report import Report
 
 
-_SUBCOMMANDS = {"gradients": gradients}
+_SUBCOMMANDS = {"gradients": gradients, "reversible": reversible}
 
 
 def main() -> None:
@@ -20,9 +21,11 @@ def main() -> None:
     arguments = _make_parser().parse_args()
     # Before anything asks JAX for a device.
     clock = make_clock(arguments.clock)
-    header = describe_machine(clock, dtype="float32")
+    module = _SUBCOMMANDS[arguments.subcommand]
+    jax.config.update("jax_enable_x64", module.DTYPE == "float64")
+    header = describe_machine(clock, module.DTYPE)
     report = Report(f"nodegrad benchmark: {arguments.subcommand}", header)
-    _SUBCOMMANDS[arguments.subcommand].run(arguments, clock, report)
+    module.run(arguments, clock, report)
     default = Path("results") / f"benchmark_{arguments.subcommand}.json"
     report.finish(arguments.output or default)
 

@@ -45,6 +45,7 @@ from .solves import (
 )
 
 
+DTYPE = "float32"
 FLOOR = "floor: scan, frozen grid"
 _MAIN = (DIFFRAX, ACA, ACA_IN_DIFFRAX)
 

@@ -147,13 +147,17 @@ def time_in_turns(
     seconds: float,
     max_rounds: int = 41,
     min_rounds: int = 3,
+    once_above: float = float("inf"),
 ) -> dict[str, float]:
     """The median time of a call of each of `runs`.
 
     There are as many rounds as fit into `seconds`, between `min_rounds` and
-    `max_rounds`. Calls too short for the clock are repeated within a round.
+    `max_rounds`. Calls too short for the clock are repeated within a round; those that
+    take longer than `once_above` are made once.
     """
     first = {name: _seconds_of(clock, run, 1) for name, run in runs.items()}
+    once = {name: t for name, t in first.items() if t > once_above}
+    runs = {name: run for name, run in runs.items() if name not in once}
     again = {name: _seconds_of(clock, run, 1) for name, run in runs.items()}
     calls = {name: max(1, round(2e-3 / max(t, 1e-6))) for name, t in again.items()}
     one_round = sum(again[name] * calls[name] for name in runs)
@@ -165,7 +169,8 @@ def time_in_turns(
         rounds = max(1, min_rounds - 2)
     for name in in_turns(runs, rounds):
         samples[name].append(_seconds_of(clock, runs[name], calls[name]))
-    return {name: statistics.median(times) for name, times in samples.items()}
+    medians = {name: statistics.median(times) for name, times in samples.items()}
+    return {**medians, **once}
 
 
 def _seconds_of(clock: Clock, run: Callable[[], Any], calls: int) -> float:

@@ -83,6 +83,40 @@ def _perceptron_field(t, y, args):
     return y @ weight + bias
 
 
+def white_dwarf() -> Problem:
+    """The equation of a white dwarf, in the units of Chandrasekhar."""
+
+    def vector_field(t, y, c):
+        slope = -((y[0] ** 2 - c) ** 1.5) - 2 * y[1] / (t + 0.5)
+        return jnp.stack([y[1], slope])
+
+    y0, c = jnp.array([1.0, 0.0]), jnp.array(1e-3)
+    return Problem("white dwarf equation", vector_field, y0, c, t1=5.0)
+
+
+def white_dwarf_network(batch: int) -> Problem:
+    """A network for that equation, as before training: `(t, y)` to 10 units to 2.
+
+    A single sample is a vector; more are a batch that is part of the state.
+    """
+    *keys, key = jr.split(jr.key(0), 3)
+    sizes = [(3, 10), (10, 2)]
+    args = [
+        (jr.normal(k, shape) / jnp.sqrt(shape[0]), jnp.zeros(shape[1]))
+        for k, shape in zip(keys, sizes, strict=True)
+    ]
+
+    def vector_field(t, y, args):
+        time = jnp.broadcast_to(t, (*y.shape[:-1], 1))
+        return _perceptron_field(t, jnp.concatenate([time, y], axis=-1), args)
+
+    y0 = jnp.array([1.0, 0.0])
+    if batch > 1:
+        y0 = y0 + 0.1 * jr.normal(key, (batch, 2))
+    name = f"white dwarf network, batch {batch}"
+    return Problem(name, vector_field, y0, args, t1=5.0)
+
+
 def uneven_lanes(lanes: int) -> Problem:
     """Samples that take different numbers of steps, and reject some."""
     problem = perceptron(4, 64, lanes)

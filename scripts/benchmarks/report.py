@@ -118,7 +118,7 @@ def _budget_table(budgets: Sequence[Budget]) -> rich.table.Table:
         out.add_column(header)
     for header in ("measured", "limit", "aim", ""):
         out.add_column(header, justify="right")
-    number = lambda x: "" if x is None else f"{x:.2f}"
+    number = lambda x: "" if x is None else f"{x:.{3 if x < 0.1 else 2}f}"
     styles = {
         "ok": "[green]ok[/green]",
         "MISSED": "[bold red]MISSED[/bold red]",
@@ -129,10 +129,8 @@ def _budget_table(budgets: Sequence[Budget]) -> rich.table.Table:
             budget.what,
             budget.case,
             budget.peer,
-            f"{budget.measured:.3f}"
-            if budget.measured < 0.1
-            else number(budget.measured),
-            "" if budget.limit is None else f"<= {budget.limit:.2f}",
+            number(budget.measured),
+            "" if budget.limit is None else f"<= {number(budget.limit)}",
             number(budget.aim),
             styles[budget.verdict],
         )

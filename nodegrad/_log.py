@@ -1,0 +1,88 @@
+"""What the forward pass writes down of the accepted steps."""
+
+from dataclasses import replace
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from ._grid import AbstractGrid, AdaptiveGrid
+from ._tree import where
+
+
+class Log(eqx.Module):
+    """What is known of every accepted step; each field has one row a step.
+
+    `ends` is kept only where it cannot be computed, `starts` only where a step may
+    start elsewhere than the last one ended (a jump), `origins` only for grids that need
+    to know (see `_grid.py`).
+    """
+
+    ends: Array | None
+    starts: Array | None
+    origins: Array | None
+
+
+class Record(eqx.Module):
+    """The forward pass as the sweep sees it. `at_end`: whether it came to its `t1`."""
+
+    rows: PyTree[Array]
+    log: Log
+    tprev0: Array
+    tnext0: Array
+    made_jump0: Array
+    num_steps: Array
+    at_end: Array
+
+    def end(self, grid: AbstractGrid, index):
+        """Where step `index` ended; `index = -1` is the start of the solve."""
+        known = jnp.maximum(index, 0)
+        if self.log.ends is not None:
+            end = self.log.ends[known]
+        else:
+            assert not isinstance(grid, AdaptiveGrid)
+            end = grid.end(known, self.tnext0)
+        return jnp.where(index < 0, self.tprev0, end)
+
+    def start(self, grid: AbstractGrid, index):
+        """Where step `index` started."""
+        if self.log.starts is None:
+            return self.end(grid, index - 1)
+        return self.log.starts[index]
+
+    def made_jump(self, grid: AbstractGrid, index):
+        """Whether step `index` started just after a jump of the vector field."""
+        if self.log.starts is None:
+            return self.made_jump0 & (index == 0)
+        jumped = self.start(grid, index) != self.end(grid, index - 1)
+        return jnp.where(index == 0, self.made_jump0, jumped)
+
+    def previous_size(self, grid: AbstractGrid, index):
+        """The size before that of step `index`, as the controller saw it."""
+        before = jnp.maximum(index - 1, 0)
+        previous = self.end(grid, index - 1) - self.start(grid, before)
+        return jnp.where(index == 0, self.tnext0 - self.tprev0, previous)
+
+    def origin(self, grid: AbstractGrid, index):
+        """The origin of the size of step `index`."""
+        logged = None if self.log.origins is None else self.log.origins[index]
+        return grid.origin_of(index, logged)
+
+    def with_safe_first_step(self) -> "Record":
+        """A batch in which every lane has a first step that can be pulled back.
+
+        A lane that made none (its `y0` may be a NaN) gets that of one that did. It only
+        rides along: its cotangents are zero, but zero times NaN would not be.
+        """
+        none = self.num_steps == 0
+        donor = jnp.argmax(~none)
+        patch = lambda x: where(none, jnp.broadcast_to(x[donor], x.shape), x)
+        patch_first = lambda x: x.at[:, 0].set(patch(x[:, 0]))
+        return replace(
+            self,
+            rows=jax.tree.map(patch_first, self.rows),
+            log=jax.tree.map(patch_first, self.log),
+            tprev0=patch(self.tprev0),
+            tnext0=patch(self.tnext0),
+        )
