@@ -1,6 +1,7 @@
 from ._adjoint import ACAAdjoint as ACAAdjoint, ReversibleAdjoint as ReversibleAdjoint
 from ._alf import ALF as ALF
 from ._curvature import value_grad_and_curvature as value_grad_and_curvature
+from ._gauss_newton import scale_by_gauss_newton as scale_by_gauss_newton
 from ._kronecker import KroneckerFactors as KroneckerFactors
 from ._odesolve import odesolve as odesolve
 from ._results import RESULTS as RESULTS
@@ -19,3 +20,4 @@ from ._terminal_time import (
     terminal_time as terminal_time,
     terminal_time_derivatives as terminal_time_derivatives,
 )
+from ._training import make_steps as make_steps
