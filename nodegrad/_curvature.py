@@ -138,22 +138,25 @@ def value_grad_and_curvature(
             out = run(tapped(eqx.combine(diff, static), probes, tapping), *args)
             return out if has_aux else (out, None)
 
-        out, pull, aux = eqx.filter_vjp(outputs, (diff, probes), has_aux=True)
-        if predict is None:
-            losses, ct = out, jnp.full_like(out, samples if out.ndim == 0 else 1)
-            columns = ct[None]
-            if moments:
-                columns = _signs(key, num_draws, out) / jnp.sqrt(1.0 * num_draws)
-        else:
-            of_outputs = lambda out: loss(out, *args)
-            losses, ct = _output_gradient(of_outputs, out, samples)
-            columns = _columns(of_outputs, out, num_draws, moments, key)
         if predict is None and not moments:
             # One backward pass serves both.
+            out, pull, aux = eqx.filter_vjp(outputs, (diff, probes), has_aux=True)
+            losses, ct = out, jnp.full_like(out, samples if out.ndim == 0 else 1)
             ((summed, statistics),) = pull(ct)
             drawn = None
         else:
-            ((summed, _),) = pull(ct)
+            plain = lambda diff: outputs((diff, probes))
+            out, pull, aux = eqx.filter_vjp(plain, diff, has_aux=True)
+            if predict is None:
+                losses, ct = out, jnp.ones_like(out)
+                columns = _signs(key, num_draws, out)
+                columns = columns / jnp.sqrt(len(columns)).astype(out.dtype)
+            else:
+                of_outputs = lambda out: loss(out, *args)
+                losses, ct = _output_gradient(of_outputs, out, samples)
+                columns = _columns(of_outputs, out, num_draws, moments, key)
+            (summed,) = pull(ct)
+            _, pull, _ = eqx.filter_vjp(outputs, (diff, probes), has_aux=True)
             drawn, statistics = _pull_columns(pull, columns)
         value = jnp.mean(losses)
         grads = jax.tree.map(lambda g: g / samples, summed)
@@ -247,7 +250,7 @@ def _columns(of_outputs, out, num_draws, moments, key) -> Float[Array, "k batch 
     else:
         signs = _signs(key, num_draws, root[:, 0])
         columns = jnp.einsum("bij,kbj->kbi", root, signs)
-        columns = columns / jnp.sqrt(1.0 * num_draws).astype(root.dtype)
+        columns = columns / jnp.sqrt(len(columns)).astype(root.dtype)
     return columns.reshape(-1, *out.shape)
 
 

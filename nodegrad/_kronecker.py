@@ -115,15 +115,14 @@ def refresh(rule: Rule, state: LayerState, factors: KroneckerFactors) -> LayerSt
         b = share * state.output_factor + (1 - share) * b
     input_values, input_basis, input_ok = _eigenbasis(a)
     output_values, output_basis, output_ok = _eigenbasis(b)
+    moment = output_values[..., :, None] * input_values[..., None, :]
     if rule.moment == "ekfac":
         assert factors.draws is not None
         drawn = _rotated(output_basis, factors.draws, input_basis)
-        moment = jnp.sum(drawn**2, axis=0) / samples
-        share = jnp.where(is_first, 0, _as(rule.decay, dtype))[..., None, None]
         old = _moved_moment(state, output_basis, input_basis)
-        moment = share * old + (1 - share) * moment
-    else:
-        moment = output_values[..., :, None] * input_values[..., None, :]
+        old = jnp.where(is_first[..., None, None], moment, old)
+        keep = _as(rule.decay, dtype)
+        moment = keep * old + (1 - keep) * jnp.sum(drawn**2, axis=0) / samples
     finite = jnp.all(jnp.isfinite(moment), axis=(-1, -2))
     new = LayerState(
         input_basis=input_basis,
@@ -147,7 +146,7 @@ def precondition(
     decay = _as(rule.decay, dtype)
     seen = state.num_samples[..., None, None] * rotated**2
     running = decay * state.second_moment + (1 - decay) * seen
-    follows = rule.moment == "running"
+    follows = rule.moment != "kronecker"
     moment = running if follows else jnp.where(is_blind, running, state.second_moment)
     damping = _as(rule.damping, dtype)
     if rule.relative:

@@ -54,8 +54,8 @@ _PRESETS = {
     ),
     "robust": Rule(
         moment="ekfac",
-        decay=0.9,
-        damping=0.01,
+        decay=0.95,
+        damping=0.1,
         relative=True,
         power=-1.0,
         factor_decay=0.9,
@@ -107,15 +107,16 @@ def scale_by_snopt(
 
     - `preset`: where the other arguments come from if they are `None`. `"paper"`:
       `moment="running"`, `decay=0.75`, `damping=0.05`, `damping_mode="absolute"`,
-      `power=-1`, no averaging, no clip. `"robust"`: `moment="ekfac"`, `decay=0.9`,
-      `damping=0.01`, `damping_mode="relative"`, `power=-1`, `factor_decay=0.9`,
+      `power=-1`, no averaging, no clip. `"robust"`: `moment="ekfac"`, `decay=0.95`,
+      `damping=0.1`, `damping_mode="relative"`, `power=-1`, `factor_decay=0.9`,
       `kl_clip=1`.
     - `moment`: what $S$ is. `"running"`: $\lambda_B \lambda_A^\top$ at a refresh, and
       then at every update $S \leftarrow \alpha S + (1 - \alpha)\, n\, \hat G^2$, with
       $\hat G = U_B^\top G U_A$, $n$ the samples of a batch and $\alpha$ the `decay`.
-      `"kronecker"`: $\lambda_B \lambda_A^\top$. `"ekfac"`: the second moments of the
-      gradients of the samples, which takes a curvature with `draws`; averaged over
-      refreshes with the `decay`.
+      `"ekfac"`: the same, but a refresh does not forget: it expresses $S$ in the new
+      basis, and averages it, with $\alpha$ again, with the second moments of the
+      gradients of the samples, which takes a curvature with `draws`.
+      `"kronecker"`: $\lambda_B \lambda_A^\top$, always.
     - `damping`: $\varepsilon$. With `damping_mode="absolute"` as it is, and so in units
       of squared gradients; with `"relative"` times the mean of $S$ of the layer.
     - `power`: $-1$ for a natural gradient, $-1/2$ for a step like that of Adam.

@@ -220,7 +220,7 @@ class NodeStatistics(eqx.Module):
     def finish(self, sweep: Any, total) -> Any:
         """The cotangents of the constants of `field` and of `kept`."""
         consts, kept_consts = sweep.inputs.statistics
-        cts = [None] * len(consts)
+        cts: list[Any] = [None] * len(consts)
         for slots, statistics in zip(self.slots, total, strict=True):
             _, inputs, outputs, count, *_ = slots
             if self.reduction == "reduce":

@@ -192,6 +192,10 @@ def _tap_shape(weight, x, offset, *probes, use):
     return ShapedArray(out.shape, out.dtype)
 
 
+def _no_tangent(out: Any) -> Any:
+    return ad.Zero(jax.typeof(out).to_tangent_aval())
+
+
 def _tap_jvp(primals, tangents, *, use):
     weight, x, offset, *probes = primals
     t_weight, t_x, _, *t_probes = tangents
@@ -205,7 +209,7 @@ def _tap_jvp(primals, tangents, *, use):
         t_probes = map(ad.instantiate_zeros, t_probes)
         parts.append(zero_p.bind(x, offset, *t_probes, use=use, dtype=out.dtype))
     if not parts:
-        return out, ad.Zero.from_primal_value(out)
+        return out, _no_tangent(out)
     return out, sum(parts[1:], parts[0])
 
 
@@ -273,7 +277,7 @@ def _zero_jvp(primals, tangents, *, use, dtype):
     _, _, *t_probes = tangents
     out = zero_p.bind(*primals, use=use, dtype=dtype)
     if all(type(t) is ad.Zero for t in t_probes):
-        return out, ad.Zero.from_primal_value(out)
+        return out, _no_tangent(out)
     t_probes = map(ad.instantiate_zeros, t_probes)
     return out, zero_p.bind(x, offset, *t_probes, use=use, dtype=dtype)
 

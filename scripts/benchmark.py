@@ -8,12 +8,16 @@ import argparse
 from pathlib import Path
 
 import jax
-from benchmarks import gradients, reversible
+from benchmarks import gradients, reversible, training
 from benchmarks.measure import describe_machine, make_clock
 from benchmarks.report import Report
 
 
-_SUBCOMMANDS = {"gradients": gradients, "reversible": reversible}
+_SUBCOMMANDS = {
+    "gradients": gradients,
+    "reversible": reversible,
+    "training": training,
+}
 
 
 def main() -> None:
