@@ -140,21 +140,15 @@ def value_grad_and_curvature(
 
         if predict is None and not moments:
             # One backward pass serves both.
-            out, pull, aux = eqx.filter_vjp(outputs, (diff, probes), has_aux=True)
-            losses, ct = out, jnp.full_like(out, samples if out.ndim == 0 else 1)
+            losses, pull, aux = eqx.filter_vjp(outputs, (diff, probes), has_aux=True)
+            ct = jnp.full_like(losses, samples if losses.ndim == 0 else 1)
             ((summed, statistics),) = pull(ct)
             drawn = None
         else:
             plain = lambda diff: outputs((diff, probes))
             out, pull, aux = eqx.filter_vjp(plain, diff, has_aux=True)
-            if predict is None:
-                losses, ct = out, jnp.ones_like(out)
-                columns = _signs(key, num_draws, out)
-                columns = columns / jnp.sqrt(len(columns)).astype(out.dtype)
-            else:
-                of_outputs = lambda out: loss(out, *args)
-                losses, ct = _output_gradient(of_outputs, out, samples)
-                columns = _columns(of_outputs, out, num_draws, moments, key)
+            of_outputs = None if predict is None else lambda out: loss(out, *args)
+            losses, ct, columns = _columns(of_outputs, out, num_draws, moments, key)
             (summed,) = pull(ct)
             _, pull, _ = eqx.filter_vjp(outputs, (diff, probes), has_aux=True)
             drawn, statistics = _pull_columns(pull, columns)
@@ -227,31 +221,33 @@ def _signs(key: Any, num: Any, like: Array) -> Array:
     return jr.rademacher(key, (num, *like.shape), like.dtype)
 
 
-def _output_gradient(of_outputs: Callable, out: Array, samples: int):
-    """The losses, and the gradient of each with respect to its output."""
+def _columns(of_outputs, out: Array, num_draws, moments: bool, key):
+    r"""`(losses, their gradients, columns)` with respect to the outputs `out`.
+
+    Columns are $y_{bk}$ with $\sum_k y_{bk} y_{bk}^\top = H_b$, or so on average. For
+    the empirical Fisher (`of_outputs` is `None`) the outputs are the losses, and the
+    columns random signs.
+    """
+    if of_outputs is None:
+        columns = _signs(key, num_draws, out)
+        columns = columns / jnp.sqrt(len(columns)).astype(out.dtype)
+        return out, jnp.ones_like(out), columns
     losses, pull = jax.vjp(of_outputs, out)
-    if losses.shape != (samples,):
+    if losses.shape != (len(out),):
         msg = (
             "`loss(outputs, *args)` must return one loss for each sample, shape "
-            f"({samples},); got shape {losses.shape}."
+            f"({len(out)},); got shape {losses.shape}."
         )
         raise ValueError(msg)
-    return losses, *pull(jnp.ones_like(losses))
-
-
-def _columns(of_outputs, out, num_draws, moments, key) -> Float[Array, "k batch ..."]:
-    r"""Columns $y_{bk}$ with $\sum_k y_{bk} y_{bk}^\top = H_b$, or so on average."""
     root = _hessian_root(of_outputs, out)
-    batch, size, _ = root.shape
     if num_draws == "exact":
         columns = jnp.moveaxis(root, -1, 0)
         if moments:
-            columns = columns * _signs(key, size, columns[0, :, :1])
+            columns = columns * _signs(key, len(columns), columns[0, :, :1])
     else:
-        signs = _signs(key, num_draws, root[:, 0])
-        columns = jnp.einsum("bij,kbj->kbi", root, signs)
+        columns = jnp.einsum("bij,kbj->kbi", root, _signs(key, num_draws, root[:, 0]))
         columns = columns / jnp.sqrt(len(columns)).astype(root.dtype)
-    return columns.reshape(-1, *out.shape)
+    return losses, *pull(jnp.ones_like(losses)), columns.reshape(-1, *out.shape)
 
 
 def _hessian_root(of_outputs, out: Array) -> Float[Array, "batch size size"]:

@@ -180,9 +180,7 @@ class Trainer:
             self._is_warm = True
         for index in range(self.task.iterations):
             batch, key = next(batches), jr.fold_in(key, index)
-            refresh = self.method.options is not None and (
-                index % self.task.refresh_every == 0
-            )
+            refresh = self.method.options is not None and self.task.refreshes(index)
             step = self._steps.refresh if refresh else self._steps.step
             before = self._clock.now()
             model, state, value = step(model, state, *batch, key=key)

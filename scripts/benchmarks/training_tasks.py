@@ -35,7 +35,7 @@ class Task:
     - `metric`: of the outputs, or of the losses, and their targets; larger is better.
     - `batches`: from a seed, as many as one likes.
     - `steps`: of the solver, as a function of model and batch: how many are accepted.
-    - `iterations`, `refresh_every`: how long to train, and how often to refresh.
+    - `iterations`: how long to train.
     """
 
     name: str
@@ -47,7 +47,10 @@ class Task:
     test: Batch
     steps: Callable[[Any, Batch], Any]
     iterations: int
-    refresh_every: int
+
+    def refreshes(self, index: int) -> bool:
+        """Whether to refresh: every 10 iterations at first, then every 50."""
+        return index % (10 if index < 60 else 50) == 0
 
     def losses(self, model: Any, *batch: Any) -> Any:
         """One loss for each sample."""
@@ -154,7 +157,6 @@ def digits(iterations: int) -> Task:
         test=(x_test, y_test),
         steps=lambda model, batch: model.solution(batch[0]).stats,
         iterations=iterations,
-        refresh_every=25,
     )
 
 
@@ -227,7 +229,6 @@ def words(iterations: int, folder: Path, every: int = 12, size: int = 32) -> Tas
         test=(x_test, y_test),
         steps=lambda model, batch: model.run(batch[0])[1],
         iterations=iterations,
-        refresh_every=25,
     )
 
 
@@ -291,7 +292,6 @@ def circles(iterations: int) -> Task:
         test=(draw(2048, 12345),),
         steps=lambda model, batch: model.solution(batch[0]).stats,
         iterations=iterations,
-        refresh_every=25,
     )
 
 
