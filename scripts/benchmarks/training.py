@@ -23,10 +23,13 @@ import optax
 
 import nodegrad
 
-from .measure import Clock
+from .measure import Clock, time_in_turns
 from .report import Budget, Column, fixed, Report, significant
 from .training_tasks import circles, data_folder, digits, ImageNODE, Task, words
 
+
+#: What everything is trained in.
+DTYPE = "float32"
 
 ADAM, SGD, MUON = "Adam", "SGD, momentum 0.9", "Muon"
 PAPER, ROBUST = "SNOpt, paper", "SNOpt, robust"
@@ -166,18 +169,23 @@ class Trainer:
             state.hyperparams[name] = jnp.asarray(value, like.dtype)
         return model, state
 
+    def warm_up(self) -> Callable[[], Any]:
+        """Compiles everything; returns an ordinary iteration, always the same."""
+        start = self.start(self.method.trials[0], 0)
+        batch, key = next(self.task.batches(0)), jr.PRNGKey(0)
+        steps = self._steps if self.method.options is not None else [self._steps.step]
+        for first in steps:
+            model, state, _ = first(*start, *batch, key=key)
+            # What comes out of a step may have other types than what went in at first.
+            for step in steps:
+                model, state, _ = step(model, state, *batch, key=key)
+        return lambda: self._steps.step(*start, *batch, key=key)[2]
+
     def run(self, settings: dict[str, float], seed: int, every: int) -> Run:
         """Trains, and evaluates `every` so many iterations."""
         out = Run(self.method.name, settings, seed)
         model, state = self.start(settings, seed)
         batches, key = self.task.batches(seed), jr.PRNGKey(seed)
-        if not hasattr(self, "_is_warm"):
-            batch = next(self.task.batches(seed))
-            for step in (
-                self._steps if self.method.options is not None else [self._steps.step]
-            ):
-                jax.block_until_ready(step(model, state, *batch, key=key)[2])
-            self._is_warm = True
         for index in range(self.task.iterations):
             batch, key = next(batches), jr.fold_in(key, index)
             refresh = self.method.options is not None and self.task.refreshes(index)
@@ -242,8 +250,10 @@ def run(arguments: argparse.Namespace, clock: Clock, report: Report) -> None:
             report.note("words: left out, NODEGRAD_DATA has no data.")
             continue
         trainers = [Trainer(task, method, clock) for method in methods]
+        one_step = {t.method.name: t.warm_up() for t in trainers}
+        seconds = time_in_turns(clock, one_step, seconds=5.0)
         runs = {t.method.name: _runs(t, seeds, iterations) for t in trainers}
-        _report_task(report, task, runs)
+        _report_task(report, task, runs, seconds)
         _plot(task, runs, Path("results") / f"training_{name}.png")
     if not arguments.quick and "digits" in names:
         measure_terminal_time(report, iterations)
@@ -280,7 +290,9 @@ _COLUMNS = (
 )
 
 
-def _report_task(report: Report, task: Task, runs: dict[str, list[Run]]) -> None:
+def _report_task(
+    report: Report, task: Task, runs: dict[str, list[Run]], seconds: dict[str, float]
+) -> None:
     peer = runs[ADAM]
     median = lambda get, of: statistics.median(get(run) for run in of)
     train_target = median(lambda r: r.final_loss, peer)
@@ -299,7 +311,7 @@ def _report_task(report: Report, task: Task, runs: dict[str, list[Run]]) -> None
                 "metric": median(lambda r: max(r.test_metric, default=0.0), of),
                 "to_train": to_train(of) / to_train(peer),
                 "to_test": to_test(of) / to_test(peer),
-                "per_iteration": _step_seconds(of) / _step_seconds(peer),
+                "per_iteration": seconds[name] / seconds[ADAM],
                 "amortised": _mean_seconds(of) / _mean_seconds(peer),
                 "solver_steps": median(lambda r: r.solver_steps, of),
                 "curves": [(r.times.tolist(), r.smooth().tolist()) for r in of],
@@ -316,17 +328,6 @@ def _report_task(report: Report, task: Task, runs: dict[str, list[Run]]) -> None
         enter(f"amortised, {name}", by_name[name]["amortised"], amortised_limit)
     enter(f"time to train loss, {ROBUST}", by_name[ROBUST]["to_train"], 0.5)
     enter(f"time to test loss, {ROBUST}", by_name[ROBUST]["to_test"], 0.7)
-
-
-def _step_seconds(runs: list[Run]) -> float:
-    """The time of an iteration without refresh, for a solve as long as at the start."""
-    times = [
-        s
-        for run in runs
-        for s, refreshed in list(zip(run.seconds, run.refreshed, strict=True))[:25]
-        if not refreshed
-    ]
-    return statistics.median(times)
 
 
 def _mean_seconds(runs: list[Run]) -> float:
