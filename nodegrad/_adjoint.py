@@ -88,9 +88,9 @@ class ACAAdjoint(RecordedAdjoint):
             )
             raise ValueError(msg)
 
-    def sources(self, solver, terms, args, controller, grid, max_steps):
+    def sources(self, solver, terms, args, controller, grid, max_steps, first_jump):
         """Nothing is undone; states are stored, thinned as need be."""
-        del solver, terms, args, controller, grid
+        del solver, terms, args, controller, grid, first_jump
         return None, choose_checkpoints(self.checkpoints, max_steps)
 
 
@@ -105,8 +105,8 @@ class ReversibleAdjoint(RecordedAdjoint):
     picks up.
 
     One object serves `nodegrad.odesolve(..., adjoint=...)` and
-    `diffrax.diffeqsolve(..., adjoint=...)`, with every `SaveAt`, controller, term and
-    event of theirs.
+    `diffrax.diffeqsolve(..., adjoint=...)`, with every `SaveAt`, term and event of
+    theirs, and every controller of Diffrax.
 
     The solver has to be one of `nodegrad.Reversible(...)`, `nodegrad.ALF(...)`,
     `diffrax.ReversibleHeun()`, `diffrax.SemiImplicitEuler()` and
@@ -149,7 +149,7 @@ class ReversibleAdjoint(RecordedAdjoint):
 
     check: bool = eqx.field(static=True, default=False)
 
-    def sources(self, solver, terms, args, controller, grid, max_steps):
+    def sources(self, solver, terms, args, controller, grid, max_steps, first_jump):
         """Steps are undone; states are stored before restarts."""
         reversal = make_reversal(solver, terms, args)
         jumps = 0
@@ -164,4 +164,5 @@ class ReversibleAdjoint(RecordedAdjoint):
                 )
                 raise TypeError(msg)
             jumps = len(grid.anchors) + 1
-        return reversal, Restarts(reversal.resync_every, jumps, max_steps)
+        first_jump = first_jump and reversal.restarts_at_jumps
+        return reversal, Restarts(reversal.resync_every, jumps, first_jump, max_steps)

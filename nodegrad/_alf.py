@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from equinox.internal import ω
 from jaxtyping import Array, PyTree
 
-from ._coupling_monitor import size
 from ._diffrax import is_sde
+from ._magnitude import magnitudes, relative_size, size
 from ._results import COUPLING_LOST
-from ._reversal import AbstractReversal, check_resync_every
+from ._reversal import AbstractReversal, check_number, check_resync_every
 
 
 # The velocities of two successive half steps differ by a full turn: there is no
@@ -71,6 +71,7 @@ class ALF(diffrax.AbstractAdaptiveSolver):
 
     def __check_init__(self):
         check_resync_every("ALF", self.resync_every)
+        check_number("damping", self.damping)
         if not 0 < self.damping <= 1 or self.damping == 0.5:
             msg = (
                 "`damping` must be a number in (0, 1] other than 0.5, with which steps "
@@ -104,16 +105,17 @@ class ALF(diffrax.AbstractAdaptiveSolver):
             )
             raise ValueError(msg)
         velocity = terms.vf(t0, y0, args)
-        scale = size(jax.lax.stop_gradient(velocity))
+        speed = jax.lax.stop_gradient(velocity)
+        zero = jnp.zeros_like(size(speed))
         return VelocityState(
-            velocity, scale, jnp.zeros_like(scale), jnp.array(False), jnp.array(0)
+            velocity, magnitudes(speed), zero, jnp.array(False), jnp.array(0)
         )
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         step = LeapfrogReversal(self, terms, args)
         parts: dict[str, Callable] = step.parts()
         evaluate = lambda part, _, *part_args: parts[part](*part_args)
-        restart, count = made_jump, solver_state.count
+        restart, count = made_jump, solver_state.steps_taken
         if self.resync_every is not None:
             restart = restart | ((count % self.resync_every == 0) & (count > 0))
         v0, twice = solver_state.velocity, 2 * self.damping
@@ -122,10 +124,10 @@ class ALF(diffrax.AbstractAdaptiveSolver):
         y1, v1, info = step.forward(evaluate, t0, t1, y0, v0, False)
         error = ((info["k1"] ** ω - info["k0"] ** ω) / twice).ω
         gap, speed = jax.lax.stop_gradient((((v1**ω - v0**ω) / twice).ω, v1))
-        scale, distance = jnp.maximum(solver_state.scale, size(speed)), size(gap)
-        lost = distance > _OVERWHELMING * scale
+        scale = magnitudes(solver_state.scale, speed)
+        lost = ~(relative_size(gap, scale) <= _OVERWHELMING)
         result = diffrax.RESULTS.where(lost, COUPLING_LOST, diffrax.RESULTS.successful)
-        new_state = VelocityState(v1, scale, distance, lost, count + 1)
+        new_state = VelocityState(v1, scale, size(gap), lost, count + 1)
         return y1, error, info, new_state, result
 
     def func(self, terms, t0, y0, args):
@@ -139,7 +141,7 @@ class VelocityState(eqx.Module):
     scale: Any
     distance: Any
     lost: Any
-    count: Any
+    steps_taken: Any
 
 
 class LeapfrogReversal(AbstractReversal):

@@ -13,9 +13,12 @@ $f(t_n, y_n)$ and this one began with $f(t_n, z_n)$. The monitor sums up
 $$\gamma_{n+1} = \max(0, \gamma_n + \log \lambda - h \rho_n),$$
 
 the logarithm of the greatest amplification that any earlier difference has undergone.
+All this in a norm in which every component counts relative to its own largest value.
+
+Where the control is a path or noise, slopes of two steps cannot be compared, and there
+is nothing but the size of the difference to go by.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -25,12 +28,19 @@ import jax.numpy as jnp
 from equinox.internal import ω
 from jaxtyping import Array, PyTree
 
+from ._magnitude import dot, magnitudes, ratios, relative_size, size
 
-# Apart: amplified a thousandfold and grown to this part of the solution, ...
-_LOG_AMPLIFICATION = math.log(1e3)
-_SIGNIFICANT = 1e-4
-# ... or, whatever it comes from, of the size of the solution itself.
-_OVERWHELMING = 0.5
+
+# Apart: amplified so often and grown to this part of the largest state so far, ...
+_AMPLIFIED, _SIGNIFICANT = math.log(1e3), 1e-4
+# ... or so often and to this part of the present one, ...
+_AMPLIFIED_LESS, _LARGE = math.log(1e2), 0.05
+# ... or, if amplification is unknown, this part of what the state was lately, ...
+_LARGE_UNEXPLAINED = 0.1
+# ... or of the size of the solution itself, once there is one.
+_OVERWHELMING, _FIRST_STEPS = 0.5, 3
+# What "lately" is: states count for less by this factor every step.
+_FORGETTING = 0.99
 
 
 class CouplingMonitor(eqx.Module):
@@ -38,63 +48,63 @@ class CouplingMonitor(eqx.Module):
 
     - `slope`: $f(t_n, y_n)$; `None` where the slopes of two steps cannot be compared.
     - `gain`: $\gamma$.
-    - `scale`: the greatest root mean square of the solution so far.
+    - `scale`: the largest absolute values of the solution so far, number by number.
+    - `level`: the size of the solution lately, relative to `scale`.
     - `distance`: the root mean square of the difference.
     - `lost`: whether the copies have come apart.
     """
 
     slope: PyTree[Array] | None
     gain: Any
-    scale: Any
+    scale: PyTree[Array]
+    level: Any
     distance: Any
     lost: Any
 
     @classmethod
     def init(cls, y0: PyTree, compares_slopes: bool) -> "CouplingMonitor":
         """Before the first step, where both copies are the same."""
-        scale = size(y0)
-        zero = jnp.zeros_like(scale)
+        y0 = jax.lax.stop_gradient(y0)
+        zero = jnp.zeros_like(size(y0))
         slope = jax.tree.map(jnp.zeros_like, y0) if compares_slopes else None
-        return cls(slope, zero, scale, zero, jnp.array(False))
+        return cls(slope, zero, magnitudes(y0), zero, zero, jnp.array(False))
 
     def update(
-        self, d0, d1, y1, info, control, coupling_parameter, made_jump
+        self, d0, d1, info, control, coupling_parameter, made_jump, count
     ) -> "CouplingMonitor":
         """After a step.
 
         **Arguments:**
 
         - `d0`, `d1`: the difference before and after the step.
-        - `y1`: the solution after it.
-        - `info`: with the vector field at `z0` and at `y1`, times `control`.
+        - `info`: with the solution before and after the step, and the vector field at
+          `z0` and at `y1`, times `control`.
         - `made_jump`: whether the vector field is another one than a step ago.
+        - `count`: the steps before this one.
         """
-        old, d0, d1, y1, info, control = jax.lax.stop_gradient(
-            (self, d0, d1, y1, info, control)
+        old, d0, d1, info, control = jax.lax.stop_gradient(
+            (self, d0, d1, info, control)
         )
-        k0, k1 = info["k0"], info["k1"]
+        y0, y1, k0, k1 = (info[name] for name in ("y0", "y1", "k0", "k1"))
+        scale = magnitudes(old.scale, y1, k0, k1)
         gain, slope = old.gain, None
         if old.slope is not None:
             step = jax.tree.leaves(control)[0]
             growth = (old.slope**ω * step - k0**ω).ω
-            norm = _dot(d0, d0)
+            difference = ratios(d0, scale)
+            norm = dot(difference, difference)
             is_known = (norm > 0) & ~jnp.asarray(made_jump)
-            rate = jnp.where(is_known, _dot(d0, growth) / norm, 0)
+            rate = dot(difference, ratios(growth, scale)) / jnp.where(is_known, norm, 1)
+            rate = jnp.where(is_known, rate, 0)
             gain = jnp.maximum(0, gain + math.log(coupling_parameter) - rate)
             gain = jnp.where(norm > 0, gain, 0)
             slope = jax.tree.map(lambda k: jnp.where(step == 0, 0, k / step), k1)
-        scale, distance = jnp.maximum(old.scale, size(y1)), size(d1)
-        apart = (gain > _LOG_AMPLIFICATION) & (distance > _SIGNIFICANT * scale)
-        lost = apart | (distance > _OVERWHELMING * scale)
-        return CouplingMonitor(slope, gain, scale, distance, lost)
-
-
-def size(tree: PyTree[Array]) -> Array:
-    """The root mean square of all numbers in `tree`."""
-    leaves = jax.tree.leaves(tree)
-    return jnp.sqrt(_dot(tree, tree) / sum(x.size for x in leaves))
-
-
-def _dot(x: PyTree[Array], y: PyTree[Array]) -> Array:
-    products = jax.tree.map(lambda a, b: jnp.sum(jnp.real(jnp.conj(a) * b)), x, y)
-    return functools.reduce(jnp.add, jax.tree.leaves(products))
+        apart, now = relative_size(d1, scale), relative_size(magnitudes(y0, y1), scale)
+        level = jnp.maximum(now, _FORGETTING * old.level)
+        sound = (apart <= _OVERWHELMING) | (count < _FIRST_STEPS)
+        if slope is None:
+            sound = sound & (apart <= _LARGE_UNEXPLAINED * level)
+        else:
+            sound = sound & ((gain <= _AMPLIFIED) | (apart <= _SIGNIFICANT))
+            sound = sound & ((gain <= _AMPLIFIED_LESS) | (apart <= _LARGE * now))
+        return CouplingMonitor(slope, gain, scale, level, size(d1), ~sound)

@@ -31,17 +31,18 @@ class RecordedAdjoint(diffrax.AbstractAdjoint):
 
     @abc.abstractmethod
     def sources(
-        self, solver, terms, args, controller, grid, max_steps: int
+        self, solver, terms, args, controller, grid, max_steps: int, first_jump: bool
     ) -> tuple[AbstractReversal | None, Checkpoints | Restarts]:
         """How the sweep comes by the states: whether steps are undone, what is kept."""
 
     def make_solve(
-        self, step, solver, terms, args, controller, t0, t1, dt0, max_steps, **kwargs
-    ) -> Solve:
+        self, step, solver, terms, args, controller, t0, t1, dt0, max_steps,
+        first_jump=False, **kwargs,
+    ) -> Solve:  # fmt: skip
         """What both doors record; `kwargs` are further fields of `Solve`."""
         grid = make_grid(controller, t0, t1, dt0)
         reversal, memory = self.sources(
-            solver, terms, args, controller, grid, max_steps
+            solver, terms, args, controller, grid, max_steps, first_jump
         )
         return Solve(
             step=step,
@@ -93,6 +94,8 @@ class RecordedAdjoint(diffrax.AbstractAdjoint):
             kwargs["t1"],
             kwargs["dt0"],
             max_steps,
+            # What is not known before the solve is an array.
+            first_jump=init_state.made_jump is not False,
             saves=saves_of(subs_of(saveat)),
             dense=saveat.dense,
             event=kwargs["event"] is not None,
@@ -157,8 +160,11 @@ class _StepSolver(diffrax.AbstractWrappedSolver):
 def _started(step: AbstractStep, init_state: Any) -> Any:
     """Diffrax's initial state with the solver state that `step` wants.
 
-    Diffrax evaluates the first stage inside its loop; we do it once, before.
+    Diffrax evaluates the first stage inside its loop; we do it once, before. And a jump
+    before the first step it would take for one before every step.
     """
+    if init_state.made_jump is True:
+        init_state = replace(init_state, made_jump=jnp.array(True))
     if not isinstance(step, RungeKuttaStep):
         return init_state
     solver_state = step.start(init_state.tprev, init_state.tnext, init_state.y)
@@ -199,9 +205,9 @@ def saves_of(subs: list[diffrax.SubSaveAt]) -> list[Save]:
 def without_gradient(tree: Any) -> Any:
     """Refuses to be differentiated, for want of a bound on the number of steps."""
     msg = (
-        "`max_steps=None` cannot be combined with a gradient through "
-        "`nodegrad.ACAAdjoint`: the memory for the accepted steps must be allocated "
-        "before the solve. Pass a bound, `max_steps=...`; it costs 8 bytes a step, and "
-        "the states kept are set by `ACAAdjoint(checkpoints=...)`."
+        "`max_steps=None` cannot be combined with a gradient through an adjoint of "
+        "nodegrad: the memory for the accepted steps must be allocated "
+        "before the solve. Pass a bound, `max_steps=...`; it costs 8 bytes a step at "
+        "most, besides the states that the adjoint keeps."
     )
     return eqxi.nondifferentiable_backward(tree, msg=msg)

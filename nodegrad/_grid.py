@@ -182,10 +182,10 @@ class _ConstantSizes(diffrax.AbstractAdaptiveStepSizeController):
 
 
 _NOT_DIFFERENTIABLE = (
-    "Step sizes are constants of a gradient taken with `nodegrad.ACAAdjoint`, so there "
-    "is no derivative with respect to the tolerances or other settings of a step size "
-    "controller. Wrap them in `jax.lax.stop_gradient`. (Times that steps are made to "
-    "end at, `StepTo(ts=...)` and the `step_ts` and `jump_ts` of "
+    "Step sizes are constants of a gradient taken with an adjoint of nodegrad, so "
+    "there is no derivative with respect to the tolerances or other settings of a step "
+    "size controller. Wrap them in `jax.lax.stop_gradient`. (Times that steps are made "
+    "to end at, `StepTo(ts=...)` and the `step_ts` and `jump_ts` of "
     "`ClipStepSizeController`, are differentiable.)"
 )
 

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from ._coupling_monitor import size
 from ._hoist import as_struct, hoist
+from ._magnitude import magnitudes, relative_size, size
 from ._tree import add, each, inexact_spec, take, where, zeros_like
 
 
@@ -28,6 +28,8 @@ from ._tree import add, each, inexact_spec, take, where, zeros_like
 _MAX_ERROR = 1e-3
 # ... unless that is as little as this many units of rounding of the largest state.
 _MAX_ROUNDING = 1e3
+# The part of its largest value that a number is taken to have at least.
+_USUAL = 0.1
 
 _UNTRUSTED = (
     "Walking back through a solve with `nodegrad.ReversibleAdjoint` missed a state "
@@ -48,17 +50,19 @@ class Restarts(eqx.Module):
     """Where the states before restarts are stored: a row for each.
 
     First come those of every `every` steps, then those of jumps, of which there is one
-    at most between two of the grid's anchors, then a row that nobody reads.
+    at most between two of the grid's anchors, then a row that nobody reads. The solve
+    may continue one of `taken` steps, and may start (`first_jump`) at a jump.
     """
 
     every: int | None = eqx.field(static=True)
     jumps: int = eqx.field(static=True)
+    first_jump: bool = eqx.field(static=True)
     max_steps: int = eqx.field(static=True)
 
     @property
     def regular(self) -> int:
         """Rows for the regular restarts."""
-        return 0 if self.every is None else (self.max_steps - 1) // self.every
+        return 0 if self.every is None else (self.max_steps - 1) // self.every + 2
 
     @property
     def rows(self) -> int:
@@ -66,35 +70,39 @@ class Restarts(eqx.Module):
         rows = self.regular + self.jumps
         return rows + 1 if rows else 0
 
-    def is_restart(self, index, made_jump):
+    def is_restart(self, index, taken, made_jump):
         """Whether step `index` begins with a restart; `False` where none does."""
         restart = False
         if self.every is not None:
-            restart = (index % self.every == 0) & (index > 0)
-        return restart | made_jump if self.jumps else restart
+            restart = self._is_regular(index, taken)
+        return restart | made_jump if self.jumps or self.first_jump else restart
 
-    def row_to_write(self, index, start, made_jump, grid):
+    def row_to_write(self, index, taken, start, made_jump, grid):
         """Where the state before step `index` is stored, or a row nobody reads."""
         row = jnp.full_like(index, self.rows - 1)
         if self.jumps:
             passed = jnp.sum(grid.anchors <= start, dtype=row.dtype)
             row = jnp.where(made_jump, self.regular + passed, row)
         if self.every is not None:
-            regular = (index % self.every == 0) & (index > 0)
-            row = jnp.where(regular, index // self.every - 1, row)
+            regular = (index + taken) // self.every - taken // self.every
+            row = jnp.where(self._is_regular(index, taken), regular, row)
         return row
+
+    def _is_regular(self, index, taken):
+        count = index + taken
+        return (count % self.every == 0) & (count > 0)
 
 
 class _Walk(eqx.Module):
     """Where the walk is: the state after the next step to undo.
 
-    - `peak`: the size of the largest state met.
+    - `peak`: the largest absolute values met, number by number.
     - `error`: the largest reconstruction error.
     """
 
     y: PyTree[Array]
     kept: PyTree[Array]
-    peak: Array
+    peak: PyTree[Array]
     error: Array
 
 
@@ -136,8 +144,9 @@ def _walk(sweep, step_back: Callable, carry: Any) -> tuple[Any, Array]:
     """Takes every step back: `(carry, reconstruction error)`."""
     reversal, final = sweep.solve.reversal, sweep.final_state
     num_steps = sweep.record.num_steps
-    zero = jnp.zeros_like(final.tprev)
-    walk = _Walk(final.y, reversal.kept(final.solver_state), zero, zero)
+    error = jnp.zeros_like(each(sweep.lanes, size)(_inexact(final.y)))
+    peak = zeros_like(magnitudes(_inexact(final.y)))
+    walk = _Walk(final.y, reversal.kept(final.solver_state), peak, error)
     if sweep.lanes:
         walk = _with_safe_state(walk, num_steps)
 
@@ -145,7 +154,7 @@ def _walk(sweep, step_back: Callable, carry: Any) -> tuple[Any, Array]:
         index, walk, carry = index__walk__carry
         live = index >= 0
         at = sweep.idle_at_zero(live, index)
-        peak = jnp.maximum(walk.peak, each(sweep.lanes, _size)(walk.y))
+        peak = magnitudes(walk.peak, _inexact(walk.y))
         walk = replace(walk, peak=peak)
         args, error, carry = step_back(at, live, _times(sweep, at), walk, carry)
         error = jnp.maximum(walk.error, jnp.where(live, error, 0))
@@ -165,10 +174,11 @@ def _undo(sweep, evaluate: Callable, index, times: "_Times", walk: _Walk):
     reversal, restarts = sweep.solve.reversal, sweep.solve.memory
     t0, t1, before, made_jump, row = times
     found = reversal.backward(evaluate, t0, t1, before, walk.y, walk.kept)
-    restart = restarts.is_restart(index, made_jump)
+    restart = restarts.is_restart(index, sweep.record.taken, made_jump)
     is_known, known = (index == 0) | restart, _known(sweep, index, row)
-    # A restart changes what is kept besides `y`, and that is not undone.
-    error = each(sweep.lanes, _relative_error)(found[0], known[0], walk.peak)
+    error = each(sweep.lanes, _relative_error)(
+        reversal.untouched(*found), reversal.untouched(*known), walk.peak
+    )
     error = jnp.where(is_known, error, 0)
     return (t0, t1, *where(is_known, known, found)), restart, error
 
@@ -269,7 +279,7 @@ def _times(sweep, index) -> _Times:
         start, end = record.start(grid, index), record.end(grid, index)
         before = record.start(grid, jnp.maximum(index - 1, 0))
         made_jump = record.made_jump(grid, index)
-        row = memory.row_to_write(index, start, made_jump, grid)
+        row = memory.row_to_write(index, record.taken, start, made_jump, grid)
         return _Times(start, end, before, made_jump, row)
 
     return each(sweep.lanes, read)(sweep.record, index)
@@ -285,16 +295,21 @@ def _known(sweep, index, row):
     return where(index == 0, start, stored)
 
 
-def _size(y: PyTree) -> Array:
-    return size(jax.lax.stop_gradient(eqx.filter(y, eqx.is_inexact_array)))
+def _inexact(y: PyTree) -> PyTree[Array]:
+    return jax.lax.stop_gradient(eqx.filter(y, eqx.is_inexact_array))
 
 
-def _relative_error(found: PyTree, known: PyTree, peak: Array) -> Array:
-    """How far `found` is from `known`, relatively."""
-    inexact = [eqx.filter(x, eqx.is_inexact_array) for x in (found, known)]
-    error = _size(jax.tree.map(jnp.subtract, *inexact))
-    least = _MAX_ROUNDING / _MAX_ERROR * jnp.finfo(error.dtype).eps * peak
-    return jnp.where(error == 0, 0, error / jnp.maximum(_size(known), least))
+def _relative_error(found: PyTree, known: PyTree, peak: PyTree) -> Array:
+    """How far `found` is from `known`, relatively, as a whole or number by number."""
+    found, known = _inexact(found), _inexact(known)
+    error = jax.tree.map(jnp.subtract, found, known)
+    unit = jnp.finfo(size(error).dtype).eps
+    least = _MAX_ROUNDING / _MAX_ERROR * unit * size(peak)
+    overall = size(error) / jnp.maximum(size(known), least)
+    # A number that is zero just there is compared with what it is elsewhere.
+    usual = magnitudes(known, jax.tree.map(lambda x: _USUAL * x, peak))
+    worst = jnp.maximum(overall, relative_size(error, usual))
+    return jnp.where(size(error) == 0, 0, worst)
 
 
 def _with_safe_state(walk: _Walk, num_steps: Array) -> _Walk:
@@ -338,7 +353,8 @@ def hoist_reversal(solve: Any, t, y, kept) -> tuple[Any, Any, Callable]:
         return parts[part](*args)
 
     def step(t0, t1, y0, kept0):
-        restart = solve.memory.is_restart(jnp.array(0), jnp.array(False))
+        none = jnp.array(0)
+        restart = solve.memory.is_restart(none, none, jnp.array(False))
         return reversal.forward(evaluate, t0, t1, y0, kept0, restart)
 
     eqx.filter_eval_shape(step, t, t, y, kept)

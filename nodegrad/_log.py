@@ -25,7 +25,11 @@ class Log(eqx.Module):
 
 
 class Record(eqx.Module):
-    """The forward pass as the sweep sees it. `at_end`: whether it came to its `t1`."""
+    """The forward pass as the sweep sees it.
+
+    - `at_end`: whether it came to its `t1`.
+    - `taken`: the steps of an earlier solve that it continues.
+    """
 
     rows: PyTree[Array]
     log: Log
@@ -34,6 +38,7 @@ class Record(eqx.Module):
     made_jump0: Array
     num_steps: Array
     at_end: Array
+    taken: Array
 
     def end(self, grid: AbstractGrid, index):
         """Where step `index` ended; `index = -1` is the start of the solve."""

@@ -21,13 +21,13 @@ _WAY_OUT = (
 )
 
 FORWARD = (
-    "A solve with `nodegrad.ACAAdjoint` cannot be differentiated by forward mode alone "
-    "(`jax.jvp`, `jax.linearize`). " + _WAY_OUT
+    "A solve with an adjoint of nodegrad cannot be differentiated by forward mode "
+    "alone (`jax.jvp`, `jax.linearize`). " + _WAY_OUT
 )
 
 REVERSE_OVER_REVERSE = (
-    "A gradient through a solve with `nodegrad.ACAAdjoint` cannot be differentiated by "
-    "reverse mode again (`jax.grad(jax.grad(f))`). " + _WAY_OUT
+    "A gradient through a solve with an adjoint of nodegrad cannot be differentiated "
+    "by reverse mode again (`jax.grad(jax.grad(f))`). " + _WAY_OUT
 )
 
 

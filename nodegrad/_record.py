@@ -1,7 +1,7 @@
 """Running a solver loop so that it can be differentiated: record, then sweep back.
 
 `recorded_loop` takes the place of the `while` loop of a solver, be it Diffrax's
-(`ACAAdjoint` inside `diffrax.diffeqsolve`) or our own (`odesolve`). The forward pass
+(`_door.py`) or our own (`odesolve`). The forward pass
 runs that loop unchanged, search for the step sizes included, and writes down for every
 accepted step its times and (thinned, see `_checkpoints.py`) the state it started from.
 The backward pass is the one sweep of `_sweep.py`.
@@ -187,6 +187,7 @@ def _make_sweep(solve: Solve, pure_step, pure_saves, final_state, written, input
         made_jump0=inputs.init_state.made_jump,
         num_steps=final_state.num_accepted_steps,
         at_end=at_end,
+        taken=_steps_taken(inputs.init_state),
     )
     return Sweep(
         solve=solve,
@@ -212,7 +213,7 @@ def _one_lane(tree: PyTree) -> PyTree:
 
 def _run_recording(solve, cond_fun, body_fun, init_state, max_steps, buffers):
     """The loop itself: `(final state, (rows, log, whether it came to its end))`."""
-    memory, grid = solve.memory, solve.grid
+    memory, grid, taken = solve.memory, solve.grid, _steps_taken(init_state)
     logs_origin = isinstance(grid, AdaptiveGrid)
     rows = jax.tree.map(
         lambda x: jnp.zeros((memory.rows, *x.shape), x.dtype),
@@ -229,7 +230,7 @@ def _run_recording(solve, cond_fun, body_fun, init_state, max_steps, buffers):
     def body(carry):
         state, rows, log, origin = carry
         index = state.num_accepted_steps
-        row = memory.row_to_write(index, state.tprev, state.made_jump, grid)
+        row = memory.row_to_write(index, taken, state.tprev, state.made_jump, grid)
         # A rejected attempt is overwritten by the next one.
         rows = _set(rows, row, _to_store(solve, state))
         now = Log(
@@ -253,6 +254,13 @@ def _run_recording(solve, cond_fun, body_fun, init_state, max_steps, buffers):
         kind="lax",
     )
     return final_state, (rows, log, final_state.tprev >= solve.t1)
+
+
+def _steps_taken(init_state: PyTree) -> Array:
+    """The steps that the solver has taken before this solve, as it counts them."""
+    zero = jnp.zeros_like(init_state.num_accepted_steps)
+    count = getattr(init_state.solver_state, "steps_taken", zero)
+    return count.astype(zero.dtype)
 
 
 def _to_store(solve: Solve, state: PyTree) -> PyTree[Array]:

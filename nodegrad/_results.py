@@ -29,10 +29,10 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     coupling_lost = (
         "The two copies of the solution that a reversible solver carries have come "
         "apart (`stats['coupling_distance']` is how far), so that neither is a "
-        "solution any more. The problem decays faster than the coupling allows "
+        "solution any more. The problem decays faster than the solver allows "
         "(`nodegrad.is_stable`). Pass `resync_every=10` or so to the solver, take "
-        "smaller steps or a smaller `coupling_parameter`, or use a plain solver with "
-        "`nodegrad.ACAAdjoint()`."
+        "smaller steps, a smaller `coupling_parameter` or (of `ALF`) `damping`, or use "
+        "a plain solver with `nodegrad.ACAAdjoint()`."
     )
 
 

@@ -22,8 +22,11 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from equinox.internal import ω
 from jaxtyping import Array, PyTree
+
+from ._stages import explicit_tableau
 
 
 Evaluate = Callable[..., PyTree[Array]]
@@ -71,6 +74,11 @@ class AbstractReversal(eqx.Module):
         """`kept` of a solver state (or of its cotangent)."""
         return solver_state
 
+    def untouched(self, y: PyTree, kept: PyTree) -> PyTree:
+        """What a restart leaves as it was, so that the inverse finds it again."""
+        del kept
+        return y
+
     def lost(self, solver_state: PyTree) -> Any:
         """Whether the solver found that it is no longer solving anything."""
         return getattr(solver_state, "lost", jnp.array(False))
@@ -90,6 +98,11 @@ class _ReversibleHeun(AbstractReversal):
     """
 
     restarts_at_jumps: ClassVar[bool] = True
+
+    def untouched(self, y, kept):
+        del y
+        yhat, _ = kept
+        return yhat
 
     def parts(self):
         vf = lambda t, y: self.terms.vf(t, y, self.args)
@@ -193,11 +206,12 @@ def make_reversal(solver, terms, args) -> AbstractReversal:
     cls = _REVERSALS.get(type(solver)) or getattr(solver, "reversal_cls", None)
     if cls is None:
         name = type(solver).__name__
-        wrapped = f"`nodegrad.Reversible(diffrax.{name}())`"
+        # Of an explicit Runge-Kutta method, wrapped or not, there is a reversible one.
+        inner = name if explicit_tableau(solver) is not None else "Tsit5"
         msg = (
             f"`nodegrad.ReversibleAdjoint` needs a solver whose steps can be undone, "
-            f"and those of `{name}` cannot. Use {wrapped} if it is an explicit "
-            "Runge-Kutta method, `nodegrad.ALF()`, `diffrax.ReversibleHeun()`, "
+            f"and those of `{name}` cannot. Use `nodegrad.Reversible({inner}())`, "
+            "`nodegrad.ALF()`, `diffrax.ReversibleHeun()`, "
             "`diffrax.SemiImplicitEuler()` or `diffrax.LeapfrogMidpoint()`; or keep "
             "the solver and use `nodegrad.ACAAdjoint()`."
         )
@@ -205,11 +219,21 @@ def make_reversal(solver, terms, args) -> AbstractReversal:
     return cls(solver, terms, args)
 
 
+def check_number(name: str, value: Any):
+    """Raises unless it is a Python or NumPy number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        msg = (
+            f"`{name}` must be a number that is known before the solve; got "
+            f"{value!r}, a {type(value).__name__}."
+        )
+        raise TypeError(msg)
+
+
 def check_resync_every(name: str, resync_every: Any):
     """Raises unless it is `None` or a positive integer."""
     if resync_every is None:
         return
-    if not isinstance(resync_every, int) or isinstance(resync_every, bool):
+    if isinstance(resync_every, bool) or not hasattr(resync_every, "__index__"):
         msg = (
             f"`nodegrad.{name}(resync_every=...)` must be `None` or an integer; got "
             f"{resync_every!r}."

@@ -12,9 +12,9 @@ from equinox.internal import ω
 from jaxtyping import Array, PyTree
 
 from ._coupling_monitor import CouplingMonitor
-from ._diffrax import is_sde
+from ._diffrax import is_sde, WrapTerm
 from ._results import COUPLING_LOST
-from ._reversal import AbstractReversal, check_resync_every
+from ._reversal import AbstractReversal, check_number, check_resync_every
 from ._stages import combine, explicit_tableau, num_inner_stages, stages
 from ._tree import where
 
@@ -90,6 +90,7 @@ class Reversible(diffrax.AbstractStratonovichSolver, diffrax.AbstractWrappedSolv
                 f"`diffrax.Tsit5()`; got {self.solver}."
             )
             raise TypeError(msg)
+        check_number("coupling_parameter", self.coupling_parameter)
         if not 0 < self.coupling_parameter <= 1:
             msg = (
                 "`coupling_parameter` must be a number in (0, 1]; got "
@@ -131,31 +132,28 @@ class Reversible(diffrax.AbstractStratonovichSolver, diffrax.AbstractWrappedSolv
                 f"`diffrax.Midpoint()`; got {self.solver}."
             )
             raise ValueError(msg)
-        # Of one number only, and not of noise: else slopes tell nothing, see there.
-        control = jax.tree.leaves(jax.eval_shape(terms.contr, t0, t1))
-        is_scalar = len(control) == 1 and control[0].shape == ()
-        monitor = CouplingMonitor.init(y0, is_scalar and not is_sde(terms))
+        monitor = CouplingMonitor.init(y0, _have_slopes(terms, t0, t1))
         difference = jax.tree.map(jnp.zeros_like, y0)
         return CoupledState(y0, difference, monitor, jnp.array(0))
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         step = CoupledReversal(self, terms, args)
-        ks = {}
+        ks, control = {}, terms.contr(t0, t1)
 
         def evaluate(part, key, *part_args):
             if part == "control":
-                return terms.contr(*part_args)
+                return control
             increment, ks[key] = step.increment(*part_args)
             return increment, ks[key][0]
 
-        count, (z0, d0) = solver_state.count, step.kept(solver_state)
+        count, (z0, d0) = solver_state.steps_taken, step.kept(solver_state)
         restart = False
         if self.resync_every is not None:
             restart = (count % self.resync_every == 0) & (count > 0)
             (z0, d0) = step.coupled(z0, d0, restart)
         y1, (z1, d1), info = step.forward(evaluate, t0, t1, y0, (z0, d0), False)
         monitor = solver_state.monitor.update(
-            d0, d1, y1, info, terms.contr(t0, t1), self.coupling_parameter, made_jump
+            d0, d1, info, control, self.coupling_parameter, made_jump, count
         )
         result = diffrax.RESULTS.where(
             monitor.lost, COUPLING_LOST, diffrax.RESULTS.successful
@@ -174,13 +172,28 @@ class Reversible(diffrax.AbstractStratonovichSolver, diffrax.AbstractWrappedSolv
         return self.solver.func(terms, t0, y0, args)
 
 
+def _have_slopes(terms: PyTree, t0, t1) -> bool:
+    """Whether the vector fields of two steps differ by no more than their state."""
+    if is_sde(terms):
+        return False
+    is_single = lambda x: (
+        isinstance(x, diffrax.AbstractTerm)
+        and not isinstance(x, diffrax.MultiTerm | WrapTerm)
+    )
+    singles = filter(is_single, jax.tree.leaves(terms, is_leaf=is_single))
+    if all(isinstance(term, diffrax.ODETerm) for term in singles):
+        return True
+    control = jax.tree.leaves(jax.eval_shape(terms.contr, t0, t1))
+    return len(control) == 1 and control[0].shape == ()
+
+
 class CoupledState(eqx.Module):
     """The state of `Reversible`: $z$, $D = y - z$, and how far apart they are."""
 
     z: PyTree[Array]
     difference: PyTree[Array]
     monitor: CouplingMonitor
-    count: Any
+    steps_taken: Any
 
     @property
     def distance(self) -> Any:

@@ -268,6 +268,7 @@ def _lorenz(t, y, args):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "field, y0, t1, n",
     [
@@ -311,6 +312,81 @@ def test_never_returns_garbage_without_saying_so(field, y0, t1, n, coupling):
         else:
             # With restarts, only where the steps are too large for the problem.
             assert resync_every is None or coupling == 0.9 or n == 200
+
+
+def _controlled(t, y, args):
+    return jnp.stack([-5 * y, 5 * jnp.cos(t) - jnp.sin(t) + 0 * y], axis=-1)
+
+
+@pytest.mark.parametrize(
+    "terms, y0, h",
+    [
+        # One component is a millionth of the other.
+        (
+            lambda t, y, args: jnp.stack([0 * y[0], -20 * (y[1] - jnp.cos(t))]),
+            jnp.array([1e6, 0.5]),
+            0.002,
+        ),
+        # Far smaller at the end than at the start.
+        (lambda t, y, args: -3 * y + 3e-3 * jnp.cos(t), jnp.ones(1), 0.01),
+        # Several terms; a path; noise.
+        (
+            diffrax.MultiTerm(
+                diffrax.ODETerm(lambda t, y, args: -5 * y),
+                diffrax.ODETerm(lambda t, y, args: 5 * jnp.cos(t) + 0 * y),
+            ),
+            jnp.ones(1),
+            0.01,
+        ),
+        (
+            diffrax.ControlTerm(
+                _controlled,
+                diffrax.LinearInterpolation(
+                    jnp.linspace(0.0, 3.0, 31),
+                    jnp.linspace(0.0, 3.0, 31)[:, None] * jnp.ones((1, 2)),
+                ),
+            ),
+            jnp.ones(1),
+            0.01,
+        ),
+        (
+            diffrax.MultiTerm(
+                diffrax.ODETerm(lambda t, y, args: -5 * y),
+                diffrax.ControlTerm(
+                    lambda t, y, args: jnp.array([0.1]),
+                    diffrax.VirtualBrownianTree(
+                        0.0, 3.0, tol=1e-3, shape=(), key=jr.PRNGKey(0)
+                    ),
+                ),
+            ),
+            jnp.ones(1),
+            0.01,
+        ),
+    ],
+    ids=["badly scaled", "decayed", "two terms", "path", "noise"],
+)
+def test_garbage_is_reported_wherever_it_hides(terms, y0, h):
+    sol = nodegrad.odesolve(
+        terms, nodegrad.Reversible(diffrax.Heun()), 0.0, 3.0, h, y0, throw=False
+    )
+    assert sol.result == nodegrad.RESULTS.coupling_lost
+
+
+@pytest.mark.parametrize("unit", [1e20, 1e-22])
+def test_garbage_is_reported_in_any_unit(unit):
+    number = jnp.float32
+    sol = nodegrad.odesolve(
+        lambda t, y, a: -5 * (y - a * jnp.cos(t)),
+        nodegrad.Reversible(diffrax.Midpoint()),
+        number(0),
+        number(8),
+        number(0.02),
+        number(unit) * jnp.ones(2, number),
+        number(unit),
+        throw=False,
+    )
+    assert sol.result == nodegrad.RESULTS.coupling_lost
+    assert float(jnp.max(jnp.abs(sol.ys))) < 2 * unit
 
 
 @pytest.mark.parametrize(
