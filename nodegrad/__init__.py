@@ -2,8 +2,22 @@ from ._adjoint import ACAAdjoint as ACAAdjoint, ReversibleAdjoint as ReversibleA
 from ._alf import ALF as ALF
 from ._curvature import value_grad_and_curvature as value_grad_and_curvature
 from ._gauss_newton import scale_by_gauss_newton as scale_by_gauss_newton
+from ._hessian_blocks import (
+    hessian_blocks as hessian_blocks,
+    HessianBlocks as HessianBlocks,
+)
 from ._kronecker import KroneckerFactors as KroneckerFactors
+from ._low_rank import (
+    low_rank_blocks as low_rank_blocks,
+    LowRankBlocks as LowRankBlocks,
+)
 from ._odesolve import odesolve as odesolve
+from ._products import (
+    ggn_operator as ggn_operator,
+    ggn_vp as ggn_vp,
+    hessian_operator as hessian_operator,
+    hvp as hvp,
+)
 from ._results import RESULTS as RESULTS
 from ._reversible import Reversible as Reversible
 from ._rk4 import RK4 as RK4

@@ -10,10 +10,16 @@ import jax.numpy as jnp
 from equinox.internal import ω
 from jaxtyping import Array, PyTree
 
+from ._coupling_monitor import FIRST_STEPS
 from ._diffrax import is_sde
 from ._magnitude import magnitudes, relative_size, size
 from ._results import COUPLING_LOST
-from ._reversal import AbstractReversal, check_number, check_resync_every
+from ._reversal import (
+    AbstractReversal,
+    check_number,
+    check_resync_every,
+    is_regular_restart,
+)
 
 
 # The velocities of two successive half steps differ by a full turn: there is no
@@ -115,9 +121,8 @@ class ALF(diffrax.AbstractAdaptiveSolver):
         step = LeapfrogReversal(self, terms, args)
         parts: dict[str, Callable] = step.parts()
         evaluate = lambda part, _, *part_args: parts[part](*part_args)
-        restart, count = made_jump, solver_state.steps_taken
-        if self.resync_every is not None:
-            restart = restart | ((count % self.resync_every == 0) & (count > 0))
+        count = solver_state.steps_taken
+        restart = made_jump | is_regular_restart(self.resync_every, count)
         v0, twice = solver_state.velocity, 2 * self.damping
         if restart is not False:
             v0 = parts["restarted"](t0, y0, v0, restart)
@@ -125,7 +130,7 @@ class ALF(diffrax.AbstractAdaptiveSolver):
         error = ((info["k1"] ** ω - info["k0"] ** ω) / twice).ω
         gap, speed = jax.lax.stop_gradient((((v1**ω - v0**ω) / twice).ω, v1))
         scale = magnitudes(solver_state.scale, speed)
-        lost = ~(relative_size(gap, scale) <= _OVERWHELMING)
+        lost = ~(relative_size(gap, scale) <= _OVERWHELMING) & (count >= FIRST_STEPS)
         result = diffrax.RESULTS.where(lost, COUPLING_LOST, diffrax.RESULTS.successful)
         new_state = VelocityState(v1, scale, size(gap), lost, count + 1)
         return y1, error, info, new_state, result

@@ -36,9 +36,9 @@ _AMPLIFIED, _SIGNIFICANT = math.log(1e3), 1e-4
 # ... or so often and to this part of the present one, ...
 _AMPLIFIED_LESS, _LARGE = math.log(1e2), 0.05
 # ... or, if amplification is unknown, this part of what the state was lately, ...
-_LARGE_UNEXPLAINED = 0.1
+_LARGE_UNEXPLAINED = 0.25
 # ... or of the size of the solution itself, once there is one.
-_OVERWHELMING, _FIRST_STEPS = 0.5, 3
+_OVERWHELMING, FIRST_STEPS = 0.5, 3
 # What "lately" is: states count for less by this factor every step.
 _FORGETTING = 0.99
 
@@ -101,7 +101,7 @@ class CouplingMonitor(eqx.Module):
             slope = jax.tree.map(lambda k: jnp.where(step == 0, 0, k / step), k1)
         apart, now = relative_size(d1, scale), relative_size(magnitudes(y0, y1), scale)
         level = jnp.maximum(now, _FORGETTING * old.level)
-        sound = (apart <= _OVERWHELMING) | (count < _FIRST_STEPS)
+        sound = (apart <= _OVERWHELMING) | (count < FIRST_STEPS)
         if slope is None:
             sound = sound & (apart <= _LARGE_UNEXPLAINED * level)
         else:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import diffrax
+import equinox as eqx
 import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
@@ -20,14 +21,17 @@ from ._diffrax import solver_loop
 from ._grid import make_grid, may_jump, without_derivatives
 from ._inversion import Restarts
 from ._record import recorded_loop, Solve
-from ._results import with_coupling_lost
+from ._results import coupling_stats, with_coupling_lost
 from ._reversal import AbstractReversal
 from ._save import Save
-from ._step import AbstractStep, make_step, RungeKuttaStep
+from ._step import AbstractStep, DelegatingSolver, make_step, RungeKuttaStep
 
 
 class RecordedAdjoint(diffrax.AbstractAdjoint):
     """An adjoint that records the accepted steps and sweeps back over them once."""
+
+    #: Whether to walk back right after the solve, for its error alone.
+    check: eqx.AbstractVar[bool]
 
     @abc.abstractmethod
     def sources(
@@ -54,7 +58,7 @@ class RecordedAdjoint(diffrax.AbstractAdjoint):
             args=args,
             t0=t0,
             t1=t1,
-            check=reversal is not None and getattr(self, "check", False),
+            check=self.check,
             **kwargs,
         )
 
@@ -115,35 +119,21 @@ class RecordedAdjoint(diffrax.AbstractAdjoint):
             stats = {**stats, "reconstruction_error": errors.pop()}
         if isinstance(step, RungeKuttaStep):
             final_state = _with_diffrax_solver_state(step, saveat, final_state)
-        if step.evaluations is not None and not solve.jumps:
-            first, each_attempt = step.evaluations
-            count = first + each_attempt * final_state.num_steps
-            stats = {**stats, "num_vector_field_evaluations": count}
-        return _with_coupling(final_state, stats)
+        solver_state = final_state.solver_state
+        result = with_coupling_lost(final_state.result, solver_state)
+        more = _counted(solve, final_state) | coupling_stats(solver_state)
+        return replace(final_state, result=result), {**stats, **more}
 
 
-class _StepSolver(diffrax.AbstractWrappedSolver):
+class _StepSolver(DelegatingSolver):
     """`solver`, stepping through `step`."""
 
     solver: diffrax.AbstractSolver
     stepper: AbstractStep
 
     @property
-    def term_structure(self):
-        return self.solver.term_structure
-
-    @property
     def interpolation_cls(self):  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.solver.interpolation_cls
-
-    def order(self, terms):
-        return self.solver.order(terms)
-
-    def strong_order(self, terms):
-        return self.solver.strong_order(terms)
-
-    def error_order(self, terms):
-        return self.solver.error_order(terms)
 
     def init(self, terms, t0, t1, y0, args):
         del terms, args
@@ -152,9 +142,6 @@ class _StepSolver(diffrax.AbstractWrappedSolver):
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         del terms, args
         return self.stepper.advance(t0, t1, y0, solver_state, made_jump)
-
-    def func(self, terms, t0, y0, args):
-        return self.solver.func(terms, t0, y0, args)
 
 
 def _started(step: AbstractStep, init_state: Any) -> Any:
@@ -181,14 +168,14 @@ def _with_diffrax_solver_state(step: RungeKuttaStep, saveat, final_state: Any) -
     return replace(final_state, solver_state=solver_state)
 
 
-def _with_coupling(final_state: Any, stats: dict) -> tuple[Any, dict]:
-    """What our own solvers have to say of their coupling."""
-    solver_state = final_state.solver_state
-    if not hasattr(solver_state, "distance"):
-        return final_state, stats
-    stats = {**stats, "coupling_distance": solver_state.distance}
-    result = with_coupling_lost(final_state.result, solver_state.lost)
-    return replace(final_state, result=result), stats
+def _counted(solve: Solve, final_state: Any) -> dict:
+    """The number of vector field evaluations, if it is known."""
+    if solve.step.evaluations is None or solve.jumps:
+        return {}
+    first, each_attempt = solve.step.evaluations
+    return {
+        "num_vector_field_evaluations": first + each_attempt * final_state.num_steps
+    }
 
 
 def subs_of(saveat: diffrax.SaveAt) -> list[diffrax.SubSaveAt]:

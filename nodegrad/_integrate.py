@@ -210,8 +210,7 @@ class Problem(eqx.Module):
             RESULTS.vector_field_not_finite,
         )
         result = RESULTS.where(self.is_running(state), out_of_steps, state.result)
-        lost = getattr(state.solver_state, "lost", None)
-        return comparable(result) if lost is None else with_coupling_lost(result, lost)
+        return comparable(with_coupling_lost(result, state.solver_state))
 
 
 def loop_buffers(state: State) -> PyTree:

@@ -21,7 +21,8 @@ from jaxtyping import Array, PyTree
 
 from ._hoist import as_struct, hoist
 from ._magnitude import magnitudes, relative_size, size
-from ._tree import add, each, inexact_spec, take, where, zeros_like
+from ._reversal import is_regular_restart
+from ._tree import add, each, inexact_spec, lent, take, where, zeros_like
 
 
 # A gradient is refused if the way back misses a known state by more, relatively, ...
@@ -72,9 +73,7 @@ class Restarts(eqx.Module):
 
     def is_restart(self, index, taken, made_jump):
         """Whether step `index` begins with a restart; `False` where none does."""
-        restart = False
-        if self.every is not None:
-            restart = self._is_regular(index, taken)
+        restart = is_regular_restart(self.every, index + taken)
         return restart | made_jump if self.jumps or self.first_jump else restart
 
     def row_to_write(self, index, taken, start, made_jump, grid):
@@ -85,12 +84,9 @@ class Restarts(eqx.Module):
             row = jnp.where(made_jump, self.regular + passed, row)
         if self.every is not None:
             regular = (index + taken) // self.every - taken // self.every
-            row = jnp.where(self._is_regular(index, taken), regular, row)
+            is_regular = is_regular_restart(self.every, index + taken)
+            row = jnp.where(is_regular, regular, row)
         return row
-
-    def _is_regular(self, index, taken):
-        count = index + taken
-        return (count % self.every == 0) & (count > 0)
 
 
 class _Walk(eqx.Module):
@@ -148,7 +144,7 @@ def _walk(sweep, step_back: Callable, carry: Any) -> tuple[Any, Array]:
     peak = zeros_like(magnitudes(_inexact(final.y)))
     walk = _Walk(final.y, reversal.kept(final.solver_state), peak, error)
     if sweep.lanes:
-        walk = _with_safe_state(walk, num_steps)
+        walk = lent(num_steps == 0, walk)
 
     def body(index__walk__carry):
         index, walk, carry = index__walk__carry
@@ -278,7 +274,7 @@ def _times(sweep, index) -> _Times:
     def read(record, index):
         start, end = record.start(grid, index), record.end(grid, index)
         before = record.start(grid, jnp.maximum(index - 1, 0))
-        made_jump = record.made_jump(grid, index)
+        made_jump = record.made_jump(index)
         row = memory.row_to_write(index, record.taken, start, made_jump, grid)
         return _Times(start, end, before, made_jump, row)
 
@@ -312,17 +308,6 @@ def _relative_error(found: PyTree, known: PyTree, peak: PyTree) -> Array:
     return jnp.where(size(error) == 0, 0, worst)
 
 
-def _with_safe_state(walk: _Walk, num_steps: Array) -> _Walk:
-    """`walk`, in which lanes that made no step have the state of one that did.
-
-    They only ride along, see `Record.with_safe_first_step`.
-    """
-    none = num_steps == 0
-    donor = jnp.argmax(~none)
-    patch = lambda x: where(none, jnp.broadcast_to(x[donor], x.shape), x)
-    return jax.tree.map(patch, walk)
-
-
 def _trusted(sweep, carry: Any, error: Array) -> Any:
     """`carry`, unless the error is too large: then an exception, or NaNs."""
     bad = ~(error <= _MAX_ERROR)
@@ -332,10 +317,7 @@ def _trusted(sweep, carry: Any, error: Array) -> Any:
         which = jnp.where(jnp.any(lost), 1, 0)
         failed = jnp.any(bad | lost)
         return eqx.branched_error_if(carry, failed, which, [_UNTRUSTED, _LOST])
-    nan = lambda x: x * jnp.nan if eqx.is_inexact_array(x) else x
-    per_lane = lambda x: where(bad, nan(x), x)
-    shared = lambda x: where(jnp.any(bad), nan(x), x)
-    return sweep.map_carry(per_lane, shared, carry)
+    return sweep.nan_where(bad, carry)
 
 
 def hoist_reversal(solve: Any, t, y, kept) -> tuple[Any, Any, Callable]:

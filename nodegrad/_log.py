@@ -8,19 +8,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ._grid import AbstractGrid, AdaptiveGrid
-from ._tree import where
+from ._tree import lent
 
 
 class Log(eqx.Module):
     """What is known of every accepted step; each field has one row a step.
 
     `ends` is kept only where it cannot be computed, `starts` only where a step may
-    start elsewhere than the last one ended (a jump), `origins` only for grids that need
-    to know (see `_grid.py`).
+    start elsewhere than the last one ended (a jump: `made_jumps`), `origins` only for
+    grids that need to know (see `_grid.py`).
     """
 
     ends: Array | None
     starts: Array | None
+    made_jumps: Array | None
     origins: Array | None
 
 
@@ -56,12 +57,11 @@ class Record(eqx.Module):
             return self.end(grid, index - 1)
         return self.log.starts[index]
 
-    def made_jump(self, grid: AbstractGrid, index):
+    def made_jump(self, index):
         """Whether step `index` started just after a jump of the vector field."""
-        if self.log.starts is None:
+        if self.log.made_jumps is None:
             return self.made_jump0 & (index == 0)
-        jumped = self.start(grid, index) != self.end(grid, index - 1)
-        return jnp.where(index == 0, self.made_jump0, jumped)
+        return self.log.made_jumps[index]
 
     def previous_size(self, grid: AbstractGrid, index):
         """The size before that of step `index`, as the controller saw it."""
@@ -75,19 +75,9 @@ class Record(eqx.Module):
         return grid.origin_of(index, logged)
 
     def with_safe_first_step(self) -> "Record":
-        """A batch in which every lane has a first step that can be pulled back.
-
-        A lane that made none (its `y0` may be a NaN) gets that of one that did. It only
-        rides along: its cotangents are zero, but zero times NaN would not be.
-        """
+        """A batch in which every lane has a first step that can be pulled back."""
         none = self.num_steps == 0
-        donor = jnp.argmax(~none)
-        patch = lambda x: where(none, jnp.broadcast_to(x[donor], x.shape), x)
-        patch_first = lambda x: x.at[:, 0].set(patch(x[:, 0]))
-        return replace(
-            self,
-            rows=jax.tree.map(patch_first, self.rows),
-            log=jax.tree.map(patch_first, self.log),
-            tprev0=patch(self.tprev0),
-            tnext0=patch(self.tnext0),
-        )
+        lend_first = lambda x: x.at[:, 0].set(lent(none, x[:, 0]))
+        rows, log = jax.tree.map(lend_first, (self.rows, self.log))
+        tprev0, tnext0 = lent(none, (self.tprev0, self.tnext0))
+        return replace(self, rows=rows, log=log, tprev0=tprev0, tnext0=tnext0)

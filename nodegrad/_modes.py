@@ -8,7 +8,8 @@ import equinox as eqx
 import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
-from jax.interpreters import ad
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import PyTree
 
 
@@ -49,11 +50,14 @@ def _tangent_transpose(cts, x):
 
 
 def _primal_jvp(primals, tangents):
-    (x,), (t,) = primals, tangents
-    t_out = [t] if type(t) is ad.Zero else _tangent_p.bind(t)
-    # The primal goes on unmarked: it may have tangents of its own, of a forward mode
+    # The primals go on unmarked: they may have tangents of their own, of a forward mode
     # outside of this one, and those are welcome.
-    return [x], t_out
+    marked = [t if type(t) is ad.Zero else _tangent_p.bind(t)[0] for t in tangents]
+    return list(primals), marked
+
+
+def _identity(*xs):
+    return list(xs)
 
 
 # The identity on tangents. Reverse mode transposes it away; forward mode alone has to
@@ -66,19 +70,24 @@ _tangent_p = eqxi.create_vprim(
     _tangent_transpose,
 )
 
-_primal_p = eqxi.create_vprim(
-    "nodegrad_reverse_mode_only", lambda x: [x], lambda x: [x], _primal_jvp, None
-)
+# All leaves at once: if any of them is differentiated by reverse mode, all others are
+# welcome to a forward mode outside of that. (`create_vprim` would batch all of them as
+# soon as one is.)
+_primal_p = Primitive("nodegrad_reverse_mode_only")
+_primal_p.multiple_results = True
+_primal_p.def_impl(_identity)
+_primal_p.def_abstract_eval(_identity)
+ad.primitive_jvps[_primal_p] = _primal_jvp
+batching.primitive_batchers[_primal_p] = lambda xs, axes: (_primal_p.bind(*xs), axes)
+mlir.register_lowering(_primal_p, mlir.lower_fun(_identity, multiple_results=True))
 
 
 def reverse_mode_only(tree: PyTree) -> PyTree:
     """The identity; raises where it is differentiated by forward mode alone."""
-
-    def mark(x):
-        if eqx.is_inexact_array(x):
-            return _primal_p.bind(x)[0]
-        # JAX may say of an integer that it depends on what is differentiated, and
-        # Equinox does not expect that.
-        return jax.lax.stop_gradient(x) if eqx.is_array(x) else x
-
-    return jax.tree.map(mark, tree)
+    inexact, rest = eqx.partition(tree, eqx.is_inexact_array)
+    leaves, structure = jax.tree.flatten(inexact)
+    marked = jax.tree.unflatten(structure, _primal_p.bind(*leaves))
+    # JAX may say of an integer that it depends on what is differentiated, and Equinox
+    # does not expect that.
+    stop = lambda x: jax.lax.stop_gradient(x) if eqx.is_array(x) else x
+    return eqx.combine(marked, jax.tree.map(stop, rest))

@@ -29,7 +29,7 @@ from ._grid import may_jump, without_derivatives
 from ._integrate import loop_buffers, nearly, Problem, State
 from ._output import write_final
 from ._record import recorded_loop
-from ._results import RESULTS
+from ._results import coupling_stats, RESULTS
 from ._step import make_step
 from ._tree import each, is_traced
 
@@ -130,7 +130,7 @@ def odesolve(
         throw,
         batched,
     )
-    return _raised(sol) if throw else sol
+    return raised(sol) if throw else sol
 
 
 @eqx.filter_jit
@@ -151,7 +151,7 @@ def _odesolve(
 ) -> diffrax.Solution:
     direction = jnp.where(t0 < t1, 1, -1).astype(t0.dtype)
     example = _one_lane(y0) if batched else y0
-    problem = _make_problem(
+    problem = make_problem(
         direction,
         terms,
         solver,
@@ -166,11 +166,11 @@ def _odesolve(
     )
     state = each(batched, problem.initial_state)(y0)
     state, error = _run(problem, adjoint, state, batched, throw)
-    finish = ft.partial(_solution, problem, saveat, direction)
+    finish = ft.partial(solution_of, problem, saveat, direction)
     return each(batched, finish)(y0, state, error)
 
 
-def _make_problem(
+def make_problem(
     direction, terms, solver, t0, t1, dt0, y0, args, saveat, controller, max_steps
 ) -> Problem:
     """The problem with time flipped, if need be, so that it runs forwards."""
@@ -246,7 +246,7 @@ def _run(
     )
 
 
-def _solution(problem: Problem, saveat, direction, y0, state: State, error):
+def solution_of(problem: Problem, saveat, direction, y0, state: State, error):
     """The solution of one solve, from the state after its loop."""
     t, y, count = state.tprev, state.y, state.num_accepted_steps
     saved = [
@@ -273,10 +273,8 @@ def _solution(problem: Problem, saveat, direction, y0, state: State, error):
         "num_vector_field_evaluations": state.num_evaluations,
         "time_reached": t * direction,
         "max_steps": problem.max_steps,
+        **coupling_stats(state.solver_state),
     }
-    if hasattr(state.solver_state, "distance"):
-        distance = jax.lax.stop_gradient(state.solver_state.distance)
-        stats["coupling_distance"] = distance
     if error is not None:
         stats["reconstruction_error"] = error
     return diffrax.Solution(
@@ -301,7 +299,7 @@ def _in_user_time(ts: Array, direction) -> Array:
     return jnp.where(jnp.isinf(ts), jnp.inf, ts * direction)
 
 
-def _raised(sol: diffrax.Solution) -> diffrax.Solution:
+def raised(sol: diffrax.Solution) -> diffrax.Solution:
     """`sol`, or an error saying what went wrong, where, and what to do."""
     failed = sol.result != RESULTS.successful
     if is_traced(failed):

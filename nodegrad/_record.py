@@ -1,10 +1,10 @@
 """Running a solver loop so that it can be differentiated: record, then sweep back.
 
 `recorded_loop` takes the place of the `while` loop of a solver, be it Diffrax's
-(`_door.py`) or our own (`odesolve`). The forward pass
-runs that loop unchanged, search for the step sizes included, and writes down for every
-accepted step its times and (thinned, see `_checkpoints.py`) the state it started from.
-The backward pass is the one sweep of `_sweep.py`.
+(`_door.py`) or our own (`odesolve`). The forward pass runs that loop unchanged, search
+for the step sizes included, and writes down for every accepted step its times and
+(thinned, see `_checkpoints.py`) the state it started from. The backward pass is the one
+sweep of `_sweep.py`.
 
 What the loop state must have is what Diffrax's has: `y`, `tprev`, `tnext`, `made_jump`,
 `solver_state`, `num_accepted_steps`, `save_state` (with `ts`, `ys`, `save_index` and
@@ -38,7 +38,7 @@ from ._save import Save, save_states
 from ._statistics import make_statistics
 from ._step import AbstractStep, SolverStep
 from ._sweep import Sweep, SweepInputs
-from ._tree import as_arrays
+from ._tree import as_arrays, put
 
 
 class Solve(eqx.Module):
@@ -116,7 +116,7 @@ def recorded_loop(
     example = _one_lane(init_state) if solve.lanes else init_state
 
     def run(state):
-        return _run_recording(solve, cond_fun, body_fun, state, max_steps, buffers)
+        return run_recording(solve, cond_fun, body_fun, state, max_steps, buffers)
 
     loop_consts, pure_run = hoist(run, example)
     step_consts, pure_step, save_consts, pure_saves = _hoist_parts(solve, example)
@@ -178,26 +178,30 @@ def _differentiable(solve: Solve, pure_run, pure_step, pure_saves, payload) -> C
 
 def _make_sweep(solve: Solve, pure_step, pure_saves, final_state, written, inputs):
     """A sweep, without cotangents yet."""
-    rows, log, at_end = written
-    record = Record(
-        rows=rows,
-        log=log,
-        tprev0=inputs.init_state.tprev,
-        tnext0=inputs.init_state.tnext,
-        made_jump0=inputs.init_state.made_jump,
-        num_steps=final_state.num_accepted_steps,
-        at_end=at_end,
-        taken=_steps_taken(inputs.init_state),
-    )
     return Sweep(
         solve=solve,
-        record=record,
+        record=make_record(inputs.init_state, final_state, written),
         pure_step=pure_step,
         pure_saves=pure_saves,
         final_state=final_state,
         ct_state=None,
         inputs=inputs,
         wrt=jax.tree.map(lambda _: False, inputs),
+    )
+
+
+def make_record(init_state: PyTree, final_state: PyTree, written) -> Record:
+    """What `run_recording` has written down, with what else the sweep needs."""
+    rows, log, at_end = written
+    return Record(
+        rows=rows,
+        log=log,
+        tprev0=init_state.tprev,
+        tnext0=init_state.tnext,
+        made_jump0=init_state.made_jump,
+        num_steps=final_state.num_accepted_steps,
+        at_end=at_end,
+        taken=_steps_taken(init_state),
     )
 
 
@@ -211,7 +215,7 @@ def _one_lane(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: struct(x) if eqx.is_array(x) else x, tree)
 
 
-def _run_recording(solve, cond_fun, body_fun, init_state, max_steps, buffers):
+def run_recording(solve, cond_fun, body_fun, init_state, max_steps, buffers):
     """The loop itself: `(final state, (rows, log, whether it came to its end))`."""
     memory, grid, taken = solve.memory, solve.grid, _steps_taken(init_state)
     logs_origin = isinstance(grid, AdaptiveGrid)
@@ -223,6 +227,7 @@ def _run_recording(solve, cond_fun, body_fun, init_state, max_steps, buffers):
     log = Log(
         ends=empty if solve.stores_times else None,
         starts=empty if solve.jumps else None,
+        made_jumps=empty.astype(bool) if solve.jumps else None,
         origins=jnp.zeros(max_steps, grid.origin_dtype) if logs_origin else None,
     )
     origin = jnp.asarray(RATIO, jnp.int32) if logs_origin else None
@@ -232,13 +237,14 @@ def _run_recording(solve, cond_fun, body_fun, init_state, max_steps, buffers):
         index = state.num_accepted_steps
         row = memory.row_to_write(index, taken, state.tprev, state.made_jump, grid)
         # A rejected attempt is overwritten by the next one.
-        rows = _set(rows, row, _to_store(solve, state))
+        rows = put(rows, row, _to_store(solve, state))
         now = Log(
             ends=state.tnext if solve.stores_times else None,
             starts=state.tprev if solve.jumps else None,
+            made_jumps=state.made_jump if solve.jumps else None,
             origins=origin.astype(grid.origin_dtype) if logs_origin else None,
         )
-        log = _set(log, index, now)
+        log = put(log, index, now)
         new_state = body_fun(state)
         if logs_origin:
             accepted = new_state.num_accepted_steps != state.num_accepted_steps
@@ -269,13 +275,6 @@ def _to_store(solve: Solve, state: PyTree) -> PyTree[Array]:
         return None
     kept = solve.kept(state.solver_state, state.made_jump)
     return eqx.filter(as_arrays((state.y, kept)), eqx.is_array)
-
-
-def _set(buffers: PyTree, index, values: PyTree) -> PyTree:
-    is_buffer = lambda x: hasattr(x, "at")
-    return jax.tree.map(
-        lambda buffer, x: buffer.at[index].set(x), buffers, values, is_leaf=is_buffer
-    )
 
 
 def _hoist_parts(solve: Solve, state: PyTree):

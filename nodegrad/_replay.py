@@ -7,10 +7,9 @@ too few, by stepping again from the nearest one before it, into a segment of row
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 
-from ._tree import each, is_buffer, take
+from ._tree import each, put, take
 
 
 def replay_back(sweep: Any, carry: Any) -> Any:
@@ -38,6 +37,7 @@ def _step_again(sweep, rows, start, stop, level):
     """Fills the segment with the states before steps `start, ..., stop - 1`."""
     checkpoints = sweep.solve.memory
     segment, nowhere = checkpoints.slots, checkpoints.rows
+    write = each(sweep.lanes, put)
     is_live = lambda index: (index < stop - 1) & (level > 0)
 
     def replay(args):
@@ -51,10 +51,10 @@ def _step_again(sweep, rows, start, stop, level):
         args = _step_args(sweep, rows, sweep.idle_at_zero(live, index), from_row)
         to_row = segment + index + 1 - start
         to_row = jnp.where(live, to_row, nowhere) if sweep.lanes else to_row
-        return index + 1, _write(sweep, rows, to_row, each(sweep.lanes, replay)(args))
+        return index + 1, write(rows, to_row, each(sweep.lanes, replay)(args))
 
     first = each(sweep.lanes, take)(rows, checkpoints.slot(start, level))
-    rows = _write(sweep, rows, jnp.full_like(start, segment), first)
+    rows = write(rows, jnp.full_like(start, segment), first)
     _, rows = sweep.while_loop(
         lambda c: is_live(c[0]), body, (start, rows), lambda c: c[1]
     )
@@ -86,15 +86,9 @@ def _step_args(sweep, rows, index, row):
     grid = sweep.inputs.grid
 
     def read(record, rows, index, row):
-        return record.start(grid, index), record.end(grid, index), *take(rows, row)
+        y, kept = take(rows, row)
+        # A replay knows nothing of the jumps of the steps after it.
+        kept = sweep.solve.step.kept_at(kept, record.made_jump(index))
+        return record.start(grid, index), record.end(grid, index), y, kept
 
     return each(sweep.lanes, read)(sweep.record, rows, index, row)
-
-
-def _write(sweep, rows, row, stored):
-    def write(rows, row, stored):
-        return jax.tree.map(
-            lambda buffer, x: buffer.at[row].set(x), rows, stored, is_leaf=is_buffer
-        )
-
-    return each(sweep.lanes, write)(rows, row, stored)

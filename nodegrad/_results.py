@@ -3,6 +3,7 @@
 from typing import Any
 
 import diffrax
+import jax
 
 
 class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
@@ -60,10 +61,19 @@ def promoted(item: Any) -> Any:
     return RESULTS.promote(item) if isinstance(item, diffrax.RESULTS) else item
 
 
-def with_coupling_lost(result: Any, lost: Any) -> Any:
+def coupling_stats(solver_state: Any) -> dict[str, Any]:
+    """What a solver that couples two copies has to say of them."""
+    if not hasattr(solver_state, "distance"):
+        return {}
+    return {"coupling_distance": jax.lax.stop_gradient(solver_state.distance)}
+
+
+def with_coupling_lost(result: Any, solver_state: Any) -> Any:
     """`result` of a solve, with its true name if the coupling was lost."""
+    if not hasattr(solver_state, "lost"):
+        return result
     result = promoted(result)
-    failed = lost & (result != RESULTS.successful)
+    failed = solver_state.lost & (result != RESULTS.successful)
     return comparable(RESULTS.where(failed, RESULTS.coupling_lost, result))
 
 

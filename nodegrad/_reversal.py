@@ -219,6 +219,13 @@ def make_reversal(solver, terms, args) -> AbstractReversal:
     return cls(solver, terms, args)
 
 
+def is_regular_restart(resync_every: int | None, count):
+    """Whether to restart before a step, `count` others after the start of it all."""
+    if resync_every is None:
+        return False
+    return (count % resync_every == 0) & (count > 0)
+
+
 def check_number(name: str, value: Any):
     """Raises unless it is a Python or NumPy number."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):

@@ -50,6 +50,11 @@ class RungeKuttaStep(eqx.Module):
         """What a replay needs besides the state: nothing."""
         del solver_state, made_jump
 
+    def kept_at(self, kept, made_jump):
+        """`kept`, for a step that does or does not start just after a jump."""
+        del made_jump
+        return kept
+
     @property
     def evaluations(self) -> tuple[int, int] | None:
         """Vector field evaluations before the first attempt, and of each attempt."""
@@ -123,6 +128,11 @@ class SolverStep(eqx.Module):
         """What a replay needs besides the state."""
         return solver_state, made_jump
 
+    def kept_at(self, kept, made_jump):
+        """`kept`, for a step that does or does not start just after a jump."""
+        solver_state, _ = kept
+        return solver_state, made_jump
+
     @property
     def evaluations(self) -> tuple[int, int] | None:
         """Vector field evaluations, as far as they are known: not of solvers that
@@ -143,10 +153,32 @@ class SolverStep(eqx.Module):
     def replay(self, t0, t1, y0, kept, dense: bool):
         """The accepted step once more: `(y1, kept, dense_info)`."""
         solver_state, made_jump = kept
-        y1, _, dense_info, solver_state, _ = self.solver.step(
+        # Diffrax's default for loops over stages cannot be differentiated twice.
+        solver = with_scan_kind(self.solver, "bounded")
+        y1, _, dense_info, solver_state, _ = solver.step(
             self.terms, t0, t1, y0, self.args, solver_state, made_jump
         )
         return y1, (solver_state, made_jump), dense_info if dense else None
+
+
+class DelegatingSolver(diffrax.AbstractWrappedSolver):
+    """A solver with the terms, orders and vector field of the one that it wraps."""
+
+    @property
+    def term_structure(self):
+        return self.solver.term_structure
+
+    def order(self, terms):
+        return self.solver.order(terms)
+
+    def strong_order(self, terms):
+        return self.solver.strong_order(terms)
+
+    def error_order(self, terms):
+        return self.solver.error_order(terms)
+
+    def func(self, terms, t0, y0, args):
+        return self.solver.func(terms, t0, y0, args)
 
 
 AbstractStep = RungeKuttaStep | SolverStep

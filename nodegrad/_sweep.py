@@ -118,9 +118,14 @@ class Sweep(eqx.Module):
         """
         if not self.solve.throw or self.solve.event:
             return carry
-        failed = ~jnp.all(self.record.at_end)
-        nan = lambda x: jnp.where(failed, jnp.nan, x) if eqx.is_inexact_array(x) else x
-        return jax.tree.map(nan, carry)
+        return self.nan_where(~jnp.all(self.record.at_end), carry)
+
+    def nan_where(self, failed: Array, carry: Carry) -> Carry:
+        """`carry`, but NaN for lanes that `failed`, and in whatever they add to."""
+        nan = lambda x: x * jnp.nan if eqx.is_inexact_array(x) else x
+        per_lane = lambda x: where(failed, nan(x), x)
+        shared = lambda x: where(jnp.any(failed), nan(x), x)
+        return self.map_carry(per_lane, shared, carry)
 
     def pull_back_step(self, carry, index, live, args, outputs, pull) -> Carry:
         """The cotangents before step `index`, from those after it in `carry`.
@@ -229,12 +234,11 @@ class Sweep(eqx.Module):
 
     # One solve or many.
 
-    def pullback(self, pure, consts, wrt_consts, args, spec, mapped=None):
+    def pullback(self, pure, consts, wrt_consts, args, spec):
         """`pure(consts, *args)` and its pullback to `(consts, args)`.
 
         Only what `wrt_consts` and `spec` mark is differentiated; over lanes the
-        cotangents of `consts` are summed. `pure` is for one lane, unless `mapped` is
-        `False`.
+        cotangents of `consts` are summed. `pure` is for one lane.
         """
         consts, fixed_consts = eqx.partition(consts, wrt_consts)
         args, fixed_args = eqx.partition(args, spec)
@@ -244,7 +248,7 @@ class Sweep(eqx.Module):
             out = pure(consts, *eqx.combine(args, fixed_args))
             return eqx.filter(out, eqx.is_inexact_array)
 
-        if self.lanes and mapped is not False:
+        if self.lanes:
             fn = jax.vmap(fn, in_axes=(None, 0, 0))
         return jax.vjp(lambda c, a: fn(c, a, fixed_args), consts, args)
 

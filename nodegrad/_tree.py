@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 
@@ -70,6 +71,12 @@ def take(tree: PyTree, row) -> PyTree:
     return jax.tree.map(lambda x: x[row], tree, is_leaf=is_buffer)
 
 
+def put(tree: PyTree, row, values: PyTree) -> PyTree:
+    """`tree` with `values` in row `row` of its arrays."""
+    set_row = lambda buffer, x: buffer.at[row].set(x)
+    return jax.tree.map(set_row, tree, values, is_leaf=is_buffer)
+
+
 def inexact_spec(tree: PyTree) -> PyTree[bool]:
     """Which leaves of `tree` are inexact arrays."""
     return jax.tree.map(eqx.is_inexact_array, tree)
@@ -78,3 +85,32 @@ def inexact_spec(tree: PyTree) -> PyTree[bool]:
 def each(lanes: bool, fn: Callable[..., Any]) -> Callable[..., Any]:
     """`fn` on one solve, or mapped over the leading axis of a batch of solves."""
     return jax.vmap(fn) if lanes else fn
+
+
+def lent(none: Array, tree: PyTree) -> PyTree:
+    """`tree`, in which lanes with `none` have the numbers of one without.
+
+    A lane that made no step (its `y0` may be a NaN) only rides along: its cotangents
+    are zero, but zero times NaN would not be.
+    """
+    donor = jnp.argmax(~none)
+    lend = lambda x: where(none, jnp.broadcast_to(x[donor], x.shape), x)
+    return jax.tree.map(lend, tree)
+
+
+def flatten(tree: PyTree, dtype) -> tuple[Array, Callable[[Array], PyTree]]:
+    """The inexact arrays of `tree` as one vector of type `dtype`, and the way back."""
+    inexact, rest = eqx.partition(tree, eqx.is_inexact_array)
+    leaves, structure = jax.tree.flatten(inexact)
+    ends = np.cumsum([x.size for x in leaves], dtype=int)
+
+    def unflatten(vector):
+        parts = jnp.split(vector, ends[:-1])
+        new = [
+            jnp.reshape(part, x.shape).astype(x.dtype)
+            for part, x in zip(parts, leaves, strict=False)
+        ]
+        return eqx.combine(jax.tree.unflatten(structure, new), rest)
+
+    flat = [jnp.ravel(x).astype(dtype) for x in leaves]
+    return jnp.concatenate([jnp.zeros(0, dtype), *flat]), unflatten

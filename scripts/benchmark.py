@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 import jax
-from benchmarks import gradients, reversible, training
+from benchmarks import gradients, reversible, second_order, training
 from benchmarks.measure import describe_machine, make_clock
 from benchmarks.report import Report
 
@@ -16,6 +16,7 @@ from benchmarks.report import Report
 _SUBCOMMANDS = {
     "gradients": gradients,
     "reversible": reversible,
+    "second-order": second_order,
     "training": training,
 }
 

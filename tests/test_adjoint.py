@@ -377,3 +377,35 @@ def test_gradient_of_a_tolerance_is_refused():
     for solve in DOORS.values():
         with pytest.raises(RuntimeError, match="stop_gradient"):
             jax.grad(loss)(1e-3, solve)
+
+
+@pytest.mark.slow
+def test_jumps_are_replayed_where_they_were():
+    # More steps than slots, and a solver that starts anew at a jump.
+    controller = diffrax.ClipStepSizeController(
+        diffrax.PIDController(1e-3, 1e-4), jump_ts=jnp.array([0.31, 0.62])
+    )
+
+    def loss(y0, a, solve, adjoint):
+        field = lambda t, y, a: jnp.sin(a * y) + jnp.where(t < 0.31, 0.0, 2.0)
+        sol = solve(
+            diffrax.ODETerm(field),
+            diffrax.ReversibleHeun(),
+            0.0,
+            1.0,
+            None,
+            y0,
+            a,
+            stepsize_controller=controller,
+            adjoint=adjoint,
+            max_steps=256,
+        )
+        return jnp.sum(sol.ys**2)
+
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=(2, 3))
+    point = jnp.array([1.0, 0.3]), jnp.array(1.3)
+    expected = grad(*point, diffrax.diffeqsolve, diffrax.RecursiveCheckpointAdjoint())
+    for solve in DOORS.values():
+        for checkpoints in (2, "all"):
+            ours = grad(*point, solve, nodegrad.ACAAdjoint(checkpoints))
+            assert relative_error(ours, expected) < 1e-12

@@ -65,18 +65,18 @@ def _leapfrog_recursion(damping, resync_every, h, n):
     return run
 
 
-@pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize(
-    "solver",
+    "door, solver",
     [
-        nodegrad.Reversible(diffrax.Midpoint()),
-        nodegrad.Reversible(nodegrad.RK4()),
-        nodegrad.Reversible(nodegrad.RK4(), 0.95, resync_every=10),
-        nodegrad.ALF(),
-        nodegrad.ALF(0.99),
-        nodegrad.ALF(0.9, resync_every=7),
+        ("diffrax", nodegrad.Reversible(diffrax.Midpoint())),
+        ("native", nodegrad.Reversible(nodegrad.RK4())),
+        ("native", nodegrad.Reversible(nodegrad.RK4(), 0.95, resync_every=10)),
+        ("diffrax", nodegrad.Reversible(diffrax.Heun(), 0.95, resync_every=10)),
+        ("native", nodegrad.ALF()),
+        ("diffrax", nodegrad.ALF(0.99)),
+        ("native", nodegrad.ALF(0.9, resync_every=7)),
     ],
-    ids=["midpoint", "rk4", "rk4, restarted", "alf", "damped", "alf, restarted"],
+    ids=str,
 )
 def test_gradient_is_that_of_the_recursion(door, solver):
     t1, n = 10.0, 1000
@@ -113,32 +113,39 @@ def test_gradient_is_that_of_the_recursion(door, solver):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "solver, controller, saveat, backwards",
+    "door, solver, controller, saveat, backwards",
     [
-        (COUPLED, "constant", "all", False),
-        (COUPLED, "constant", "dense", False),
-        (COUPLED, "pid", "all", True),
-        (COUPLED, "clip", "fn", False),
-        (COUPLED, "step_to", "ts", False),
-        (RESTARTED, "constant", "fn", True),
-        (RESTARTED, "clip", "all", False),
-        (LEAPFROG, "pid", "all", False),
-        (LEAPFROG, "step_to", "fn", True),
-        (nodegrad.ALF(resync_every=2), "pid, dt0 far too large", "t1", False),
-        (nodegrad.ALF(resync_every=2), "clip", "ts", False),
-        (diffrax.ReversibleHeun(), "constant", "all", False),
-        (diffrax.ReversibleHeun(), "clip", "t1", False),
-        (diffrax.ReversibleHeun(), "step_to", "ts", True),
-        (diffrax.LeapfrogMidpoint(), "step_to", "all", False),
+        ("native", COUPLED, "constant", "all", False),
+        ("diffrax", COUPLED, "constant", "dense", False),
+        ("native", COUPLED, "pid", "all", True),
+        ("diffrax", COUPLED, "clip", "fn", False),
+        ("native", COUPLED, "step_to", "ts", False),
+        ("diffrax", RESTARTED, "constant", "fn", True),
+        ("native", RESTARTED, "clip", "all", False),
+        ("diffrax", LEAPFROG, "pid", "all", False),
+        ("native", LEAPFROG, "step_to", "fn", True),
+        (
+            "diffrax",
+            nodegrad.ALF(resync_every=2),
+            "pid, dt0 far too large",
+            "t1",
+            False,
+        ),
+        ("native", nodegrad.ALF(resync_every=2), "clip", "ts", False),
+        ("diffrax", diffrax.ReversibleHeun(), "constant", "all", False),
+        ("native", diffrax.ReversibleHeun(), "clip", "t1", False),
+        ("diffrax", diffrax.ReversibleHeun(), "step_to", "ts", True),
+        ("native", diffrax.LeapfrogMidpoint(), "step_to", "all", False),
     ],
     ids=lambda x: x if isinstance(x, str) else type(x).__name__,
 )
-def test_matches_diffrax_on_the_same_solver(solver, controller, saveat, backwards):
+def test_matches_diffrax_on_the_same_solver(
+    door, solver, controller, saveat, backwards
+):
     setting = solver, controller, saveat, backwards
     expected = value_and_grad(diffrax.diffeqsolve, RCA, *setting)
-    for solve in DOORS.values():
-        ours = value_and_grad(solve, nodegrad.ReversibleAdjoint(), *setting)
-        assert relative_error(ours, expected) < 1e-10
+    ours = value_and_grad(DOORS[door], nodegrad.ReversibleAdjoint(), *setting)
+    assert relative_error(ours, expected) < 1e-10
 
 
 def test_matches_diffrax_for_semi_implicit_euler():
@@ -346,8 +353,11 @@ def _pendulum_loss(solve, solver, controller=None, **kwargs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("solver", [COUPLED, RESTARTED, LEAPFROG], ids=repr)
+@pytest.mark.parametrize(
+    "door, solver",
+    [("native", COUPLED), ("diffrax", RESTARTED), ("native", LEAPFROG)],
+    ids=str,
+)
 def test_second_derivatives_are_exact(door, solver):
     point, v = jnp.array([2.0, 0.0, 0.5]), jnp.array([0.3, 0.2, 0.1])
     adjoint = nodegrad.ReversibleAdjoint()
@@ -360,9 +370,17 @@ def test_second_derivatives_are_exact(door, solver):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 32, 1000])
 @pytest.mark.parametrize(
-    "solver", [COUPLED, RESTARTED, LEAPFROG, diffrax.ReversibleHeun()], ids=repr
+    "solver, size",
+    [
+        (COUPLED, 1),
+        (COUPLED, 32),
+        (COUPLED, 1000),
+        (RESTARTED, 1000),
+        (LEAPFROG, 32),
+        (diffrax.ReversibleHeun(), 32),
+    ],
+    ids=repr,
 )
 def test_batches_match_single_solves(solver, size):
     y0 = 0.5 * jr.normal(jr.PRNGKey(0), (size, 2)) + jnp.array([[2.0, 0.0]])
@@ -445,9 +463,15 @@ def test_evaluations_are_those_stated(solver, first, forward, backward):
         assert len(counts) - before == n * backward
 
 
-@pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize(
-    "solver", [COUPLED, LEAPFROG, diffrax.ReversibleHeun()], ids=repr
+    "door, solver",
+    [
+        ("native", COUPLED),
+        ("diffrax", COUPLED),
+        ("diffrax", LEAPFROG),
+        ("native", diffrax.ReversibleHeun()),
+    ],
+    ids=str,
 )
 def test_memory_does_not_grow_with_the_number_of_steps(door, solver):
     def temporary(max_steps, adjoint):
@@ -474,8 +498,9 @@ def test_memory_does_not_grow_with_the_number_of_steps(door, solver):
         assert many > 2 * few
 
 
-@pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("solver", [COUPLED, LEAPFROG], ids=repr)
+@pytest.mark.parametrize(
+    "door, solver", [("native", COUPLED), ("diffrax", LEAPFROG)], ids=str
+)
 def test_adaptive_steps_take_a_few_bytes_each(door, solver):
     def temporary(max_steps):
         def loss(y0):
@@ -503,9 +528,7 @@ def test_adaptive_steps_take_a_few_bytes_each(door, solver):
 
 def test_refuses_a_solver_that_cannot_be_undone():
     for solve in DOORS.values():
-        with pytest.raises(
-            TypeError, match=r"nodegrad.Reversible\(diffrax.Tsit5\(\)\)"
-        ):
+        with pytest.raises(TypeError, match=r"nodegrad.Reversible\(Tsit5\(\)\)"):
             solve(
                 diffrax.ODETerm(lambda t, y, args: -y),
                 diffrax.Tsit5(),
