@@ -39,7 +39,7 @@ def test_one_step_solves_a_linear_quadratic_problem():
             lambda t, y, u: a @ y + u, diffrax.Tsit5(), 0.0, 2.0, 0.1, y0, u,
             saveat=diffrax.SaveAt(ts=jnp.linspace(0.5, 2.0, 4)), max_steps=32,
         )  # fmt: skip
-        return (sol.ys - jnp.array([0.2, -0.1])).reshape(-1)
+        return (sol.ys - jnp.array([[0.2, -0.1]])).reshape(-1)
 
     loss = lambda u: jnp.mean(residual(u) ** 2) / 2
     u = jnp.array([3.0, -4.0])
