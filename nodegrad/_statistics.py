@@ -224,16 +224,9 @@ class NodeStatistics(eqx.Module):
         for slots, statistics in zip(self.slots, total, strict=True):
             _, inputs, outputs, count, *_ = slots
             if self.reduction == "reduce":
-                count_, x_sum, g_sum = statistics
-                x_mean = x_sum / jnp.where(count_ > 0, count_, 1)[..., None]
-                products = (
-                    _outer(x_mean),
-                    _outer(g_sum),
-                    (count_ > 0).astype(x_sum.dtype),
-                )
+                statistics = _products(*statistics)
                 if sweep.lanes:
-                    products = [jnp.sum(x, axis=0) for x in products]
-                statistics = products
+                    statistics = [jnp.sum(x, axis=0) for x in statistics]
             for slot, value in zip((inputs, outputs, count), statistics, strict=True):
                 cts[slot] = value if cts[slot] is None else cts[slot] + value
         return cts, [None] * len(kept_consts)

@@ -155,6 +155,7 @@ def test_factors_outside_a_solve_match_outer_products_by_hand():
         assert relative_error(curvature[key].output_factor, g.T @ g) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["integral", "expand", "reduce"])
 def test_batched_vmap_and_loop_agree(reduction):
     expected = curvature_of("loop", reduction, steps=3)
@@ -184,6 +185,7 @@ def test_corner_of_the_input_factor_is_the_time_of_all_samples():
     assert abs(float(backwards[-1, -1]) - 2.0 * BATCH) < 1e-12
 
 
+@pytest.mark.slow
 def test_factors_have_order_two():
     trace = lambda steps: jnp.stack(
         [jnp.trace(x) for x in curvature_of(steps=steps)[2][".inner"][:2]]
@@ -266,6 +268,7 @@ def test_chained_solves_sum_to_one():
     assert relative_error(ours, curvature_of()) < 1e-12
 
 
+@pytest.mark.slow
 def test_states_saved_on_the_way_are_jumps_of_the_cotangent():
     def saved(model, x, target):
         y = jax.vmap(model.encode)(x)
@@ -316,6 +319,7 @@ def test_layer_used_twice_sums_its_uses():
         assert relative_error(both[""][i], two["[0]"][i] + two["[1]"][i]) < 1e-12
 
 
+@pytest.mark.slow
 def test_transformations_inside_the_field_change_nothing():
     mlp = eqx.nn.MLP(SIZE, SIZE, WIDTH, 1, activation=jnp.tanh, key=jr.PRNGKey(0))
     y0 = jr.normal(jr.PRNGKey(2), (2, SIZE))
@@ -396,6 +400,7 @@ def test_trace_of_the_jacobian_uses_the_layer_again(mode):
     assert relative_error(added, len(y0) * b) < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", [1, "SAME"])
 @pytest.mark.parametrize("inside", [True, False])
 def test_convolution_matches_its_patches(inside, padding):
@@ -441,6 +446,7 @@ def test_convolution_matches_its_patches(inside, padding):
     assert relative_error(grads, jax.grad(mean)(eqx.filter(conv, eqx.is_array))) < 1e-12
 
 
+@pytest.mark.slow
 def test_recurrent_network_with_a_solve_between_observations():
     class Network(eqx.Module):
         cell: eqx.nn.GRUCell

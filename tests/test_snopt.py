@@ -96,6 +96,7 @@ def matrices(tree):
     }
 
 
+@pytest.mark.slow
 def test_step_matches_the_dense_inverse_of_the_kronecker_product():
     params, curvature = make_params(), make_curvature(jr.PRNGKey(1))
     grads = make_grads(jr.PRNGKey(2), params)

@@ -38,6 +38,7 @@ def square(out, x, y):
     return jnp.sum((out - y) ** 2, axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["empirical_fisher", "ggn"])
 def test_both_steps_descend_and_are_compiled_once(kind):
     traces = []
