@@ -26,43 +26,60 @@ from ._tree import as_arrays, flatten
 
 
 class Rows(eqx.Module):
-    """The expansion at each of `ts`, the state there, and whether a step started there.
+    """The expansion at each of some times, and the state there.
 
-    In the time that runs forwards.
+    A time belongs to a *node* of the grid: node `i` is where step `i` starts, and the
+    last one is where the last step ends.
+
+    - `nodes`: that of each time; they ascend.
+    - `missed`: whether no node is at some time.
     """
 
-    ts: Array
+    nodes: Array
+    missed: Array
     expansion: PyTree[Array]
     state: PyTree[Array]
-    found: Array
 
     @classmethod
-    def init(cls, ts: Array, expansion: Expansion, state: Array) -> "Rows":
-        """Rows of zeros for expansions and states like these."""
-        empty = lambda x: jnp.zeros((len(ts), *x.shape), x.dtype)
-        expansion, state = jax.tree.map(empty, (expansion, state))
-        return cls(ts, expansion, state, found=jnp.zeros(len(ts), bool))
+    def init(cls, ts: Array, times: Array, last, expansion: Expansion, state: Array):
+        """Rows of zeros for expansions and states like these.
 
-    def write(self, t, expansion: Expansion, state: Array) -> "Rows":
-        """With the rows at time `t`, if there is one; times may be off by rounding."""
-        spacing = jnp.finfo(self.ts.dtype).eps * jnp.maximum(
-            jnp.abs(t), jnp.max(jnp.abs(self.ts), initial=0)
-        )
-        hit = jnp.abs(self.ts - t) <= 100 * spacing
-        row = jnp.where(jnp.any(hit), jnp.argmax(hit), len(self.ts))
+        `times` are those of the nodes, of which number `last` is the last.
+        """
+        times = jnp.where(jnp.arange(len(times)) <= last, times, jnp.inf)
+        right = jnp.minimum(jnp.maximum(jnp.searchsorted(times, ts), 1), last)
+        left = jnp.maximum(right - 1, 0)
+        is_left = ts - times[left] <= times[right] - ts
+        nodes = jnp.where(is_left, left, right)
+        # Times may be off by rounding.
+        unit = jnp.finfo(ts.dtype).eps * jnp.max(jnp.abs(ts))
+        allowed = jnp.minimum(100 * unit, 0.01 * (times[right] - times[left]))
+        missed = ~jnp.all(jnp.abs(times[nodes] - ts) <= allowed)
+        empty = lambda x: jnp.zeros((len(ts), *x.shape), x.dtype)
+        return cls(nodes, missed, *jax.tree.map(empty, (expansion, state)))
+
+    def write(self, node, expansion: Expansion, state: Array) -> "Rows":
+        """With the row of the first time at `node`, if there is one."""
+        row = jnp.searchsorted(self.nodes, node)
+        is_here = self.nodes.at[row].get(mode="fill", fill_value=-1) == node
+        row = jnp.where(is_here, row, len(self.nodes))
         set_row = lambda rows, x: rows.at[row].set(x, mode="drop")
         old = self.expansion, self.state
         expansion, state = jax.tree.map(set_row, old, (expansion, state))
-        return Rows(self.ts, expansion, state, found=self.found | hit)
+        return replace(self, expansion=expansion, state=state)
 
-    def checked(self) -> "Rows":
-        """Itself; raises unless there is a step to every time."""
+    def finished(self, successful) -> "Rows":
+        """With the rows of all times; raises if one is missed, but for a failure."""
+        first = jnp.searchsorted(self.nodes, self.nodes)
+        rows = self.expansion, self.state
+        expansion, state = jax.tree.map(lambda x: x[first], rows)
+        rows = replace(self, expansion=expansion, state=state)
         msg = (
             "The `ts` of `nodegrad.hessian_blocks` must be ends of steps, and no step "
             "ended at one of them. Pass `stepsize_controller=diffrax.StepTo(...)` with "
             "all of them among its times."
         )
-        return eqx.error_if(self, ~jnp.all(self.found), msg)
+        return eqx.error_if(rows, successful & self.missed, msg)
 
 
 class Carry(eqx.Module):
@@ -91,6 +108,7 @@ class BlockSweep(eqx.Module):
     u: Array
     solve_at: Callable[[Array], Solve] = eqx.field(static=True)
     curved: bool = eqx.field(static=True)
+    max_steps: int = eqx.field(static=True)
 
     lanes: ClassVar[bool] = False
     wrt_times: ClassVar[bool] = False
@@ -106,7 +124,10 @@ class BlockSweep(eqx.Module):
         expansion = expand(lambda s, _: terminal(unravel(s)[0]), s, self.u)
         rows = None
         if ts is not None:
-            rows = Rows.init(ts, expansion, s).write(state.tprev, expansion, s)
+            last, grid = self.record.num_steps, self.solve.grid
+            end = jax.vmap(lambda index: self.record.end(grid, index))
+            times = end(jnp.arange(self.max_steps + 1) - 1)
+            rows = Rows.init(ts, times, last, expansion, s).write(last, expansion, s)
         walk = replay_back if self.solve.reversal is None else walk_back
         carry = walk(self, Carry(expansion, rows))
         y0, _ = flatten(self.init_state.y, self.u.dtype)
@@ -122,7 +143,7 @@ class BlockSweep(eqx.Module):
         expansion = pull_back(carry.expansion, step, s, self.u, self.curved)
         rows = carry.rows
         if rows is not None:
-            rows = rows.write(start, expansion, s)
+            rows = rows.write(index, expansion, s)
         return Carry(expansion, rows)
 
     def _step(self, index, t0, t1, state, u) -> Array:

@@ -73,6 +73,7 @@ def differentiate_steps(
         u=u,
         solve_at=lambda u: _with_args(differentiated, args_of(u)),
         curved=curved,
+        max_steps=max_steps,
     )
     carry = sweep(loss, None if ts is None else ts * direction)
     sol = solution_of(problem, _SAVE_T1, direction, y0, final_state, None)

@@ -16,7 +16,6 @@ from ._adjoint import ACAAdjoint
 from ._arguments import as_state, as_times, check_supported, check_ts, is_terms
 from ._discrete_blocks import differentiate_steps, linearized
 from ._door import RecordedAdjoint
-from ._modes import REVERSE_OVER_REVERSE
 from ._odesolve import raised
 from ._theorem1 import solve_backwards
 from ._tree import flatten
@@ -26,6 +25,13 @@ _Time = Real[ArrayLike, ""]
 _SAVE_T1 = diffrax.SaveAt(t1=True)
 _CONSTANT = diffrax.ConstantStepSize()
 _ACA = ACAAdjoint()
+
+_FORWARD_ONLY = (
+    "What `nodegrad.hessian_blocks` returns cannot be differentiated by reverse mode. "
+    "The first and second derivatives of the loss in `y0` and `args` are among its "
+    "fields; for a gradient in anything else take `jax.grad` of a loss made with "
+    "`nodegrad.odesolve`, for third derivatives forward mode (`jax.jvp`)."
+)
 
 _FROZEN = (
     "The Gauss-Newton blocks of a loss with a running cost, "
@@ -41,7 +47,8 @@ class HessianBlocks(eqx.Module):
     notation of the paper $Q, Q_x, Q_u, Q_{xx}, Q_{xu}, Q_{uu}$. A second derivative is
     a pytree of pytrees: for each leaf of the first argument, a pytree like the second
     one, whose leaves have the shapes of both. Leaves of `args` that are not floating
-    point arrays are `None`. Blocks along `ts` have a leading axis for them.
+    point arrays are `None`. Blocks along `ts` have a leading axis for them. All numbers
+    have the widest type of `y0` and `args`.
 
     **Arguments:** those fields, filled by `nodegrad.hessian_blocks`.
 
@@ -113,13 +120,14 @@ def hessian_blocks(
     - `ts`: times, from `t0` towards `t1`, at which to return the derivatives of the
       loss from there on, with respect to $y$ there. They have to be the ends of steps:
       adaptive steps are made to end there, constant steps and `diffrax.StepTo` must do
-      so on their own.
+      so on their own. (With `continuous` they may be any, and are interpolated at.)
 
     **Returns:** `nodegrad.HessianBlocks`, at `t0` or along `ts`.
 
     **Raises:** `ValueError` or `TypeError` for arguments that do not fit together, at
     trace time where they are known then. `RuntimeError` if a solve fails. Forward mode
-    passes through discrete blocks (third derivatives), reverse mode does not.
+    passes through discrete blocks (third derivatives), reverse mode does not; with
+    `continuous` it is the other way round.
 
     **Cost:** for $m$ states and $n$ parameters, a step costs $m + n$ second-order
     pullbacks; Gauss-Newton without a running cost $m$ pullbacks (or $m + n$
@@ -127,6 +135,7 @@ def hessian_blocks(
     and that of a first-order gradient, so that with `nodegrad.ReversibleAdjoint` it
     does not depend on the number of steps.
     `continuous=True` stores all of the forward solve, `"backsolve"` nothing of it.
+    Compiled anew for every new function object: define costs once, outside of loops.
 
     **When not to use it:** for more than some thousand parameters, where the matrix
     itself is too large: `nodegrad.hvp`, `nodegrad.ggn_vp`. For a loss of few residuals:
@@ -140,7 +149,7 @@ def hessian_blocks(
         (without the bracket above).
     """
     check_supported(adjoint, _SAVE_T1)
-    _check_options(max_steps, continuous)
+    _check_options(max_steps, continuous, ts)
     if not is_terms(terms):
         terms = diffrax.ODETerm(terms)  # pyright: ignore[reportArgumentType]
     if (running_cost is not None or continuous) and type(terms) is not diffrax.ODETerm:
@@ -154,6 +163,9 @@ def hessian_blocks(
     t0, t1, dt0 = as_times(t0, t1, dt0, saveat)
     y0 = jax.tree.map(lambda x: as_state(t0.dtype, x), y0)
     check_ts(saveat, t0, t1)
+    terminal_cost = _as_array(terminal_cost, _dtype(y0, args))
+    if running_cost is not None:
+        running_cost = _as_array(running_cost, _dtype(y0, args))
     _check_costs(terminal_cost, running_cost, t0, y0, args)
     solve = _continuous_blocks if continuous else _discrete_blocks
     *sols, blocks = solve(
@@ -222,13 +234,14 @@ def _discrete_blocks(
     if carry.rows is None:
         gradient, hessian = restrict(carry.expansion)
     else:
-        gradient, hessian = jax.vmap(restrict)(carry.rows.checked().expansion)
+        rows = carry.rows.finished(sol.result == diffrax.RESULTS.successful)
+        gradient, hessian = jax.vmap(restrict)(rows.expansion)
         # What the running cost has come to by then is not to come.
-        value = value - jnp.sum(carry.rows.state[:, size:], axis=1)
+        value = value - jnp.sum(rows.state[:, size:], axis=1)
     blocks = _structured(value, gradient, hessian, y0, args)
     if without_curvature is not None:
         return sol, eqxi.nondifferentiable(blocks, msg=_FROZEN)
-    return sol, eqxi.nondifferentiable_backward(blocks, msg=REVERSE_OVER_REVERSE)
+    return sol, eqxi.nondifferentiable_backward(blocks, msg=_FORWARD_ONLY)
 
 
 @eqx.filter_jit
@@ -310,7 +323,17 @@ def _dtype(y0: PyTree, args: PyTree):
         return jnp.result_type(*leaves)
 
 
-def _check_options(max_steps, continuous):
+def _as_array(cost: Callable, dtype) -> Callable:
+    """`cost`, which may return a Python number."""
+
+    def as_array(*args):
+        out = cost(*args)
+        return jnp.asarray(out, dtype) if isinstance(out, float) else out
+
+    return as_array
+
+
+def _check_options(max_steps, continuous, ts):
     if max_steps is None:
         msg = (
             "`hessian_blocks` needs a bound on the number of steps, to allocate memory "
@@ -321,6 +344,9 @@ def _check_options(max_steps, continuous):
         msg = (
             f"`continuous` must be `False`, `True` or 'backsolve'; got {continuous!r}."
         )
+        raise ValueError(msg)
+    if ts is not None and (np.ndim(ts) != 1 or np.size(ts) == 0):
+        msg = f"`ts` must be a sequence of one or more times; got {ts}."
         raise ValueError(msg)
 
 

@@ -17,7 +17,9 @@ from ._tree import is_traced
 
 _FOREIGN = (
     "A second-order product met something that JAX cannot differentiate by forward "
-    "mode over reverse mode. If that is a differential equation solve, it was made "
+    "mode over reverse mode: a `jax.custom_vjp` inside the loss or a vector field (it "
+    "has first derivatives only; give it a `jax.custom_jvp` instead), or a "
+    "differential equation solve. If it is a solve, it was made "
     "with an adjoint which allows first derivatives only, such as "
     "`diffrax.RecursiveCheckpointAdjoint` (Diffrax's default), "
     "`diffrax.BacksolveAdjoint`, or `diffrax.ForwardMode`. Pass "
@@ -60,8 +62,8 @@ def hvp(
     differentiate. `TypeError` for complex parameters, and for a loss with a solve whose
     adjoint allows first derivatives only.
 
-    **Cost:** two to three and a half gradients, twice the memory of one. Independent of
-    the number of parameters otherwise.
+    **Cost:** two to three and a half gradients, and two to three times the memory of
+    one. Independent of the number of parameters otherwise.
 
     **When not to use it:** for all of a Hessian with respect to few parameters,
     `jax.hessian(loss)` or `nodegrad.hessian_blocks` do it in one pass. For a
@@ -124,6 +126,9 @@ def ggn_vp(
         # forward pass of a gradient is one that forward mode can pass through.
         out, pull = eqx.filter_vjp(lambda p: outputs(eqx.combine(p, static)), p)
         out, constant = eqx.partition(out, eqx.is_inexact_array)
+        if not jax.tree.leaves(out):
+            msg = f"`outputs` must return floating point arrays; got {constant}."
+            raise ValueError(msg)
         return out, (pull, constant)
 
     def product(p, v):
@@ -231,7 +236,7 @@ def _direction(params: PyTree[Array], v: PyTree) -> PyTree[Array]:
     if expected != received:
         msg = (
             "`v` must have the structure of the floating point arrays in `params`: "
-            f"expected {expected}, received {received}."
+            f"expected {expected}, received {received}. (Integers do not count.)"
         )
         raise ValueError(msg)
     paths, _ = jax.tree.flatten_with_path(params)

@@ -197,6 +197,9 @@ def with_scan_kind(solver: Any, kind: str) -> Any:
         inner = with_scan_kind(solver.solver, kind)
         solver = eqx.tree_at(lambda s: s.solver, solver, inner)
     if issubclass(type(solver), diffrax.AbstractRungeKutta | diffrax.AbstractSRK):
+        if issubclass(type(solver), diffrax.AbstractSRK):
+            # These run over the stages with a scan, which knows no bounded kind.
+            kind = "lax"
         if solver.scan_kind is None:
             solver = eqx.tree_at(
                 lambda s: s.scan_kind, solver, kind, is_leaf=lambda x: x is None

@@ -259,6 +259,31 @@ def test_adjoints_for_first_derivatives_only_are_refused(adjoint):
         jax.jit(lambda p: nodegrad.hvp(loss, p, V))(POINT)
 
 
+@pytest.mark.slow
+def test_product_through_a_stochastic_runge_kutta_method():
+    noise = diffrax.VirtualBrownianTree(
+        0.0, 1.0, 1e-3, (2,), jr.PRNGKey(0), diffrax.SpaceTimeLevyArea
+    )
+    scale = lambda t, y, p: 0.3 * p[2] * jnp.eye(2)
+
+    def loss(solve, adjoint, p):
+        terms = diffrax.MultiTerm(
+            diffrax.ODETerm(lambda t, y, p: jnp.sin(p[2] * y[::-1])),
+            diffrax.ControlTerm(scale, noise),
+        )
+        sol = solve(
+            terms, diffrax.ShARK(), 0.0, 1.0, 0.25, p[:2], p,
+            adjoint=adjoint, max_steps=8,
+        )  # fmt: skip
+        return _loss_of(sol.ys[0])
+
+    ours = lambda p: loss(nodegrad.odesolve, nodegrad.ACAAdjoint(), p)
+    direct = lambda p: loss(diffrax.diffeqsolve, diffrax.DirectAdjoint(), p)
+    product = jax.jit(lambda p: nodegrad.hvp(ours, p, V))(POINT)
+    expected = jax.jit(lambda p: jax.jvp(jax.grad(direct), (p,), (V,))[1])(POINT)
+    assert relative_error(product, expected) < 1e-11
+
+
 def test_direct_adjoint_is_welcome():
     direct = lambda p: _solution(
         diffrax.diffeqsolve, p, diffrax.Tsit5(), diffrax.DirectAdjoint()
@@ -277,6 +302,8 @@ def test_misuse_is_refused():
         nodegrad.ggn_vp(_outputs, _loss_of, POINT, (V, V))
     with pytest.raises(ValueError, match="Python numbers are constants"):
         nodegrad.hvp(lambda p: p**2, 1.0, 1.0)
+    with pytest.raises(ValueError, match="must return floating point arrays"):
+        nodegrad.ggn_vp(lambda p: jnp.array(1), lambda out: out, POINT, V)
     with pytest.raises(TypeError, match="must be real"):
         nodegrad.hvp(lambda p: jnp.abs(p) ** 2, jnp.array(1j), jnp.array(1j))
     with pytest.raises(TypeError, match="scalar"):
