@@ -49,8 +49,8 @@ class Task:
     iterations: int
 
     def refreshes(self, index: int) -> bool:
-        """Whether to refresh: every 10 iterations at first, then every 50."""
-        return index % (10 if index < 60 else 50) == 0
+        """Whether to refresh: often at first, then every 100 iterations."""
+        return index in (5, 10, 20, 40) or index % 100 == 0
 
     def losses(self, model: Any, *batch: Any) -> Any:
         """One loss for each sample."""
