@@ -104,8 +104,15 @@ def value_grad_and_curvature(
     `odesolve(..., batched=True)`), or with `reduction="reduce"` two vectors.
 
     **When not to use it:** in every iteration: curvature changes slowly (see
-    `nodegrad.make_steps`). A layer that is never called has zero factors. A
-    convolution with groups is no layer here.
+    `nodegrad.make_steps`). A layer that is never called has zero factors; one whose
+    input is shared by the whole batch (a hypernetwork, say) counts as one use. No
+    layers here, and without curvature: convolutions with groups, transposed ones, and
+    subclasses of `eqx.nn.Conv` with a call of their own. The model that `loss` gets has
+    leaves besides the parameters, which are zero: a penalty that reads *all* leaves has
+    to be a sum that has neither a value nor a slope at zero, such as a sum of squares
+    (better: `optax.add_decayed_weights`). Nor can it be put together by
+    `eqx.combine` of parts with `None`: pass the whole model, and freeze in the
+    optimiser.
 
     ??? cite "Reference"
 
@@ -115,7 +122,7 @@ def value_grad_and_curvature(
         (expand and reduce); George et al.: Fast Approximate Natural Gradient Descent in
         a Kronecker-factored Eigenbasis, NeurIPS 2018 (moments).
     """
-    _check_options(kind, reduction, num_draws, predict)
+    _check_options(kind, reduction, num_draws, predict, batch_size)
     run = loss if predict is None else predict
 
     def value_grad_and_curvature_fn(model, *args, key=None):
@@ -130,8 +137,10 @@ def value_grad_and_curvature(
         shape = eqx.filter_eval_shape(run, model, *args)
         shape = shape[0] if has_aux else shape
         samples = _num_samples(shape, batch_size, predict, moments)
-        tapping, dtypes = Tapping(reduction, samples), Leaves(diff).dtypes
+        dtypes = Leaves(diff).dtypes
         probes = {x.key: zero_probe(x, dtypes[x.weight]) for x in found}
+        of_probes = tuple((key, probe.inputs.dtype) for key, probe in probes.items())
+        tapping = Tapping(reduction, samples, of_probes)
 
         def outputs(diff__probes):
             diff, probes = diff__probes
@@ -160,7 +169,7 @@ def value_grad_and_curvature(
     return value_grad_and_curvature_fn
 
 
-def _check_options(kind, reduction, num_draws, predict) -> None:
+def _check_options(kind, reduction, num_draws, predict, batch_size) -> None:
     for name, value, known in (
         ("kind", kind, _KINDS),
         ("reduction", reduction, _REDUCTIONS),
@@ -174,6 +183,9 @@ def _check_options(kind, reduction, num_draws, predict) -> None:
             "`predict(model, *args)` and the losses from `loss(outputs, *args)`. With "
             "`kind='empirical_fisher'` there is only `loss(model, *args)`."
         )
+        raise ValueError(msg)
+    if batch_size is not None and not batch_size >= 1:
+        msg = f"`batch_size` must be at least 1; got {batch_size}."
         raise ValueError(msg)
     is_number = isinstance(num_draws, int) and not isinstance(num_draws, bool)
     if not (is_number and num_draws >= 1) and (kind != "ggn" or num_draws != "exact"):
@@ -262,7 +274,9 @@ def _hessian_root(of_outputs, out: Array) -> Float[Array, "batch size size"]:
 
     hessian = jnp.moveaxis(jax.vmap(row)(units), 0, 1)
     values, vectors = jnp.linalg.eigh(hessian)
-    return vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]
+    # A column of zeros would be no use of anything, and not be counted.
+    least = jnp.finfo(values.dtype).tiny
+    return vectors * jnp.sqrt(jnp.maximum(values, least))[:, None, :]
 
 
 def _pull_columns(pull: Callable, columns: Array):

@@ -27,7 +27,7 @@ class KroneckerFactors(NamedTuple):
     $F \approx \frac{B}{n} \otimes \frac{A}{n}$ for $n$ samples, acting as
     $G \mapsto B\,G\,A / n^2$ on matrices $G$ of shape `(d_out, d_in)`. Add the fields
     of several devices or batches (`jax.tree.map(jnp.add, ...)`, `jax.lax.psum`) to have
-    those of all their samples.
+    those of all their samples (of random ones, with another key for each part).
 
     **Arguments:**
 
@@ -120,7 +120,9 @@ def refresh(rule: Rule, state: LayerState, factors: KroneckerFactors) -> LayerSt
         assert factors.draws is not None
         drawn = _rotated(output_basis, factors.draws, input_basis)
         old = _moved_moment(state, output_basis, input_basis)
-        old = jnp.where(is_first[..., None, None], moment, old)
+        # A gradient with a NaN would else be remembered for ever.
+        is_lost = ~jnp.all(jnp.isfinite(old), axis=(-1, -2))
+        old = jnp.where((is_first | is_lost)[..., None, None], moment, old)
         keep = _as(rule.decay, dtype)
         moment = keep * old + (1 - keep) * jnp.sum(drawn**2, axis=0) / samples
     finite = jnp.all(jnp.isfinite(moment), axis=(-1, -2))

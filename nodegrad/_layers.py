@@ -44,9 +44,10 @@ def is_module(x: Any) -> bool:
 def layers_of(model: PyTree) -> list[Layer]:
     """The layers of a model, or of a tree like it (gradients, or shapes).
 
-    They are the `eqx.nn.Linear` and `eqx.nn.Conv` (of one group) in it, and the weights
-    of each `eqx.nn.GRUCell` and `eqx.nn.LSTMCell`. A layer whose weight is missing
-    (`None`, masked) or not real is none.
+    They are the `eqx.nn.Linear` and `eqx.nn.Conv` (of one group, and none that a
+    subclass computes in its own way) in it, and the weights of each `eqx.nn.GRUCell`
+    and `eqx.nn.LSTMCell`. A layer whose weight is missing (`None`, masked) or not real
+    is none.
     """
     leaves, _ = jax.tree.flatten_with_path(model, is_leaf=is_module)
     found = []
@@ -59,7 +60,7 @@ def layers_of(model: PyTree) -> list[Layer]:
                 found.append(_layer(module, f"{key}.{name}", key, name, None, 2))
         elif isinstance(module, eqx.nn.Linear):
             found.append(_layer(module, key, key, "weight", "bias", 2))
-        elif module.groups == 1:
+        elif module.groups == 1 and type(module).__call__ is eqx.nn.Conv.__call__:
             rank = module.num_spatial_dims + 2
             found.append(_layer(module, key, key, "weight", "bias", rank))
     return [layer for layer in found if layer is not None]

@@ -144,7 +144,8 @@ def scale_by_snopt(
 
     **When not to use it:** for layers wider than a few thousand, and for models whose
     parameters are not in layers (there it does nothing). Gradients with `NaN`s go
-    through: use `optax.apply_if_finite`.
+    through: use `optax.apply_if_finite`. Inside of `optax.MultiSteps` only curvature
+    that comes with the last of the mini-batches arrives.
 
     ??? cite "Reference"
 
@@ -292,6 +293,9 @@ def _rule(preset: str, damping_mode: str | None, **given: Any) -> Rule:
         if isinstance(value, int | float) and not 0 <= value < 1:
             msg = f"`{name}` must be in [0, 1); got {value}."
             raise ValueError(msg)
+    if isinstance(rule.power, int | float) and not rule.power < 0:
+        msg = f"`power` must be negative; got {rule.power}."
+        raise ValueError(msg)
     for name in ("damping", "kl_clip"):
         value = getattr(rule, name)
         if isinstance(value, int | float) and not value >= 0:
@@ -307,6 +311,12 @@ def _refreshed(
     curvature: Mapping[str, KroneckerFactors],
 ) -> dict[str, LayerState]:
     """The states of all layers that `curvature` knows, in their new eigenbases."""
+    if not isinstance(curvature, Mapping):
+        msg = (
+            "`curvature` must be a dictionary from the path of a layer to its "
+            f"`nodegrad.KroneckerFactors`; got {type(curvature)}."
+        )
+        raise TypeError(msg)
     known = [layer for layer in layers if layer.key in curvature]
     if layers and not known:
         msg = (

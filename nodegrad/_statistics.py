@@ -168,7 +168,7 @@ class NodeStatistics(eqx.Module):
             weight = jnp.where(live, jnp.full_like(size, 0.5), 0)
             ct_y = over_nodes(_scaled, 0, None)(ct_y, size)
         t, y, _ = nodes
-        weight = over_nodes(_tied, None, 0)(weight, ct_y)
+        weight = over_nodes(_of_use, None, 0)(weight, ct_y)
 
         def field(probes, weight, start, end, t, y):
             consts = self._consts(sweep, probes, weight)
@@ -243,14 +243,17 @@ def _outer(x: Array) -> Array:
     return x[..., :, None] * x[..., None, :]
 
 
-def _tied(weight: Array, ct: PyTree) -> Array:
-    """`weight`, with an axis for every `vmap` for which `ct` has one.
+def _of_use(weight: Array, ct: PyTree) -> Array:
+    """`weight`, or zero where nothing depends on the state any more.
 
-    A layer whose input is the same for all of a batch would else be taken to be used
-    once, by a sum of samples.
+    So it has an axis for every `vmap` for which `ct` has one. A layer whose input is
+    the same for all of a batch would else be taken to be used once, by a sum of
+    samples.
     """
-    leaf, *_ = jax.tree.leaves(ct)
-    return jnp.where(jnp.ravel(leaf)[0] > 0, weight, weight)
+    is_used = jnp.array(False)
+    for x in jax.tree.leaves(ct):
+        is_used = is_used | jnp.any(x != 0)
+    return jnp.where(is_used, weight, 0)
 
 
 def _scaled(tree: PyTree, size: Array) -> PyTree:
@@ -319,7 +322,9 @@ def _check_terms(terms: PyTree) -> None:
 
 def _check_one_sample(use: Use) -> None:
     """Sums over time may not mix samples."""
-    sizes = [level.size for level in use.levels] + list(use.shape[1:])
+    sizes = [level.size for level in use.levels]
+    if use.conv is None:
+        sizes += use.shape[1:]
     if use.samples > 1 and use.samples in sizes:
         msg = (
             f"`reduction='reduce'` sums over time sample by sample, but {use.key} is "

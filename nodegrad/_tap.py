@@ -9,7 +9,8 @@ under `vmap`, `scan`, `cond` and `jit`.
 
 Their weight is set by the value of the probe `offset`: `offset - 1`; or, where that is
 zero as everywhere outside of a sweep, one. But then a use whose cotangents are zero
-throughout has none: JAX may well pull zeros back through a branch that leads nowhere.
+throughout has none, sample by sample: JAX may well pull zeros back through a branch
+that leads nowhere.
 
 Being a primitive, `tap` survives forward and reverse mode *inside* a vector field, as
 in the trace of its Jacobian (continuous normalising flows): the products with tangents,
@@ -99,16 +100,16 @@ class Use:
 
     def statistics(self, x: Array, ct: Array, offset: Array) -> tuple[Array, ...]:
         """The five statistics, summed over levels where the probes have no axis."""
-        is_used = jnp.any(ct != 0).astype(offset.dtype)
-        weight = jnp.where(offset == 0, is_used, offset - 1)
         fn = self._statistics
         for size, _, x_, offset_, probes in reversed(self.levels):
             fn = _over(fn, size, (x_, True, offset_))
             if not probes:
                 fn = _summed(fn)
-        return fn(x, ct, weight)
+        return fn(x, ct, offset)
 
-    def _statistics(self, x: Array, ct: Array, weight: Array) -> tuple[Array, ...]:
+    def _statistics(self, x: Array, ct: Array, offset: Array) -> tuple[Array, ...]:
+        is_used = jnp.any(ct != 0).astype(offset.dtype)
+        weight = jnp.where(offset == 0, is_used, offset - 1)
         x, g = (ct, x) if self.transposed else (x, ct)
         x, g = self._patches(x).astype(self.dtype), _rows(g).astype(self.dtype)
         if self.one is not None:

@@ -18,6 +18,13 @@ from ._layers import at_least_float32, is_module, Layer, layers_of
 from ._tap import tap, Use
 
 
+_UNSEEN = (
+    "The curvature of {key} is asked for, but its weight is used other than by calling "
+    "the layer. Multiply as in `weight @ x`, or leave this layer out with "
+    "`value_grad_and_curvature(..., layers=...)`."
+)
+
+
 class Probe(eqx.Module):
     """Zeros, one for each statistic of a layer, and `offset`; see `_tap.py`."""
 
@@ -39,6 +46,7 @@ class Tapping(eqx.Module):
 
     reduction: str = eqx.field(static=True)
     samples: int = eqx.field(static=True)
+    dtypes: tuple[tuple[str, Any], ...] = eqx.field(static=True)
 
 
 def zero_probe(layer: Layer, dtype: Any) -> Probe:
@@ -71,12 +79,17 @@ class TappedMatrix(eqx.Module):
 
     def __jax_array__(self):
         """Refuses: that would be a use that nobody sees."""
-        msg = (
-            f"The curvature of {self.key} is asked for, but its weight is used other "
-            "than by calling the layer. Multiply as in `weight @ x`, or leave this "
-            "layer out with `value_grad_and_curvature(..., layers=...)`."
-        )
-        raise TypeError(msg)
+        raise TypeError(_UNSEEN.format(key=self.key))
+
+    def __getitem__(self, index):
+        """Refuses, likewise."""
+        raise TypeError(_UNSEEN.format(key=self.key))
+
+    def __getattr__(self, name: str):
+        """Refuses, likewise: nothing else that an array has is here."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise AttributeError(_UNSEEN.format(key=self.__dict__.get("key", "a layer")))
 
     @property
     def shape(self):
@@ -115,9 +128,18 @@ class TappedConv(eqx.Module):
         h = _tap(self, structure, self.conv.weight, x, out.shape)
         return h if self.conv.bias is None else h + self.conv.bias
 
+    def __getattr__(self, name: str):
+        """What else a convolution has."""
+        if name == "conv" or name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.conv, name)
 
-def _check_solve(key: str) -> None:
-    for adjoint in running_adjoints():
+
+def _is_preparation(key: str) -> bool:
+    """Whether a running solve only prepares itself; raises if nobody sweeps back."""
+    prepares = False
+    for adjoint, is_looping in running_adjoints():
+        prepares = prepares or not is_looping
         if not isinstance(adjoint, RecordedAdjoint):
             msg = (
                 f"The curvature of {key} is asked for, which is used inside a "
@@ -127,10 +149,19 @@ def _check_solve(key: str) -> None:
                 "`value_grad_and_curvature(..., layers=...)`."
             )
             raise ValueError(msg)
+    return prepares
 
 
 def _tap(layer: Any, conv: Any, weight: Array, x: Array, out_shape) -> Array:
-    _check_solve(layer.key)
+    dtype = layer.probe.inputs.dtype
+    if dtype != dict(layer.tapping.dtypes)[layer.key]:
+        msg = (
+            f"The curvature of {layer.key} is asked for, but the model was cast to "
+            f"{dtype} inside of the loss, and its statistics with it. Cast the model "
+            "before (statistics of bfloat16 are summed in float32), or cast the inputs "
+            "of its layers."
+        )
+        raise TypeError(msg)
     use = Use(
         key=layer.key,
         conv=conv,
@@ -139,8 +170,11 @@ def _tap(layer: Any, conv: Any, weight: Array, x: Array, out_shape) -> Array:
         samples=layer.tapping.samples,
         shape=x.shape,
         out_shape=tuple(out_shape),
-        dtype=layer.probe.inputs.dtype,
+        dtype=dtype,
     )
+    if _is_preparation(layer.key):
+        # What a solver evaluates before its first step is no use of its own.
+        return use.apply(weight, x)
     return tap(use, weight, x, layer.probe.offset, layer.probe.statistics)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from ._layers import at_least_float32
+from ._layers import at_least_float32, is_real
 
 
 class TerminalTimeState(NamedTuple):
@@ -95,10 +95,13 @@ def terminal_time(
     if not 0 <= low < high:
         msg = f"`bounds` must be (low, high) with 0 <= low < high; got {bounds}."
         raise ValueError(msg)
-    if isinstance(penalty, int | float) and penalty <= 0:
+    if isinstance(penalty, int | float) and not penalty > 0:
         msg = (
             f"`penalty` must be positive, or the end time may run away; got {penalty}."
         )
+        raise ValueError(msg)
+    if isinstance(decay, int | float) and not 0 <= decay < 1:
+        msg = f"`decay` must be in [0, 1); got {decay}."
         raise ValueError(msg)
     if update_every < 1:
         msg = f"`update_every` must be at least 1; got {update_every}."
@@ -144,14 +147,25 @@ def terminal_time(
 
 def _end_time(where: Callable, tree: PyTree, name: str) -> Array:
     out = where(tree)
-    if jnp.shape(out) != () or not hasattr(out, "dtype"):
-        msg = f"`where({name})` must be the end time, a scalar array; got {out}."
+    if jnp.shape(out) != () or not is_real(out):
+        msg = (
+            f"`where({name})` must be the end time, a floating point scalar array; "
+            f"got {out}."
+        )
         raise ValueError(msg)
     return out
 
 
 def _feedback(where: Callable, grad: PyTree, updates: PyTree) -> Any:
     """The scalar product of gradient and step, the end time left out."""
+    shapes = [[x.shape for x in jax.tree.leaves(tree)] for tree in (grad, updates)]
+    if shapes[0] != shapes[1]:
+        msg = (
+            "`terminal_time` must see the steps of all parameters, and got those of "
+            "some: put it last in an `optax.chain`, outside of `optax.partition` and "
+            "`optax.masked`."
+        )
+        raise ValueError(msg)
     grad, updates = (
         eqx.tree_at(where, tree, jnp.zeros_like(where(tree)))
         for tree in (grad, updates)

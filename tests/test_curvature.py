@@ -256,6 +256,90 @@ def test_adaptive_steps_and_the_door_of_diffrax():
         assert relative_error(results[0][2][key][:2], factors[:2]) < 3e-2
 
 
+@pytest.mark.parametrize("solver", [nodegrad.ALF(), diffrax.ReversibleHeun()], ids=str)
+def test_evaluations_before_the_first_step_do_not_count(solver):
+    def loss(model, x, target):
+        def one_sample(x, target):
+            y0 = model.encode(x)
+            terms = diffrax.ODETerm(model.field)
+            adjoint = nodegrad.ReversibleAdjoint()
+            sol = diffrax.diffeqsolve(
+                terms, solver, 0.0, 1.0, 1 / STEPS, y0, adjoint=adjoint, max_steps=512
+            )
+            return jnp.sum(jnp.cosh(model.decode(sol.ys[0]) - target))
+
+        return jax.vmap(one_sample)(x, target)
+
+    found = eqx.filter_jit(value_grad_and_curvature(loss))(MODEL, X, TARGET)
+    expected = curvature_of(solver=solver, adjoint=nodegrad.ReversibleAdjoint())
+    assert relative_error(found, expected) < 1e-12
+
+
+def test_time_after_the_last_save_does_not_count():
+    save = diffrax.SaveAt(ts=[1.0])
+    _, _, until = curvature_of(saveat=save)
+    _, _, beyond = curvature_of(saveat=save, t1=2.0, steps=2 * STEPS)
+    for key, factors in until.items():
+        assert relative_error(beyond[key], factors) < 1e-12
+
+
+def test_lanes_that_save_count_by_themselves():
+    """A layer that is applied when something is saved, steps being adaptive."""
+    ts = jnp.array([0.15, 0.5, 1.0])
+
+    def loss(model, x, target, batched):
+        def solve(y0):
+            return nodegrad.odesolve(
+                model.field,
+                diffrax.Bosh3(),
+                0.0,
+                1.0,
+                None,
+                y0,
+                stepsize_controller=diffrax.PIDController(1e-3, 1e-5),
+                saveat=diffrax.SaveAt(ts=ts, fn=lambda t, y, args: model.decode(y)),
+                max_steps=64,
+                batched=batched,
+            ).ys
+
+        y0 = 3.0 * jax.vmap(model.encode)(x)
+        ys = solve(y0) if batched else jax.vmap(solve)(y0)
+        return jnp.sum(jnp.cosh(ys - target[:, None]), axis=(1, 2))
+
+    both = [
+        eqx.filter_jit(value_grad_and_curvature(lambda *a, b=b: loss(*a, b)))(
+            MODEL, X, TARGET
+        )[2][".decode"]
+        for b in (True, False)
+    ]
+    assert float(both[0].input_factor[-1, -1]) == BATCH * len(ts)
+    assert relative_error(*both) < 1e-12
+
+
+def test_models_cast_inside_of_the_loss_are_refused():
+    def loss(model, x, target):
+        cast = lambda a: a.astype(jnp.float32) if eqx.is_inexact_array(a) else a
+        model, x = jax.tree.map(cast, (model, x))
+        return jnp.sum(jax.vmap(model.decode)(jax.vmap(model.encode)(x)) ** 2, axis=1)
+
+    with pytest.raises(TypeError, match="was cast to float32 inside of the loss"):
+        value_grad_and_curvature(loss)(MODEL, X, TARGET)
+
+
+def test_a_convolution_that_calls_itself_differently_is_no_layer():
+    class Doubled(eqx.nn.Conv1d):
+        def __call__(self, x, *, key=None):
+            return 2 * super().__call__(x)
+
+    conv, linear = Doubled(1, 2, 2, key=jr.PRNGKey(0)), MODEL.encode
+    loss = lambda m, x: jnp.sum(jax.vmap(m[0])(jax.vmap(m[1])(x)[:, None]) ** 2, (1, 2))
+    value, grads, curvature = value_grad_and_curvature(loss)((conv, linear), X)
+    mean = lambda m: jnp.mean(loss(m, X))
+    expected = eqx.filter_value_and_grad(mean)((conv, linear))
+    assert relative_error((value, grads), expected) < 1e-12
+    assert list(curvature) == ["[1]"]
+
+
 def test_chained_solves_sum_to_one():
     def chained(model, x, target):
         y = jax.vmap(model.encode)(x)

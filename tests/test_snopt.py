@@ -282,6 +282,19 @@ def test_useless_factors_keep_the_old_basis(preset, bad):
     assert int(new.layers[".second"].num_refreshes) == 2
 
 
+@pytest.mark.parametrize("preset", ["paper", "robust"])
+def test_a_gradient_with_a_nan_is_forgotten_at_the_next_refresh(preset):
+    params, curvature = make_params(), make_curvature(jr.PRNGKey(1))
+    grads = make_grads(jr.PRNGKey(2), params)
+    optim = nodegrad.scale_by_snopt(preset)
+    _, state = update(optim, grads, optim.init(params), curvature)
+    broken = jax.tree.map(lambda g: g * jnp.nan, grads)
+    _, state = update(optim, broken, state)
+    updates, state = update(optim, grads, state, curvature)
+    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves((updates, state)))
+    assert int(state.layers[".first"].num_refreshes) == 2
+
+
 def test_factor_of_rank_one_is_fine():
     params, curvature = make_params(jnp.float32), make_curvature(jr.PRNGKey(1))
     one = {
@@ -387,6 +400,7 @@ def test_snopt_decays_weights_and_has_momentum():
         (dict(decay=1.0), r"`decay` must be in \[0, 1\)"),
         (dict(factor_decay=-0.1), "`factor_decay` must be in"),
         (dict(damping=-1.0), "`damping` must not be negative"),
+        (dict(power=1.0), "`power` must be negative"),
     ],
 )
 def test_wrong_settings_are_refused(kwargs, match):
