@@ -92,20 +92,7 @@ def terminal_time(
         times that size is the one here.)
     """
     low, high = bounds
-    if not 0 <= low < high:
-        msg = f"`bounds` must be (low, high) with 0 <= low < high; got {bounds}."
-        raise ValueError(msg)
-    if isinstance(penalty, int | float) and not penalty > 0:
-        msg = (
-            f"`penalty` must be positive, or the end time may run away; got {penalty}."
-        )
-        raise ValueError(msg)
-    if isinstance(decay, int | float) and not 0 <= decay < 1:
-        msg = f"`decay` must be in [0, 1); got {decay}."
-        raise ValueError(msg)
-    if update_every < 1:
-        msg = f"`update_every` must be at least 1; got {update_every}."
-        raise ValueError(msg)
+    _check_settings(bounds, penalty, update_every, decay)
 
     def init_fn(params: PyTree) -> Any:
         dtype = jnp.dtype(jnp.float32)
@@ -143,6 +130,24 @@ def terminal_time(
         return updates, TerminalTimeState(count, first, second)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_settings(bounds, penalty, update_every, decay) -> None:
+    low, high = bounds
+    if not 0 <= low < high:
+        msg = f"`bounds` must be (low, high) with 0 <= low < high; got {bounds}."
+        raise ValueError(msg)
+    if isinstance(penalty, int | float) and not penalty > 0:
+        msg = (
+            f"`penalty` must be positive, or the end time may run away; got {penalty}."
+        )
+        raise ValueError(msg)
+    if isinstance(decay, int | float) and not 0 <= decay < 1:
+        msg = f"`decay` must be in [0, 1); got {decay}."
+        raise ValueError(msg)
+    if update_every < 1:
+        msg = f"`update_every` must be at least 1; got {update_every}."
+        raise ValueError(msg)
 
 
 def _end_time(where: Callable, tree: PyTree, name: str) -> Array:

@@ -2,7 +2,7 @@
 
 Every method gets the same number of trials over its settings on one seed. Two of them
 are then run on several seeds: the one that is first at Adam's final training loss, and
-the one that is first at Adam's best test loss. Times are those of the training steps
+the one with the best test loss. Times are those of the training steps
 alone, without compilation and evaluation; every method sees the same batches. (L-BFGS
 needs the same loss in every iteration, and these are minibatches.)
 """
@@ -248,8 +248,8 @@ def run(arguments: argparse.Namespace, clock: Clock, report: Report) -> None:
         methods = [Method(m.name, m.make, m.trials[1:2], m.options) for m in quick]
     names = arguments.tasks[:1] if arguments.quick else arguments.tasks
     report.note(
-        f"{len(methods[0].trials)} trials of every method on seed 0, of which those "
-        f"first at Adam's training and test loss are run on {seeds} seeds; "
+        f"{len(methods[0].trials)} trials of every method on seed 0, of which that first at "
+        f"Adam's training loss, and that best on test data, are run on {seeds} seeds; "
         f"{iterations} iterations."
     )
     for name in names:
@@ -287,18 +287,14 @@ def _tuned_runs(
         for t in trainers
     }
     train_target = min(run.final_loss for run in trials[ADAM])
-    test_target = min(run.best_test_loss for run in trials[ADAM])
 
     def to_train(run: Run) -> tuple[float, float]:
         return run.iterations_to_train_loss(train_target), run.final_loss
 
-    def to_test(run: Run) -> tuple[float, float]:
-        return run.iterations_to_test_loss(test_target), run.best_test_loss
-
     out: tuple[Runs, Runs] = {}, {}
     for trainer in trainers:
         name, done = trainer.method.name, {}
-        for runs, key in zip(out, (to_train, to_test), strict=True):
+        for runs, key in zip(out, (to_train, _best_test_loss), strict=True):
             best = min(trials[name], key=key)
             settings = tuple(best.settings.items())
             if settings not in done:
@@ -307,6 +303,10 @@ def _tuned_runs(
                 done[settings] = [best, *rest]
             runs[name] = done[settings]
     return out
+
+
+def _best_test_loss(run: Run) -> float:
+    return run.best_test_loss
 
 
 # What to say of it.
