@@ -248,8 +248,8 @@ def run(arguments: argparse.Namespace, clock: Clock, report: Report) -> None:
         methods = [Method(m.name, m.make, m.trials[1:2], m.options) for m in quick]
     names = arguments.tasks[:1] if arguments.quick else arguments.tasks
     report.note(
-        f"{len(methods[0].trials)} trials of every method on seed 0, of which that first at "
-        f"Adam's training loss, and that best on test data, are run on {seeds} seeds; "
+        f"{len(methods[0].trials)} trials of every method on seed 0. That first at "
+        f"Adam's training loss, and that best on test data, run on {seeds} seeds; "
         f"{iterations} iterations."
     )
     for name in names:
