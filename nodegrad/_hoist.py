@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
+from jax.extend.core import Jaxpr
 from jaxtyping import Array, PyTree
 
 
@@ -14,7 +15,7 @@ def _is_dynamic(x: Any) -> bool:
     return eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
 
 
-def hoist(fn: Callable, *examples: PyTree) -> tuple[list[Array], Callable]:
+def hoist(fn: Callable, *examples: PyTree) -> "tuple[list[Array], Pure]":
     """Splits `fn` into the arrays it closes over and a function of those.
 
     A `jax.custom_vjp` rule must not close over traced values, and a gradient with
@@ -45,15 +46,25 @@ def hoist(fn: Callable, *examples: PyTree) -> tuple[list[Array], Callable]:
 
     closed, out_shape = jax.make_jaxpr(traced, return_shape=True)(dynamic)
     out_tree = jax.tree.structure(out_shape)
+    return list(closed.consts), Pure(closed.jaxpr, out_tree, static_out)
 
-    def pure(consts, *args):
+
+class Pure:
+    """The function of constants and arguments that `hoist` returns."""
+
+    def __init__(self, jaxpr: Jaxpr, out_tree: Any, static_out: PyTree):
+        """`jaxpr` has one constant for each of those hoisted."""
+        self.jaxpr = jaxpr
+        self._out_tree = out_tree
+        self._static_out = static_out
+
+    def __call__(self, consts: list[Array], *args: PyTree) -> PyTree:
+        """The result for these constants."""
         leaves = jax.tree.leaves(eqx.filter(args, eqx.is_array))
-        out = jax.core.eval_jaxpr(closed.jaxpr, consts, *leaves)
+        out = jax.core.eval_jaxpr(self.jaxpr, consts, *leaves)
         # Results that are constant come back as NumPy scalars.
-        arrays = jax.tree.unflatten(out_tree, map(jnp.asarray, out))
-        return eqx.combine(arrays, static_out)
-
-    return list(closed.consts), pure
+        arrays = jax.tree.unflatten(self._out_tree, map(jnp.asarray, out))
+        return eqx.combine(arrays, self._static_out)
 
 
 def as_struct(tree: PyTree) -> PyTree:

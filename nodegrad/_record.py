@@ -35,6 +35,7 @@ from ._log import Log, Record
 from ._modes import reverse_mode_only, REVERSE_OVER_REVERSE
 from ._reversal import AbstractReversal
 from ._save import Save, save_states
+from ._statistics import make_statistics
 from ._step import AbstractStep, SolverStep
 from ._sweep import Sweep, SweepInputs
 from ._tree import as_arrays, put
@@ -119,15 +120,18 @@ def recorded_loop(
 
     loop_consts, pure_run = hoist(run, example)
     step_consts, pure_step, save_consts, pure_saves = _hoist_parts(solve, example)
+    statistics_consts, payload = make_statistics(solve, example, step_consts, pure_step)
     inputs = SweepInputs(
         init_state=init_state,
         step_consts=step_consts,
         save_consts=save_consts,
         grid=solve.grid,
         ts=[save.ts for save in solve.saves],
+        statistics=statistics_consts,
     )
 
-    differentiable_run = _differentiable(solve, pure_run, pure_step, pure_saves)
+    pure = pure_run, pure_step, pure_saves, payload
+    differentiable_run = _differentiable(solve, *pure)
     final_state, written = differentiable_run(reverse_mode_only((loop_consts, inputs)))
     error = None
     if solve.check:
@@ -138,7 +142,7 @@ def recorded_loop(
     return _only_differentiable(solve, init_state, final_state), error
 
 
-def _differentiable(solve: Solve, pure_run, pure_step, pure_saves) -> Callable:
+def _differentiable(solve: Solve, pure_run, pure_step, pure_saves, payload) -> Callable:
     """`(loop constants, inputs) -> final state`, with the sweep for a gradient."""
 
     def forward(loop_consts__inputs):
@@ -163,6 +167,8 @@ def _differentiable(solve: Solve, pure_run, pure_step, pure_saves) -> Callable:
         final_state, written = residuals
         sweep = _make_sweep(solve, pure_step, pure_saves, final_state, written, inputs)
         sweep = replace(sweep, ct_state=ct[0], wrt=perturbed[1])
+        if payload is not None:
+            sweep = payload.joined(sweep)
         # The loop's own constants are the step's, whose cotangents are among `inputs`.
         out = (jax.tree.map(lambda _: None, loop_consts), sweep())
         return eqxi.nondifferentiable_backward(out, msg=REVERSE_OVER_REVERSE)

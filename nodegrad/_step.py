@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from ._stages import advance_by, combine, has_explicit_tableau, stages
+from ._statistics import without_statistics
 
 
 class RungeKuttaStep(eqx.Module):
@@ -120,7 +121,8 @@ class SolverStep(eqx.Module):
 
     def start(self, t0, t1, y0):
         """The solver state before the first step."""
-        return self.solver.init(self.terms, t0, t1, y0, self.args)
+        init = lambda t0, t1, y0: self.solver.init(self.terms, t0, t1, y0, self.args)
+        return without_statistics(init, t0, t1, y0)
 
     def kept(self, solver_state, made_jump):
         """What a replay needs besides the state."""

@@ -45,6 +45,7 @@ class SweepInputs(eqx.Module):
     save_consts: list[Any]
     grid: Any
     ts: list[Any]
+    statistics: Any = None
 
 
 class Carry(eqx.Module):
@@ -53,6 +54,7 @@ class Carry(eqx.Module):
     `y` and `kept` are those of the state and solver state after the step, `start` and
     `size` those of the next step's, see `_grid.pull_back_times`. `step_consts` and
     `save_consts` are shared by all lanes. `cursors` say how much of each save is left.
+    `statistics` belong to the payload, if there is one (see `_statistics.py`).
     """
 
     y: PyTree
@@ -64,6 +66,7 @@ class Carry(eqx.Module):
     cursors: list[Any]
     step_consts: PyTree
     save_consts: PyTree
+    statistics: PyTree = None
 
 
 class Sweep(eqx.Module):
@@ -76,6 +79,7 @@ class Sweep(eqx.Module):
       that is known to be zero.
     - `inputs`, `wrt`: what to differentiate with respect to, and for each leaf of it
       whether anybody asked.
+    - `payload`: what to collect on the way besides cotangents, or `None`.
     """
 
     solve: Any
@@ -86,6 +90,7 @@ class Sweep(eqx.Module):
     ct_state: PyTree
     inputs: SweepInputs
     wrt: SweepInputs = eqx.field(static=True)
+    payload: Any = None
 
     @property
     def lanes(self) -> bool:
@@ -134,13 +139,20 @@ class Sweep(eqx.Module):
         cts = StepCotangents(y1=carry.y, info=zeros_like(info), start=zero, end=zero)
         new, cts = pull_back_saves(self, carry, cts, index, live, args, y1, info)
         cts = self.only(live, cts)
-        ct_consts, ct_args = pull((cts.y1, self.only(live, carry.kept), cts.info))
+        ct_kept1 = self.only(live, carry.kept)
+        ct_consts, ct_args = pull((cts.y1, ct_kept1, cts.info))
         ct_start, ct_end, ct_y, ct_kept = ct_args
         step_consts = add(carry.step_consts, ct_consts)
         new = replace(new, y=ct_y, kept=ct_kept, step_consts=step_consts)
         if self.wrt_times:
             start, end = cts.start + ct_start, cts.end + ct_end
             new = self._pull_back_times(new, index, start, end)
+        if self.payload is not None:
+            at_start, at_end = (ct_y, ct_kept), (cts.y1, ct_kept1)
+            statistics = self.payload.visit(
+                self, carry.statistics, live, args, y1, at_start, at_end
+            )
+            new = replace(new, statistics=statistics)
         return self._frozen(live, carry, new)
 
     def step_spec(self, args) -> PyTree[bool]:
@@ -183,6 +195,7 @@ class Sweep(eqx.Module):
             cursors=initial_cursors(state),
             step_consts=wanted(self.inputs.step_consts, self.wrt.step_consts),
             save_consts=wanted(self.inputs.save_consts, self.wrt.save_consts),
+            statistics=None if self.payload is None else self.payload.initial(self),
         )
 
     def _finish(self, carry: Carry) -> SweepInputs:
@@ -208,6 +221,9 @@ class Sweep(eqx.Module):
             save_consts=carry.save_consts,
             grid=ct_grid,
             ts=jax.tree.map(over_lanes, carry.ts),
+            statistics=none(self.inputs.statistics)
+            if self.payload is None
+            else self.payload.finish(self, carry.statistics),
         )
 
     def _ct_solver_state(self, none, ct_kept):
@@ -258,8 +274,8 @@ class Sweep(eqx.Module):
 
     def map_carry(self, per_lane, shared, *carries: Carry) -> Carry:
         """Maps `per_lane` over what belongs to a lane, `shared` over what is summed."""
-        none = dict(step_consts=None, save_consts=None)
+        names = "step_consts", "save_consts", "statistics"
+        none = dict.fromkeys(names)
         out = jax.tree.map(per_lane, *(replace(c, **none) for c in carries))
-        sums = [(c.step_consts, c.save_consts) for c in carries]
-        step_consts, save_consts = jax.tree.map(shared, *sums)
-        return replace(out, step_consts=step_consts, save_consts=save_consts)
+        sums = ({name: getattr(c, name) for name in names} for c in carries)
+        return replace(out, **jax.tree.map(shared, *sums))

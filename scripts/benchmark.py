@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 import jax
-from benchmarks import gradients, reversible, second_order
+from benchmarks import gradients, reversible, second_order, training
 from benchmarks.measure import describe_machine, make_clock
 from benchmarks.report import Report
 
@@ -17,6 +17,7 @@ _SUBCOMMANDS = {
     "gradients": gradients,
     "reversible": reversible,
     "second-order": second_order,
+    "training": training,
 }
 
 

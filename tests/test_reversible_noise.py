@@ -79,7 +79,6 @@ def _noises():
     "solver, noise",
     [
         (nodegrad.Reversible(diffrax.Heun()), "additive"),
-        (nodegrad.Reversible(diffrax.Heun()), "diagonal"),
         (nodegrad.Reversible(diffrax.Heun()), "general"),
         (nodegrad.Reversible(diffrax.Midpoint(), 0.99, resync_every=4), "general"),
         (diffrax.ReversibleHeun(), "general"),

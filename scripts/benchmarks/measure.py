@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 
 _PACKAGES = ("nodegrad", "jax", "jaxlib", "diffrax", "equinox", "optax", "numpy")
@@ -42,6 +43,8 @@ def make_clock(kind: str) -> Clock:
     where = "all cores"
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        # The threads of LAPACK would wait for one another on that core.
+        threadpool_limits(1)
         where = "pinned to one core"
     if jax.default_backend() != "cpu":
         msg = "process time does not see work on an accelerator: use --clock wall"

@@ -1,0 +1,443 @@
+"""Training with SNOpt against first-order optimisers: time to a loss, final metric.
+
+Every method gets the same number of trials over its settings on one seed. Two of them
+are then run on several seeds: the one that is first at Adam's final training loss, and
+the one with the best test loss. Times are those of the training steps
+alone, without compilation and evaluation; every method sees the same batches. (L-BFGS
+needs the same loss in every iteration, and these are minibatches.)
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+import nodegrad
+
+from .measure import Clock, time_in_turns
+from .report import Budget, Column, fixed, Report, significant
+from .training_tasks import circles, data_folder, digits, ImageNODE, Task, words
+
+
+#: What everything is trained in.
+DTYPE = "float32"
+
+ADAM, SGD, MUON = "Adam", "SGD, momentum 0.9", "Muon"
+PAPER, ROBUST = "SNOpt, paper", "SNOpt, robust"
+
+
+def _sgd(learning_rate, weight_decay):
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate, 0.9)
+    )
+
+
+def _muon(learning_rate, weight_decay):
+    return optax.contrib.muon(learning_rate, weight_decay=weight_decay)
+
+
+def _snopt(preset):
+    def make(learning_rate, weight_decay, damping):
+        return nodegrad.snopt(
+            learning_rate, preset, weight_decay=weight_decay, damping=damping
+        )
+
+    return make
+
+
+@dataclass(frozen=True)
+class Method:
+    """An optimiser as a function of its settings, and the settings to try.
+
+    - `options`: of `nodegrad.value_grad_and_curvature`, if it takes curvature.
+    """
+
+    name: str
+    make: Callable[..., Any]
+    trials: Sequence[dict[str, float]]
+    options: dict[str, Any] | None = None
+
+
+def _trials(rates: Sequence[float], *others: dict[str, float]) -> list[dict[str, Any]]:
+    return [{"learning_rate": r, **other} for other in others for r in rates]
+
+
+_DECAYS = {"weight_decay": 0.0}, {"weight_decay": 1e-2}
+METHODS = (
+    Method(ADAM, optax.adamw, _trials((3e-3, 1e-2, 3e-2), *_DECAYS)),
+    Method(SGD, _sgd, _trials((1e-2, 3e-2, 1e-1), *_DECAYS)),
+    Method(MUON, _muon, _trials((3e-3, 1e-2, 3e-2), *_DECAYS)),
+    Method(
+        PAPER,
+        _snopt("paper"),
+        _trials(
+            (1e-2, 3e-2, 1e-1),
+            {"weight_decay": 0.0, "damping": 0.05},
+            {"weight_decay": 1e-2, "damping": 0.1},
+        ),
+        {},
+    ),
+    Method(
+        ROBUST,
+        _snopt("robust"),
+        _trials(
+            (2e-2, 5e-2, 1e-1),
+            {"weight_decay": 0.0, "damping": 0.1},
+            {"weight_decay": 5e-2, "damping": 0.1},
+        ),
+        {"kind": "ggn", "moments": True},
+    ),
+)
+
+
+@dataclass
+class Run:
+    """One training run: curves over iterations, and times of its steps."""
+
+    method: str
+    settings: dict[str, float]
+    seed: int
+    train: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    refreshed: list[bool] = field(default_factory=list)
+    tested_at: list[int] = field(default_factory=list)
+    test_loss: list[float] = field(default_factory=list)
+    test_metric: list[float] = field(default_factory=list)
+    solver_steps: float = float("nan")
+
+    @property
+    def times(self) -> np.ndarray:
+        """The time after every iteration."""
+        return np.cumsum(self.seconds)
+
+    def smooth(self) -> np.ndarray:
+        """The training loss, averaged over the last tenth of an epoch or so."""
+        width = max(1, len(self.train) // 20)
+        padded = np.concatenate([np.full(width - 1, self.train[0]), self.train])
+        return np.convolve(padded, np.ones(width) / width, mode="valid")
+
+    @property
+    def final_loss(self) -> float:
+        """The last training loss, or infinity after divergence."""
+        loss = self.smooth()[-1]
+        return float(loss) if np.isfinite(loss) else float("inf")
+
+    @property
+    def best_test_loss(self) -> float:
+        """The lowest test loss on the way."""
+        return min(self.test_loss, default=float("inf"))
+
+    def iterations_to_train_loss(self, target: float) -> float:
+        """After how many iterations the smoothed training loss was as low as that."""
+        reached = np.flatnonzero(self.smooth() <= target)
+        return reached[0] + 1 if len(reached) else float("inf")
+
+    def iterations_to_test_loss(self, target: float) -> float:
+        """After how many iterations the test loss was as low as that."""
+        reached = np.flatnonzero(np.asarray(self.test_loss) <= target)
+        return self.tested_at[reached[0]] if len(reached) else float("inf")
+
+    def time_of(self, iterations: float) -> float:
+        """The time that so many iterations took."""
+        return self.times[int(iterations) - 1] if iterations < np.inf else np.inf
+
+
+class Trainer:
+    """One method on one task, compiled once for all settings and seeds."""
+
+    def __init__(self, task: Task, method: Method, clock: Clock):
+        """Compiles nothing yet."""
+        self.task, self.method, self._clock = task, method, clock
+        self._optim = optax.inject_hyperparams(method.make)(**method.trials[0])
+        options = dict(method.options or {})
+        loss = task.losses
+        if task.predict is None:
+            options.pop("kind", None)
+        elif options.get("kind") == "ggn":
+            loss, options["predict"] = task.loss, task.predict
+        self._steps = nodegrad.make_steps(self._optim, loss, **options)
+        self._evaluate = eqx.filter_jit(partial(_evaluate, task))
+
+    def start(self, settings: dict[str, float], seed: int) -> tuple[Any, Any]:
+        """A model, and the state of the optimiser with these settings."""
+        model = self.task.make_model(jr.PRNGKey(seed))
+        state: Any = self._optim.init(eqx.filter(model, eqx.is_inexact_array))
+        for name, value in settings.items():
+            like = state.hyperparams[name]
+            state.hyperparams[name] = jnp.asarray(value, like.dtype)
+        return model, state
+
+    def warm_up(self) -> Callable[[], Any]:
+        """Compiles everything; returns an ordinary iteration, always the same."""
+        start = self.start(self.method.trials[0], 0)
+        batch, key = next(self.task.batches(0)), jr.PRNGKey(0)
+        steps = self._steps if self.method.options is not None else [self._steps.step]
+        for first in steps:
+            model, state, _ = first(*start, *batch, key=key)
+            # What comes out of a step may have other types than what went in at first.
+            for step in steps:
+                model, state, _ = step(model, state, *batch, key=key)
+        return lambda: self._steps.step(*start, *batch, key=key)[2]
+
+    def run(self, settings: dict[str, float], seed: int, every: int) -> Run:
+        """Trains, and evaluates `every` so many iterations."""
+        out = Run(self.method.name, settings, seed)
+        model, state = self.start(settings, seed)
+        batches, key = self.task.batches(seed), jr.PRNGKey(seed)
+        for index in range(self.task.iterations):
+            batch, key = next(batches), jr.fold_in(key, index)
+            refresh = self.method.options is not None and self.task.refreshes(index)
+            step = self._steps.refresh if refresh else self._steps.step
+            before = self._clock.now()
+            model, state, value = step(model, state, *batch, key=key)
+            out.train.append(float(value))
+            out.seconds.append(self._clock.now() - before)
+            out.refreshed.append(refresh)
+            if not np.isfinite(out.train[-1]):
+                break
+            if (index + 1) % every == 0:
+                loss, metric = map(float, self._evaluate(model))
+                out.tested_at.append(index + 1)
+                out.test_loss.append(loss)
+                out.test_metric.append(metric)
+        stats = eqx.filter_jit(self.task.steps)(model, next(self.task.batches(seed)))
+        out.solver_steps = float(jnp.mean(stats["num_steps"]))
+        return out
+
+
+def _evaluate(task: Task, model: Any) -> tuple[Any, Any]:
+    batch = task.test
+    if task.predict is None:
+        out = losses = task.losses(model, *batch)
+    else:
+        out = task.predict(model, *batch)
+        losses = task.loss(out, *batch)
+    return jnp.mean(losses), task.metric(out, *batch)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this subcommand."""
+    parser.add_argument("--seeds", type=int, default=3, help="runs of the best trial")
+    parser.add_argument("--iterations", type=int, help="of every run (300)")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=("digits", "words", "circles"),
+        default=["digits", "words", "circles"],
+        help="words needs the folder of its data in NODEGRAD_DATA",
+    )
+
+
+def run(arguments: argparse.Namespace, clock: Clock, report: Report) -> None:
+    """Trains everything."""
+    iterations = arguments.iterations or (60 if arguments.quick else 300)
+    seeds = 1 if arguments.quick else arguments.seeds
+    methods = METHODS
+    if arguments.quick:
+        quick = [m for m in METHODS if m.name in (ADAM, PAPER, ROBUST)]
+        methods = [Method(m.name, m.make, m.trials[1:2], m.options) for m in quick]
+    names = arguments.tasks[:1] if arguments.quick else arguments.tasks
+    report.note(
+        f"{len(methods[0].trials)} trials of every method on seed 0. That first at "
+        f"Adam's training loss, and that best on test data, run on {seeds} seeds; "
+        f"{iterations} iterations."
+    )
+    for name in names:
+        task = _make_task(name, iterations)
+        if task is None:
+            report.note("words: left out, NODEGRAD_DATA has no data.")
+            continue
+        trainers = [Trainer(task, method, clock) for method in methods]
+        one_step = {t.method.name: t.warm_up() for t in trainers}
+        seconds = time_in_turns(clock, one_step, seconds=5.0)
+        by_train, by_test = _tuned_runs(trainers, seeds, iterations)
+        _report_task(report, task, by_train, by_test, seconds)
+        _plot(task, by_train, by_test, Path("results") / f"training_{name}.png")
+    if not arguments.quick and "digits" in names:
+        measure_terminal_time(report, iterations, seeds)
+
+
+def _make_task(name: str, iterations: int) -> Task | None:
+    if name == "words":
+        folder = data_folder()
+        return None if folder is None else words(iterations, folder)
+    return {"digits": digits, "circles": circles}[name](iterations)
+
+
+Runs = dict[str, list[Run]]
+
+
+def _tuned_runs(
+    trainers: Sequence[Trainer], seeds: int, iterations: int
+) -> tuple[Runs, Runs]:
+    """The runs of all methods, tuned for the training loss and for the test loss."""
+    every = max(1, iterations // 30)
+    trials = {
+        t.method.name: [t.run(settings, 0, every) for settings in t.method.trials]
+        for t in trainers
+    }
+    train_target = min(run.final_loss for run in trials[ADAM])
+
+    def to_train(run: Run) -> tuple[float, float]:
+        return run.iterations_to_train_loss(train_target), run.final_loss
+
+    out: tuple[Runs, Runs] = {}, {}
+    for trainer in trainers:
+        name, done = trainer.method.name, {}
+        for runs, key in zip(out, (to_train, _best_test_loss), strict=True):
+            best = min(trials[name], key=key)
+            settings = tuple(best.settings.items())
+            if settings not in done:
+                more = range(1, seeds)
+                rest = [trainer.run(best.settings, seed, every) for seed in more]
+                done[settings] = [best, *rest]
+            runs[name] = done[settings]
+    return out
+
+
+def _best_test_loss(run: Run) -> float:
+    return run.best_test_loss
+
+
+# What to say of it.
+
+
+_COLUMNS = (
+    Column("method", "method"),
+    Column("settings", "settings"),
+    Column("final_loss", "train loss", significant(3)),
+    Column("to_train", "time to Adam's", fixed(2)),
+    Column("test_settings", "settings"),
+    Column("best_test_loss", "best test loss", significant(3)),
+    Column("metric", "test metric", fixed(3)),
+    Column("to_test", "time to Adam's", fixed(2)),
+    Column("per_iteration", "per iteration", fixed(2)),
+    Column("amortised", "with refreshes", fixed(2)),
+    Column("solver_steps", "solver steps", fixed(1)),
+)
+
+
+def _report_task(
+    report: Report, task: Task, by_train: Runs, by_test: Runs, seconds: dict[str, float]
+) -> None:
+    median = lambda get, of: statistics.median(get(run) for run in of)
+    train_target = median(lambda r: r.final_loss, by_train[ADAM])
+    test_target = median(lambda r: r.best_test_loss, by_test[ADAM])
+    to_train = partial(
+        median, lambda r: r.time_of(r.iterations_to_train_loss(train_target))
+    )
+    to_test = partial(
+        median, lambda r: r.time_of(r.iterations_to_test_loss(test_target))
+    )
+    whole = lambda of: median(lambda r: r.times[-1], of)
+    settings = lambda of: ", ".join(f"{v:g}" for v in of[0].settings.values())
+    records = []
+    for name, of in by_train.items():
+        records.append(
+            {
+                "method": name,
+                "settings": settings(of),
+                "final_loss": median(lambda r: r.final_loss, of),
+                "to_train": to_train(of) / whole(by_train[ADAM]),
+                "test_settings": settings(by_test[name]),
+                "best_test_loss": median(lambda r: r.best_test_loss, by_test[name]),
+                "metric": median(lambda r: max(r.test_metric), by_test[name]),
+                "to_test": to_test(by_test[name]) / whole(by_test[ADAM]),
+                "per_iteration": seconds[name] / seconds[ADAM],
+                "amortised": _mean_seconds(of) / _mean_seconds(by_train[ADAM]),
+                "solver_steps": median(lambda r: r.solver_steps, of),
+                "curves": [(r.times.tolist(), r.smooth().tolist()) for r in of],
+            }
+        )
+    report.table(f"{task.name}: ratios are to Adam", _COLUMNS, records)
+    by_name = {record["method"]: record for record in records}
+    enter = lambda what, value, limit: report.budgets.append(
+        Budget(what, task.name, ADAM, value, limit)
+    )
+    amortised_limit = 1.6 if task.name == "circles" else 1.16
+    for name in (PAPER, ROBUST):
+        enter(f"ordinary iteration, {name}", by_name[name]["per_iteration"], 1.10)
+        enter(f"amortised, {name}", by_name[name]["amortised"], amortised_limit)
+    enter(f"time to train loss, {ROBUST}", by_name[ROBUST]["to_train"], 0.5)
+    enter(f"time to test loss, {ROBUST}", by_name[ROBUST]["to_test"], 0.7)
+
+
+def _mean_seconds(runs: list[Run]) -> float:
+    return sum(sum(r.seconds) for r in runs) / sum(len(r.seconds) for r in runs)
+
+
+def _plot(task: Task, by_train: Runs, by_test: Runs, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for index, name in enumerate(by_train):
+        style: dict[str, Any] = dict(color=f"C{index}", lw=1)
+        for seed, run_ in enumerate(by_train[name]):
+            label = None if seed else name
+            axes[0].plot(run_.times, run_.smooth(), label=label, **style)
+        for run_ in by_test[name]:
+            at = [run_.time_of(i) for i in run_.tested_at]
+            axes[1].plot(at, run_.test_loss, **style)
+    for axis, what in zip(axes, ("training", "test"), strict=True):
+        axis.set(xlabel="seconds", ylabel=f"{what} loss", title=task.name)
+        if task.predict is not None:
+            axis.set_yscale("log")
+    axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# The end time.
+
+
+def measure_terminal_time(report: Report, iterations: int, seeds: int) -> None:
+    """Learns the end time of the digits' equation from 1, by SNOpt's feedback rule."""
+    task = digits(iterations)
+    penalties = None, 0.1, 0.3, 0.5
+    records = [_with_end_time(task, penalty, seeds) for penalty in penalties]
+    columns = (
+        Column("penalty", "penalty"),
+        Column("t1", "end time", fixed(2)),
+        Column("evaluations", "evaluations per pass", fixed(1)),
+        Column("test_loss", "test loss", significant(3)),
+        Column("accuracy", "accuracy", fixed(3)),
+    )
+    title = f"digits: learning the end time (Adam, medians of {seeds} seeds)"
+    report.table(title, columns, records)
+    ratio = records[-1]["evaluations"] / records[0]["evaluations"]
+    report.budgets.append(
+        Budget("evaluations with a learned end time", "digits", "t1 = 1", ratio, 0.8)
+    )
+
+
+def _with_end_time(task: Task, penalty: float | None, seeds: int) -> dict[str, Any]:
+    """What comes of training with a `penalty` on the end time, or with a fixed one."""
+    optim: Any = optax.adamw(1e-2)
+    if penalty is not None:
+        rule = nodegrad.terminal_time(
+            lambda m: m.t1, 0.1, penalty=penalty, update_every=5, decay=0.9
+        )
+        optim = optax.chain(optim, rule)
+    step, found = nodegrad.make_steps(optim, task.losses).step, []
+    for seed in range(seeds):
+        model = ImageNODE(jr.PRNGKey(seed), learn_t1=penalty is not None)
+        state = optim.init(eqx.filter(model, eqx.is_inexact_array))
+        batches = task.batches(seed)
+        for _ in range(task.iterations):
+            model, state, _ = step(model, state, *next(batches))
+        loss, accuracy = _evaluate(task, model)
+        stats = task.steps(model, task.test)
+        evaluations = jnp.mean(stats["num_vector_field_evaluations"])
+        found.append([float(x) for x in (model.t1, evaluations, loss, accuracy)])
+    names = "t1", "evaluations", "test_loss", "accuracy"
+    medians = map(float, np.median(found, axis=0))
+    return {"penalty": penalty or 0.0, **dict(zip(names, medians, strict=True))}
