@@ -20,7 +20,7 @@ from .problems import accepted_grid, relative_error, unrolled, van_der_pol
 
 DOORS = {"native": nodegrad.odesolve, "diffrax": diffrax.diffeqsolve}
 SOLVES = {
-    "ACA": (diffrax.Tsit5(), nodegrad.ACAAdjoint()),
+    "ACA": (diffrax.Bosh3(), nodegrad.ACAAdjoint()),
     "few checkpoints": (diffrax.Bosh3(), nodegrad.ACAAdjoint(4)),
     "reversible": (
         nodegrad.Reversible(diffrax.Bosh3(), resync_every=10),
@@ -60,7 +60,8 @@ def _loss(point):
     return _loss_of(_outputs(point))
 
 
-def _frozen_outputs(solver):
+def _frozen_outputs():
+    solver, _ = SOLVES["ACA"]
     args = van_der_pol, solver, 0.0, 1.0, POINT[:2], POINT[2], PID
     grid = accepted_grid(*args)
     return lambda p: unrolled(solver, van_der_pol, grid, p[:2], p[2])
@@ -73,7 +74,7 @@ def _gauss_newton(outputs, loss, point):
 
 @pytest.mark.parametrize("door", DOORS)
 def test_hvp_is_the_hessian_of_the_accepted_grid_times_the_vector(door):
-    frozen = _frozen_outputs(diffrax.Tsit5())
+    frozen = _frozen_outputs()
     expected = jax.hessian(lambda p: _loss_of(frozen(p)))(POINT) @ V
     loss = lambda p: _loss_of(_outputs(p, DOORS[door]))
     product = jax.jit(lambda p: nodegrad.hvp(loss, p, V))(POINT)
@@ -82,7 +83,7 @@ def test_hvp_is_the_hessian_of_the_accepted_grid_times_the_vector(door):
 
 @pytest.mark.parametrize("door", DOORS)
 def test_ggn_vp_is_the_gauss_newton_matrix_of_the_accepted_grid(door):
-    frozen = _frozen_outputs(diffrax.Tsit5())
+    frozen = _frozen_outputs()
     expected = _gauss_newton(frozen, _loss_of, POINT) @ V
     outputs = lambda p: _outputs(p, DOORS[door])
     product = jax.jit(lambda p: nodegrad.ggn_vp(outputs, _loss_of, p, V))(POINT)
@@ -133,7 +134,7 @@ def test_taylor_remainders_have_slopes_two_and_three():
 
 @pytest.mark.slow
 def test_third_derivatives_by_nesting_forward_mode():
-    frozen = _frozen_outputs(diffrax.Tsit5())
+    frozen = _frozen_outputs()
     third = jax.jacfwd(jax.hessian(lambda p: _loss_of(frozen(p))))(POINT)
     expected = jnp.einsum("ijk,j,k->i", third, V, U)
     product = lambda p: nodegrad.hvp(_loss, p, V)
@@ -285,8 +286,9 @@ def test_product_through_a_stochastic_runge_kutta_method():
 
 
 def test_direct_adjoint_is_welcome():
+    solver, _ = SOLVES["ACA"]
     direct = lambda p: _solution(
-        diffrax.diffeqsolve, p, diffrax.Tsit5(), diffrax.DirectAdjoint()
+        diffrax.diffeqsolve, p, solver, diffrax.DirectAdjoint()
     )
     product = nodegrad.ggn_vp(direct, _loss_of, POINT, V)
     expected = nodegrad.ggn_vp(_outputs, _loss_of, POINT, V)

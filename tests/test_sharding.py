@@ -7,7 +7,7 @@ import sys
 import pytest
 
 
-_SCRIPT = """
+_GRADIENTS = """
 import jax
 jax.config.update("jax_enable_x64", True)
 import diffrax, functools, jax.numpy as jnp, jax.random as jr, nodegrad
@@ -58,15 +58,86 @@ check(jax.jit(mapped)(w, sharded), reference)
 print("all equal")
 """
 
+_TRAINING = """
+import jax
+jax.config.update("jax_enable_x64", True)
+import diffrax, equinox as eqx, functools, jax.numpy as jnp, jax.random as jr, nodegrad
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-@pytest.mark.slow
-def test_sharded_gradients_equal_those_of_one_device():
+assert len(jax.devices()) == 8
+mesh = Mesh(jax.devices(), ("b",))
+rows, whole = NamedSharding(mesh, P("b")), NamedSharding(mesh, P())
+model = eqx.nn.MLP(8, 8, 16, 1, jnp.tanh, key=jr.PRNGKey(0))
+xs = jr.normal(jr.PRNGKey(1), (16, 8))
+
+def loss(model, xs):
+    ys = nodegrad.odesolve(
+        lambda t, y, args: model(y), diffrax.Heun(), 0.0, 1.0, 0.25, xs, batched=True,
+    ).ys[:, 0]
+    return jnp.sum(ys**2, axis=1)
+
+def split(tree):
+    # Every array over its first axis, if that can be divided.
+    divides = lambda x: x.ndim > 0 and len(x) % 8 == 0
+    place = lambda x: jax.device_put(x, rows if divides(x) else whole)
+    return jax.tree.map(lambda x: place(x) if eqx.is_array(x) else x, tree)
+
+def check(ours, reference):
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True)
+    for a, b in pairs:
+        if eqx.is_array(a):
+            scale = 1 + jnp.max(jnp.abs(b))
+            assert jnp.max(jnp.abs(a - b)) < 1e-10 * scale, (a, b)
+
+# Factors of devices add up to those of the batch.
+curvature = nodegrad.value_grad_and_curvature(loss)
+of_devices = functools.partial(
+    jax.shard_map, mesh=mesh, in_specs=(P(), P("b")), out_specs=P(), check_vma=False
+)(lambda params, xs: jax.lax.psum(
+    curvature(eqx.combine(params, static), xs)[2], "b"
+))
+params, static = eqx.partition(model, eqx.is_array)
+reference = eqx.filter_jit(curvature)(model, xs)[2]
+check(jax.jit(of_devices)(params, jax.device_put(xs, rows)), reference)
+
+# A model and a state in pieces are trained as whole ones are.
+optim = nodegrad.snopt(0.05, momentum=0.9)
+step, refresh = nodegrad.make_steps(optim, loss, moments=True)
+
+def train(place):
+    trained = place(model)
+    state = place(optim.init(eqx.filter(trained, eqx.is_inexact_array)))
+    for i, run in enumerate((refresh, step, step)):
+        trained, state, _ = run(trained, state, place(xs), key=jr.PRNGKey(i))
+        trained, state = place(trained), place(state)
+    return trained, state
+
+trained, state = train(split)
+assert not trained.layers[0].weight.sharding.is_fully_replicated
+bases = [x.output_basis for x in state[0].layers.values()]
+assert not any(basis.sharding.is_fully_replicated for basis in bases)
+check(trained, train(lambda tree: tree)[0])
+print("all equal")
+"""
+
+
+def run_on_eight_devices(script):
     flags = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     )
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     run = subprocess.run(
-        [sys.executable, "-c", _SCRIPT], env=env, capture_output=True, text=True
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert "all equal" in run.stdout
+
+
+@pytest.mark.slow
+def test_sharded_gradients_equal_those_of_one_device():
+    run_on_eight_devices(_GRADIENTS)
+
+
+@pytest.mark.slow
+def test_sharded_training_with_curvature_equals_that_of_one_device():
+    run_on_eight_devices(_TRAINING)
