@@ -73,7 +73,8 @@ def test_matches_diffrax_for_every_solver(solver):
 @pytest.mark.slow
 def test_matches_diffrax_for_an_implicit_solver():
     root_finder = diffrax.VeryChord(rtol=1e-10, atol=1e-10)
-    _check(diffrax.Kvaerno3(root_finder=root_finder), "pid", "ts", 1e-9)
+    # Stages are known to 1e-10, and one more iteration may be made or not.
+    _check(diffrax.Kvaerno3(root_finder=root_finder), "pid", "ts", 1e-8)
 
 
 @pytest.mark.slow
