@@ -43,14 +43,14 @@ def _check(solver, controller, saveat, tol, backwards=False):
 )
 def test_matches_diffrax_for_every_controller_and_output(controller, saveat):
     adaptive = controller.startswith("pid") or controller == "clip"
-    _check(diffrax.Bosh3(), controller, saveat, 1e-9 if adaptive else 1e-12)
+    _check(diffrax.Tsit5(), controller, saveat, 1e-9 if adaptive else 1e-12)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("controller", ["constant", "pid", "step_to"])
 def test_matches_diffrax_backwards_in_time(controller):
     tol = 1e-9 if controller == "pid" else 1e-12
-    _check(diffrax.Bosh3(), controller, "all", tol, backwards=True)
+    _check(diffrax.Tsit5(), controller, "all", tol, backwards=True)
 
 
 @pytest.mark.slow
@@ -101,9 +101,10 @@ def test_matches_diffrax_for_a_stochastic_equation(saveat):
     y0, a = jnp.array([1.0, 0.5]), jnp.array(0.7)
     grad = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=(2, 3))
     reference = grad(y0, a, diffrax.diffeqsolve, diffrax.RecursiveCheckpointAdjoint())
-    for solve, checkpoints in zip(DOORS.values(), (4, None), strict=True):
-        ours = grad(y0, a, solve, nodegrad.ACAAdjoint(checkpoints))
-        assert relative_error(ours, reference) < 1e-12
+    for solve in DOORS.values():
+        for checkpoints in (None, 4):
+            ours = grad(y0, a, solve, nodegrad.ACAAdjoint(checkpoints))
+            assert relative_error(ours, reference) < 1e-12
 
 
 @pytest.mark.parametrize("solver", [diffrax.Tsit5(), diffrax.Bosh3()])

@@ -7,14 +7,17 @@ import sys
 import pytest
 
 
-_GRADIENTS = """
+_PREAMBLE = """
 import jax
 jax.config.update("jax_enable_x64", True)
-import diffrax, functools, jax.numpy as jnp, jax.random as jr, nodegrad
+import diffrax, equinox as eqx, functools, jax.numpy as jnp, jax.random as jr, nodegrad
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 assert len(jax.devices()) == 8
 mesh = Mesh(jax.devices(), ("b",))
+"""
+
+_GRADIENTS = """
 w = jr.normal(jr.PRNGKey(0), (4, 4)) / 2
 ys = jr.normal(jr.PRNGKey(1), (16, 4)) * jnp.arange(1.0, 17.0)[:, None] / 4
 
@@ -59,13 +62,6 @@ print("all equal")
 """
 
 _TRAINING = """
-import jax
-jax.config.update("jax_enable_x64", True)
-import diffrax, equinox as eqx, functools, jax.numpy as jnp, jax.random as jr, nodegrad
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-
-assert len(jax.devices()) == 8
-mesh = Mesh(jax.devices(), ("b",))
 rows, whole = NamedSharding(mesh, P("b")), NamedSharding(mesh, P())
 model = eqx.nn.MLP(8, 8, 16, 1, jnp.tanh, key=jr.PRNGKey(0))
 xs = jr.normal(jr.PRNGKey(1), (16, 8))
@@ -127,7 +123,10 @@ def run_on_eight_devices(script):
     )
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     run = subprocess.run(
-        [sys.executable, "-c", script], env=env, capture_output=True, text=True
+        [sys.executable, "-c", _PREAMBLE + script],
+        env=env,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert "all equal" in run.stdout

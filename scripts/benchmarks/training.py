@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -304,12 +305,8 @@ def _median(get: Callable[[Run], float], runs: list[Run]) -> float:
     return statistics.median(map(get, runs))
 
 
-def _final_loss(run: Run) -> float:
-    return run.final_loss
-
-
-def _best_test_loss(run: Run) -> float:
-    return run.best_test_loss
+_final_loss = attrgetter("final_loss")
+_best_test_loss = attrgetter("best_test_loss")
 
 
 # What to say of it.
@@ -357,7 +354,7 @@ def _report_task(
                 "to_test": to_test(by_test[name]) / whole(by_test[ADAM]),
                 "per_iteration": seconds[name] / seconds[ADAM],
                 "amortised": _mean_seconds(of) / _mean_seconds(by_train[ADAM]),
-                "solver_steps": _median(lambda r: r.solver_steps, of),
+                "solver_steps": _median(attrgetter("solver_steps"), of),
                 "curves": [(r.times.tolist(), r.smooth().tolist()) for r in of],
             }
         )
