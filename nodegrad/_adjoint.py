@@ -4,10 +4,10 @@ from typing import ClassVar
 
 import equinox as eqx
 
-from ._checkpoints import choose_checkpoints
+from ._checkpoints import CheckpointedStates, choose_checkpoints
 from ._door import RecordedAdjoint
 from ._grid import has_unknown_jumps, may_jump
-from ._inversion import Restarts
+from ._reconstruction import ReconstructedStates, Restarts
 from ._reversal import make_reversal
 
 
@@ -43,8 +43,8 @@ class ACAAdjoint(RecordedAdjoint):
       `"all"` keeps every accepted state, `max_steps` of them.
 
     **Raises:** `TypeError` or `ValueError` for other `checkpoints`. `RuntimeError` on
-    differentiating with `max_steps=None`, with respect to tolerances, or in reverse
-    mode over reverse mode. `TypeError` on plain `jax.jvp`.
+    differentiating by reverse mode with `max_steps=None`, with respect to tolerances,
+    or in reverse mode over any other derivative.
 
     **What is differentiated:** `y0`, `args`, terms, closures, `t0`, `t1`, `dt0`,
     `SaveAt(ts=...)`, the `ts` of `diffrax.StepTo`, and the `step_ts` and `jump_ts` of
@@ -92,10 +92,11 @@ class ACAAdjoint(RecordedAdjoint):
             )
             raise ValueError(msg)
 
-    def sources(self, solver, terms, args, controller, grid, max_steps, first_jump):
-        """Nothing is undone; states are stored, thinned as need be."""
-        del solver, terms, args, controller, grid, first_jump
-        return None, choose_checkpoints(self.checkpoints, max_steps)
+    def make_state_source(self, step, controller, grid, max_steps, dense, first_jump):
+        """States are stored, thinned as need be."""
+        del controller, grid, first_jump
+        checkpoints = choose_checkpoints(self.checkpoints, max_steps)
+        return CheckpointedStates(step, checkpoints, dense)
 
 
 class ReversibleAdjoint(RecordedAdjoint):
@@ -153,20 +154,22 @@ class ReversibleAdjoint(RecordedAdjoint):
 
     check: bool = eqx.field(static=True, default=False)
 
-    def sources(self, solver, terms, args, controller, grid, max_steps, first_jump):
+    def make_state_source(self, step, controller, grid, max_steps, dense, first_jump):
         """Steps are undone; states are stored before restarts."""
-        reversal = make_reversal(solver, terms, args)
+        del dense
+        reversal = make_reversal(step.solver, step.terms, step.args)
         jumps = 0
         if reversal.restarts_at_jumps and may_jump(controller):
             if has_unknown_jumps(controller):
                 msg = (
-                    f"`{type(solver).__name__}` has to be restarted where the vector "
-                    "field jumps, and `nodegrad.ReversibleAdjoint` cannot tell how "
-                    f"often {controller} makes it jump. Use "
+                    f"`{type(step.solver).__name__}` has to be restarted where the "
+                    "vector field jumps, and `nodegrad.ReversibleAdjoint` cannot tell "
+                    f"how often {controller} makes it jump. Use "
                     "`diffrax.ClipStepSizeController(..., jump_ts=...)` around one of "
                     "Diffrax's controllers, or `nodegrad.ACAAdjoint()`."
                 )
                 raise TypeError(msg)
             jumps = len(grid.anchors) + 1
         first_jump = first_jump and reversal.restarts_at_jumps
-        return reversal, Restarts(reversal.resync_every, jumps, first_jump, max_steps)
+        restarts = Restarts(reversal.resync_every, jumps, first_jump, max_steps)
+        return ReconstructedStates(reversal, restarts)

@@ -7,11 +7,10 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from equinox.internal import ω
 from jaxtyping import Array, PyTree
 
+from ._compat import is_sde, ω
 from ._coupling_monitor import FIRST_STEPS
-from ._diffrax import is_sde
 from ._magnitude import magnitudes, relative_size, size
 from ._results import COUPLING_LOST
 from ._reversal import (
@@ -165,15 +164,15 @@ class LeapfrogReversal(AbstractReversal):
             product=self.terms.prod,
         )
 
-    def kept(self, solver_state):
+    def replay_state(self, solver_state):
         return solver_state.velocity
 
-    def with_kept(self, solver_state, kept):
+    def with_replay_state(self, solver_state, replay_state):
         get = lambda s: s.velocity
-        return eqx.tree_at(get, solver_state, kept, is_leaf=lambda x: x is None)
+        return eqx.tree_at(get, solver_state, replay_state, is_leaf=lambda x: x is None)
 
-    def forward(self, evaluate, t0, t1, y0, kept0, restart):
-        v0 = kept0
+    def forward(self, evaluate, t0, t1, y0, state0, restart):
+        v0 = state0
         if restart is not False:
             v0 = evaluate("restarted", "restart", t0, y0, v0, restart)
         control = evaluate("control", "control", t0, t1)
@@ -184,9 +183,9 @@ class LeapfrogReversal(AbstractReversal):
         y1 = ((y0**ω + 0.5 * k0**ω) + 0.5 * k1**ω).ω
         return y1, v1, dict(y0=y0, y1=y1, k0=k0, k1=k1)
 
-    def backward(self, evaluate, t0, t1, before, y1, kept1):
+    def backward(self, evaluate, t0, t1, before, y1, state1):
         del before
-        v1, twice = kept1, 2 * self.solver.damping
+        v1, twice = state1, 2 * self.solver.damping
         control = evaluate("control", "control", t0, t1)
         k1 = evaluate("product", "end", v1, control)
         middle = (y1**ω - 0.5 * k1**ω).ω

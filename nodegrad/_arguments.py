@@ -6,11 +6,10 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import lineax.internal as lxi
 import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
-from ._diffrax import use_stepsize_tol
+from ._compat import default_floating_dtype, use_stepsize_tol
 from ._door import RecordedAdjoint, subs_of
 from ._tree import is_traced
 
@@ -48,7 +47,7 @@ def as_times(t0, t1, dt0, saveat):
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.result_type(*(t for t in times if t is not None))
     if jnp.issubdtype(dtype, jnp.integer):
-        dtype = lxi.default_floating_dtype()
+        dtype = default_floating_dtype()
     elif not jnp.issubdtype(dtype, jnp.floating):
         msg = f"Times must be real numbers; `t0`, `t1`, `dt0` or `ts` are {dtype}."
         raise ValueError(msg)

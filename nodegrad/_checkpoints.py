@@ -1,23 +1,28 @@
-"""Which states of a solve are kept, and where.
+"""States from checkpoints: stored on the way forwards, stepped again in between.
 
-The number of steps is not known in advance, so the states kept are thinned as the
+The number of steps is not known in advance, so the stored states are thinned as the
 solve goes on: of steps `0, 1, ..., m` exactly those divisible by a power of two,
 `2**level`, are kept, where `level` is the smallest for which they fit into `slots`
 slots. Nothing is ever moved. When the level rises by one, the odd multiples of the old
 stride become free, and new states go there; written out, the slot of step
 `m = j * 2**level` is the `log2(slots)`-bit number `j` rotated left by `level` bits.
 
-The backward sweep walks from the last stored state to the first and steps through each
-stretch between two of them once more, into a segment of `stride - 1` further rows. So a
-gradient costs at most one extra sweep over the accepted steps, and nothing extra while
+The way back goes from the last stored state to the first and steps through each stretch
+between two of them once more, into a *segment* of `stride - 1` further rows. So a
+gradient costs at most one extra pass over the accepted steps, and nothing extra while
 `level == 0`, that is for up to `slots` steps.
 """
 
 import math
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PyTree
+
+from ._state_source import AbstractStateSource, BackwardStep, RecordedSteps
+from ._step import AbstractStep
+from ._tree import as_arrays, put, take
 
 
 class Checkpoints(eqx.Module):
@@ -54,8 +59,8 @@ class Checkpoints(eqx.Module):
         index, turn = step >> level, level % bits
         return ((index << turn) | (index >> (bits - turn))) & (self.slots - 1)
 
-    def row_to_write(self, step: Int[Array, ""], *_) -> Int[Array, ""]:
-        """Where the forward pass puts `step`: its slot, or a row nobody reads."""
+    def row_to_write(self, step: Int[Array, ""]) -> Int[Array, ""]:
+        """Where the forward pass puts `step`: its slot, or a row that is not read."""
         if self.max_level == 0:
             return step
         level = self.level(step)
@@ -78,3 +83,133 @@ def choose_checkpoints(checkpoints: int | str | None, max_steps: int) -> Checkpo
         assert isinstance(checkpoints, int)
         slots = 2 ** (checkpoints.bit_length() - 1)
     return Checkpoints(slots=min(slots, max_steps), max_steps=max_steps)
+
+
+class CheckpointedStates(AbstractStateSource):
+    """Stored states, and steps again from these to the states between them.
+
+    - `stepper`: the step.
+    - `dense`: whether anything reads between the ends of a step.
+    """
+
+    stepper: AbstractStep
+    checkpoints: Checkpoints
+    dense: bool = eqx.field(static=True)
+
+    @property
+    def rows(self) -> int:
+        return self.checkpoints.rows
+
+    @property
+    def stores_times(self) -> bool:
+        return True
+
+    def row_to_write(self, index, step_offset, start, made_jump, grid):
+        del step_offset, start, made_jump, grid
+        return self.checkpoints.row_to_write(index)
+
+    def replay_state(self, solver_state, made_jump):
+        return self.stepper.replay_state(solver_state, made_jump)
+
+    def with_replay_state(self, solver_state, replay_state):
+        return self.stepper.with_replay_state(solver_state, replay_state)
+
+    def parts(self):
+        def replay(t0, t1, y, state):
+            y1, state1, info = self.stepper.replay(t0, t1, y, state, self.dense)
+            return as_arrays((y1, state1, info))
+
+        return {"step": replay}
+
+    def step(self, evaluate, times, t0, t1, y, state):
+        # Several steps are replayed from one stored state, each with a jump or without.
+        state = self.stepper.replay_state_at(state, times.made_jump)
+        return evaluate("step", "step", t0, t1, y, state)
+
+    def walk(self, steps, visit, carry, linearizes):
+        del linearizes
+        checkpoints, num_steps = self.checkpoints, steps.trajectory.num_steps
+        rows, zero = steps.trajectory.rows, jnp.zeros_like(num_steps)
+        if checkpoints.max_level == 0:
+            return self._visit(steps, visit, carry, rows, zero, num_steps, zero), None
+        level = checkpoints.level(jnp.maximum(num_steps - 1, 0))
+
+        def segment(stop__rows__carry):
+            stop, rows, carry = stop__rows__carry
+            # The last stored step before `stop`, a multiple of `2**level`. With all
+            # states stored there is one segment, from the first step on.
+            start = ((jnp.maximum(stop, 1) - 1) >> level) << level
+            start = jnp.where(level == 0, 0, start)
+            rows = self._step_again(steps, rows, start, stop, level)
+            carry = self._visit(steps, visit, carry, rows, start, stop, level)
+            return start, rows, carry
+
+        *_, carry = steps.batch.while_loop(
+            lambda c: c[0] > 0, segment, (num_steps, rows, carry), lambda c: c[1]
+        )
+        return carry, None
+
+    def _step_again(self, steps: RecordedSteps, rows, start, stop, level) -> PyTree:
+        """Fills the segment with the states before steps `start, ..., stop - 1`."""
+        batch, segment = steps.batch, self.checkpoints.slots
+        write = batch.map(put)
+        is_active = lambda index: (index < stop - 1) & (level > 0)
+
+        def body(index__rows):
+            index, rows = index__rows
+            active = is_active(index)
+            from_row = batch.clamp_index(active, segment + index - start)
+            times = steps.times(batch.clamp_index(active, index))
+            y, state = batch.map(take)(rows, from_row)
+            y1, state1, _ = self.step(
+                steps.evaluate, times, times.start, times.end, y, state
+            )
+            to_row = segment + index + 1 - start
+            if batch.sizes:
+                # A write to the row after the last one is dropped.
+                to_row = jnp.where(active, to_row, self.checkpoints.rows)
+            return index + 1, write(rows, to_row, _arrays((y1, state1)))
+
+        first = batch.map(take)(rows, self.checkpoints.slot(start, level))
+        rows = write(rows, jnp.full_like(start, segment), first)
+        _, rows = batch.while_loop(
+            lambda c: is_active(c[0]), body, (start, rows), lambda c: c[1]
+        )
+        return rows
+
+    def _visit(self, steps: RecordedSteps, visit, carry, rows, start, stop, level):
+        """Visits steps `stop - 1, ..., start`, whose states are in `rows`."""
+        batch, segment = steps.batch, self.checkpoints.slots
+        is_active = lambda index: index >= start
+
+        def body(index__carry):
+            index, carry = index__carry
+            active = is_active(index)
+            row = jnp.where(level == 0, index, segment + index - start)
+            times = steps.times(batch.clamp_index(active, index))
+            y, state = batch.map(take)(rows, batch.clamp_index(active, row))
+            state = self.stepper.replay_state_at(state, times.made_jump)
+            step = BackwardStep(
+                times, active, y, state, self._linearize(steps, times, y, state)
+            )
+            return index - 1, visit(carry, step)
+
+        _, carry = batch.while_loop(lambda c: is_active(c[0]), body, (stop - 1, carry))
+        return carry
+
+    def _linearize(self, steps: RecordedSteps, times, y, state):
+        def linearize():
+            args = times.start, times.end, y, state
+            outputs, pull = steps.pullback("step", args, steps.step_spec(args))
+
+            def pull_back(cts):
+                ct_consts, ct_args = pull(cts)
+                return {"step": ct_consts}, ct_args
+
+            return outputs, pull_back
+
+        return linearize
+
+
+def _arrays(tree: PyTree) -> PyTree[Any]:
+    return eqx.filter(tree, eqx.is_array)

@@ -25,9 +25,9 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from equinox.internal import ω
 from jaxtyping import Array, PyTree
 
+from ._compat import ω
 from ._magnitude import dot, magnitudes, ratios, relative_size, size
 
 

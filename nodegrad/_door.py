@@ -2,7 +2,7 @@
 
 The forward pass is Diffrax's own loop, with every `SaveAt`, event, progress meter, term
 and solver it knows; it takes the `while` loop it runs as an argument, and is handed
-ours (`_record.recorded_loop`).
+ours (`_recorded_loop.recorded_loop`).
 """
 
 import abc
@@ -12,18 +12,16 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
-from ._checkpoints import Checkpoints
-from ._diffrax import solver_loop
-from ._grid import make_grid, may_jump, without_derivatives
-from ._inversion import Restarts
-from ._record import recorded_loop, Solve
+from ._compat import nondifferentiable_backward, solver_loop, while_loop
+from ._grid import AbstractGrid, make_grid, may_jump, without_derivatives
+from ._recorded_loop import recorded_loop, Solve
 from ._results import coupling_stats, with_coupling_lost
-from ._reversal import AbstractReversal
 from ._save import Save
+from ._state_source import AbstractStateSource
 from ._step import AbstractStep, DelegatingSolver, make_step, RungeKuttaStep
 
 
@@ -34,33 +32,20 @@ class RecordedAdjoint(diffrax.AbstractAdjoint):
     check: eqx.AbstractVar[bool]
 
     @abc.abstractmethod
-    def sources(
-        self, solver, terms, args, controller, grid, max_steps: int, first_jump: bool
-    ) -> tuple[AbstractReversal | None, Checkpoints | Restarts]:
-        """How the sweep comes by the states: whether steps are undone, what is kept."""
+    def make_state_source(
+        self,
+        step: AbstractStep,
+        controller: diffrax.AbstractStepSizeController,
+        grid: AbstractGrid,
+        max_steps: int,
+        dense: bool,
+        first_jump: bool,
+    ) -> AbstractStateSource:
+        """Where a derivative gets the states before the accepted steps from.
 
-    def make_solve(
-        self, step, solver, terms, args, controller, t0, t1, dt0, max_steps,
-        first_jump=False, **kwargs,
-    ) -> Solve:  # fmt: skip
-        """What both doors record; `kwargs` are further fields of `Solve`."""
-        grid = make_grid(controller, t0, t1, dt0)
-        reversal, memory = self.sources(
-            solver, terms, args, controller, grid, max_steps, first_jump
-        )
-        return Solve(
-            step=step,
-            reversal=reversal,
-            interpolation_cls=solver.interpolation_cls,
-            grid=grid,
-            memory=memory,
-            jumps=may_jump(controller),
-            args=args,
-            t0=t0,
-            t1=t1,
-            check=self.check,
-            **kwargs,
-        )
+        `dense` says whether anything reads between the ends of a step, `first_jump`
+        whether the first step may start just after a jump.
+        """
 
     def loop(
         self, *, solver, stepsize_controller, saveat, terms, args, init_state,
@@ -80,31 +65,29 @@ class RecordedAdjoint(diffrax.AbstractAdjoint):
             args=args,
             init_state=_started(step, init_state),
             max_steps=max_steps,
-            inner_while_loop=ft.partial(eqxi.while_loop, kind="lax"),
+            inner_while_loop=ft.partial(while_loop, kind="lax"),
             **kwargs,
         )
         if max_steps is None:
-            final_state, stats = run(
-                outer_while_loop=ft.partial(eqxi.while_loop, kind="lax")
-            )
+            loop = ft.partial(while_loop, kind="lax")
+            final_state, stats = run(outer_while_loop=loop)
             return without_gradient(final_state), stats
-        solve = self.make_solve(
+        saves = saves_of(subs_of(saveat))
+        is_event = kwargs["event"] is not None
+        solve = make_solve(
+            self,
             step,
-            solver,
-            terms,
-            args,
             stepsize_controller,
             kwargs["t0"],
             kwargs["t1"],
             kwargs["dt0"],
             max_steps,
-            # What is not known before the solve is an array.
-            first_jump=init_state.made_jump is not False,
-            saves=saves_of(subs_of(saveat)),
+            saves,
             dense=saveat.dense,
-            event=kwargs["event"] is not None,
-            lanes=False,
+            event=is_event,
             throw=throw,
+            # `made_jump` is the literal `False` unless the user passed it.
+            first_jump=init_state.made_jump is not False,
         )
         errors = []
 
@@ -123,6 +106,43 @@ class RecordedAdjoint(diffrax.AbstractAdjoint):
         result = with_coupling_lost(final_state.result, solver_state)
         more = _counted(solve, final_state) | coupling_stats(solver_state)
         return replace(final_state, result=result), {**stats, **more}
+
+
+def make_solve(
+    adjoint: RecordedAdjoint,
+    step: AbstractStep,
+    controller: diffrax.AbstractStepSizeController,
+    t0: Array,
+    t1: Array,
+    dt0: Array | None,
+    max_steps: int,
+    saves: list[Save],
+    *,
+    dense: bool,
+    event: bool,
+    throw: bool,
+    first_jump: bool,
+) -> Solve:
+    """What either door records."""
+    grid = make_grid(controller, t0, t1, dt0)
+    between = dense or event or any(save.ts is not None for save in saves)
+    states = adjoint.make_state_source(
+        step, controller, grid, max_steps, between, first_jump
+    )
+    return Solve(
+        step=step,
+        states=states,
+        interpolation_cls=step.solver.interpolation_cls,
+        saves=saves,
+        grid=grid,
+        t0=t0,
+        t1=t1,
+        jumps=may_jump(controller),
+        check=adjoint.check,
+        throw=throw,
+        dense=dense,
+        event=event,
+    )
 
 
 class _StepSolver(DelegatingSolver):
@@ -197,4 +217,4 @@ def without_gradient(tree: Any) -> Any:
         "before the solve. Pass a bound, `max_steps=...`; it costs 8 bytes a step at "
         "most, besides the states that the adjoint keeps."
     )
-    return eqxi.nondifferentiable_backward(tree, msg=msg)
+    return nondifferentiable_backward(tree, msg=msg)

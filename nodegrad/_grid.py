@@ -15,27 +15,72 @@ These are the derivatives that Diffrax's default adjoint takes. The three classe
 differ in what their anchors are.
 """
 
+import abc
 from typing import Any
 
 import diffrax
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, Int, PyTree, Real
+
+from ._compat import nondifferentiable, prevbefore
 
 
 RATIO, CONSTANT, FIRST_ANCHOR = 0, 1, 2
 
 
-class AdaptiveGrid(eqx.Module):
+class StepTimes(eqx.Module):
+    """When a step was made, and what its times are computed from.
+
+    - `origin`: where its size comes from.
+    - `previous_size`: the size of the step before, as the controller saw it.
+    - `previous_start`: where the step before started, or this one if it is the first.
+    - `step_offset`: the steps of an earlier solve that this one continues.
+    """
+
+    index: Int[Array, "..."]
+    start: Real[Array, "..."]
+    end: Real[Array, "..."]
+    made_jump: Bool[Array, "..."]
+    origin: Int[Array, "..."]
+    previous_size: Real[Array, "..."]
+    previous_start: Real[Array, "..."]
+    step_offset: Int[Array, "..."]
+
+
+class AbstractGrid(eqx.Module):
+    """Where the steps of a solve end, and which times that depends on."""
+
+    anchors: eqx.AbstractVar[Real[Array, " anchors"]]
+
+    @abc.abstractmethod
+    def end(self, index: Int[Array, ""], first_end: Real[Array, ""]) -> Array:
+        """The end of step `index`, where it is known without writing it down."""
+
+    @abc.abstractmethod
+    def origin_of(self, index: Int[Array, ""], logged: Array | None) -> Array:
+        """The origin of the size of accepted step `index`."""
+
+    @abc.abstractmethod
+    def anchor_time(self, origin: Int[Array, ""], end: Real[Array, ""]) -> Array:
+        """The anchor of a step that ends at `end`, as a function of `anchors`."""
+
+    @abc.abstractmethod
+    def pull_back_anchor(
+        self, ct_anchors: Array, origin: Int[Array, ""], end: Array, ct: Array
+    ) -> Array:
+        """Adds the cotangent of that anchor to those of `anchors`."""
+
+
+class AdaptiveGrid(AbstractGrid):
     """Sizes from an error estimate, clipped to `t1` and to `step_ts` and `jump_ts`.
 
     The ends of its steps have to be written down; those of the other grids are known.
     """
 
-    anchors: Array
-    ends: Array
+    anchors: Real[Array, " anchors"]
+    ends: Real[Array, " anchors"]
     limits: list[Array]
 
     @property
@@ -56,52 +101,53 @@ class AdaptiveGrid(eqx.Module):
         return jnp.where(jnp.any(at_anchor), anchor, out)
 
     def origin_of(self, index, logged):
-        """The origin of the size of accepted step `index`."""
         del index
         return logged.astype(jnp.int32)
 
+    def end(self, index, first_end):
+        msg = "The ends of adaptive steps have to be written down."
+        raise NotImplementedError(msg)
+
     def anchor_time(self, origin, end):
-        """The value of the anchor."""
+        # A jump is stepped up to, but not onto: `ends` are where steps end, and they
+        # move with `anchors`.
         del end
-        return self.ends[jnp.maximum(origin - FIRST_ANCHOR, 0)]
+        index = jnp.maximum(origin - FIRST_ANCHOR, 0)
+        end, moving = jax.lax.stop_gradient(self.ends[index]), self.anchors[index]
+        return end + (moving - jax.lax.stop_gradient(moving))
 
     def pull_back_anchor(self, ct_anchors, origin, end, cotangent):
-        """Adds the cotangent of the anchor to those of `anchors`."""
         del end
         index = jnp.maximum(origin - FIRST_ANCHOR, 0)
         return ct_anchors.at[index].add(cotangent)
 
 
-class PrescribedGrid(eqx.Module):
+class PrescribedGrid(AbstractGrid):
     """`diffrax.StepTo`: step `i` ends at `anchors[i + 1]`."""
 
-    anchors: Array
+    anchors: Real[Array, " anchors"]
 
     def end(self, index, first_end):
-        """The end of step `index`."""
         del first_end
         return self.anchors[index + 1]
 
     def origin_of(self, index, logged):
-        """The origin of the size of accepted step `index`."""
         del logged
         return jnp.where(index == 0, RATIO, FIRST_ANCHOR + index + 1)
 
     def anchor_time(self, origin, end):
-        """The value of the anchor."""
-        del origin
-        return end
+        del end
+        return self.anchors[jnp.maximum(origin - FIRST_ANCHOR, 0)]
 
     def pull_back_anchor(self, ct_anchors, origin, end, cotangent):
-        """Adds the cotangent of the anchor to those of `anchors`."""
         del end
         return ct_anchors.at[jnp.maximum(origin - FIRST_ANCHOR, 0)].add(cotangent)
 
 
-class UniformGrid(eqx.Module):
+class UniformGrid(AbstractGrid):
     """`diffrax.ConstantStepSize`: from the second step on, fractions of `[t0, t1]`."""
 
-    anchors: Array
+    anchors: Real[Array, " 2"]
     num_steps: Any
 
     def end(self, index, first_end):
@@ -114,17 +160,17 @@ class UniformGrid(eqx.Module):
         return jnp.where(index == 0, first_end, jnp.minimum(end, t1))
 
     def origin_of(self, index, logged):
-        """The origin of the size of accepted step `index`."""
         del logged
         return jnp.where(index == 0, RATIO, FIRST_ANCHOR)
 
     def anchor_time(self, origin, end):
-        """The value of the anchor."""
         del origin
-        return end
+        t0, t1 = self.anchors
+        weight = jax.lax.stop_gradient((end - t0) / (t1 - t0))
+        moving = (1 - weight) * t0 + weight * t1
+        return end + (moving - jax.lax.stop_gradient(moving))
 
     def pull_back_anchor(self, ct_anchors, origin, end, cotangent):
-        """Adds the cotangent of the anchor to those of `anchors`."""
         del origin
         t0, t1 = self.anchors
         weight = (end - t0) / (t1 - t0)
@@ -197,13 +243,10 @@ def without_derivatives(controller: PyTree) -> PyTree:
     if isinstance(controller, diffrax.ClipStepSizeController):
         inner = without_derivatives(controller.controller)
         return eqx.tree_at(lambda c: c.controller, controller, inner)
-    controller = eqxi.nondifferentiable(controller, msg=_NOT_DIFFERENTIABLE)
+    controller = nondifferentiable(controller, msg=_NOT_DIFFERENTIABLE)
     if isinstance(controller, diffrax.PIDController):
         return controller  # stops its gradients itself
     return _ConstantSizes(controller)  # pyright: ignore[reportCallIssue]
-
-
-AbstractGrid = AdaptiveGrid | PrescribedGrid | UniformGrid
 
 
 def make_grid(controller: PyTree, t0: Array, t1: Array, dt0: Any) -> AbstractGrid:
@@ -221,7 +264,7 @@ def make_grid(controller: PyTree, t0: Array, t1: Array, dt0: Any) -> AbstractGri
             ends.append(anchors[-1])
         if controller.jump_ts is not None:
             anchors.append(controller.jump_ts.astype(t1.dtype))
-            ends.append(eqxi.prevbefore(anchors[-1]))
+            ends.append(prevbefore(anchors[-1]))
         controller = controller.controller
     limits = []
     if isinstance(controller, diffrax.PIDController):
@@ -230,29 +273,49 @@ def make_grid(controller: PyTree, t0: Array, t1: Array, dt0: Any) -> AbstractGri
     return AdaptiveGrid(jnp.concatenate(anchors), jnp.concatenate(ends), limits)
 
 
+def moving_end(
+    grid: AbstractGrid, times: StepTimes, start: Array, previous_size: Array
+) -> Real[Array, ""]:
+    """The end of a step, as a function of its start and of what else it depends on.
+
+    The value is that of `times`, to the last bit.
+    """
+    stop = jax.lax.stop_gradient
+    ratio, fraction = stop(_factors(grid, times))
+    anchor = grid.anchor_time(times.origin, times.end)
+    size = ratio * previous_size + fraction * (anchor - start)
+    return times.end + (start - stop(start)) + (size - stop(size))
+
+
 def pull_back_times(
-    grid: AbstractGrid, ct_anchors, origin, start, end, previous_size, cts
-):
+    grid: AbstractGrid, ct_anchors: Array, times: StepTimes, cts: tuple
+) -> tuple[Array, Array, Array]:
     """Pulls the cotangents of a step's times back to the step before.
 
     **Arguments:**
 
-    - `origin`, `start`, `end`: of this step; `previous_size` of the one before it.
+    - `times`: those of this step.
     - `cts`: cotangents of this step's `start`, of its `end`, of the next step's start,
       and of this step's size as the next step's size depends on it.
 
     **Returns:**
 
-    The cotangents of the anchors, of `start`, and of `previous_size`.
+    The cotangents of the anchors, of `start`, and of the size of the step before.
     """
     ct_start, ct_end, ct_next_start, ct_size = cts
-    size = end - start
     ct_end = ct_end + ct_next_start
     ct_size = ct_size + ct_end
     ct_start = ct_start + ct_end
-    is_ratio, is_anchor = origin == RATIO, origin >= FIRST_ANCHOR
-    ratio = jnp.where(is_ratio, size / previous_size, 0)
-    reach = jnp.where(is_anchor, grid.anchor_time(origin, end) - start, 1)
-    ct_anchor = jnp.where(is_anchor, size / reach, 0) * ct_size
-    ct_anchors = grid.pull_back_anchor(ct_anchors, origin, end, ct_anchor)
+    ratio, fraction = _factors(grid, times)
+    ct_anchor = fraction * ct_size
+    ct_anchors = grid.pull_back_anchor(ct_anchors, times.origin, times.end, ct_anchor)
     return ct_anchors, ct_start - ct_anchor, ratio * ct_size
+
+
+def _factors(grid: AbstractGrid, times: StepTimes) -> tuple[Array, Array]:
+    r"""The constant factors of a step's size: the ratio $\rho$, the fraction $q$."""
+    size, origin = times.end - times.start, times.origin
+    is_ratio, is_anchor = origin == RATIO, origin >= FIRST_ANCHOR
+    ratio = jnp.where(is_ratio, size / times.previous_size, 0)
+    reach = grid.anchor_time(origin, times.end) - times.start
+    return ratio, jnp.where(is_anchor, size / jnp.where(is_anchor, reach, 1), 0)

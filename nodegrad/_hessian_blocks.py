@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import diffrax
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +13,7 @@ from jaxtyping import Array, ArrayLike, PyTree, Real
 
 from ._adjoint import ACAAdjoint
 from ._arguments import as_state, as_times, check_supported, check_ts, is_terms
+from ._compat import nondifferentiable, nondifferentiable_backward
 from ._discrete_blocks import differentiate_steps, linearized
 from ._door import RecordedAdjoint
 from ._odesolve import raised
@@ -240,8 +240,8 @@ def _discrete_blocks(
         value = value - jnp.sum(rows.state[:, size:], axis=1)
     blocks = _structured(value, gradient, hessian, y0, args)
     if without_curvature is not None:
-        return sol, eqxi.nondifferentiable(blocks, msg=_FROZEN)
-    return sol, eqxi.nondifferentiable_backward(blocks, msg=_FORWARD_ONLY)
+        return sol, nondifferentiable(blocks, msg=_FROZEN)
+    return sol, nondifferentiable_backward(blocks, msg=_FORWARD_ONLY)
 
 
 @eqx.filter_jit

@@ -5,10 +5,10 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.core
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr
 from jaxtyping import Array, PyTree
+
+from ._compat import eval_jaxpr, Jaxpr
 
 
 def _is_dynamic(x: Any) -> bool:
@@ -53,18 +53,21 @@ class Pure:
     """The function of constants and arguments that `hoist` returns."""
 
     def __init__(self, jaxpr: Jaxpr, out_tree: Any, static_out: PyTree):
-        """`jaxpr` has one constant for each of those hoisted."""
+        """`jaxpr` has one constant for each of those hoisted.
+
+        `static_out` are the results that are no arrays.
+        """
         self.jaxpr = jaxpr
         self._out_tree = out_tree
-        self._static_out = static_out
+        self.static_out = static_out
 
     def __call__(self, consts: list[Array], *args: PyTree) -> PyTree:
         """The result for these constants."""
         leaves = jax.tree.leaves(eqx.filter(args, eqx.is_array))
-        out = jax.core.eval_jaxpr(self.jaxpr, consts, *leaves)
+        out = eval_jaxpr(self.jaxpr, consts, *leaves)
         # Results that are constant come back as NumPy scalars.
         arrays = jax.tree.unflatten(self._out_tree, map(jnp.asarray, out))
-        return eqx.combine(arrays, self._static_out)
+        return eqx.combine(arrays, self.static_out)
 
 
 def as_struct(tree: PyTree) -> PyTree:

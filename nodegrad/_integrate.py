@@ -46,11 +46,13 @@ class State(eqx.Module):
 
 
 class Problem(eqx.Module):
-    """A differential equation whose time runs forwards, and how to solve it."""
+    """A differential equation whose time runs forwards, and how to solve it.
 
-    terms: PyTree
+    `direction` is 1 or -1: the time of the problem is that of the user times this.
+    """
+
+    direction: Array
     solver: diffrax.AbstractSolver
-    args: PyTree
     t0: Array
     t1: Array
     nearly_t1: Array
@@ -62,6 +64,16 @@ class Problem(eqx.Module):
     dense: bool = eqx.field(static=True)
     jumps: bool = eqx.field(static=True)
     max_steps: int | None = eqx.field(static=True)
+
+    @property
+    def terms(self) -> PyTree:
+        """Those of the step."""
+        return self.step.terms
+
+    @property
+    def args(self) -> PyTree:
+        """Those of the step."""
+        return self.step.args
 
     def initial_state(self, y0: PyTree) -> State:
         """The state before the first step, what is saved at `t0` included."""
@@ -142,12 +154,9 @@ class Problem(eqx.Module):
             t0=state.tprev, t1=state.tnext, **dense_info
         )
         save_state = [
-            write_step(
-                save, old, accepted, count, state.tnext, interpolation, (tprev, y),
-                self.args,
-            )
+            self._save_step(save, old, accepted, count, interpolation, tprev, y)
             for save, old in zip(self.saves, state.save_state, strict=True)
-        ]  # fmt: skip
+        ]
         dense_ts, dense_infos = state.dense_ts, state.dense_infos
         if self.dense:
             dense_ts, dense_infos = write_dense(
@@ -168,6 +177,15 @@ class Problem(eqx.Module):
             save_state=save_state,
             dense_ts=dense_ts,
             dense_infos=dense_infos,
+        )
+
+    def _save_step(
+        self, save: Save, old: SaveState, accepted, count, interpolation, t, y
+    ) -> SaveState:
+        at_end = lambda: (t, save.fn(t, y, self.args))
+        inside = lambda t: save.fn(t, interpolation.evaluate(t), self.args)
+        return write_step(
+            old, save.ts, save.steps, at_end, inside, accepted, count, interpolation.t1
         )
 
     def _count_evaluations(self, state: State) -> Any:

@@ -6,7 +6,6 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PyTree, Real
@@ -18,20 +17,15 @@ from ._arguments import (
     check_batched,
     check_supported,
     check_ts,
-    check_vector_field,
-    forwards,
     is_terms,
-    with_tolerances,
 )
-from ._diffrax import assert_term_compatible, WrapTerm
-from ._door import RecordedAdjoint, saves_of, subs_of, without_gradient
-from ._grid import may_jump, without_derivatives
-from ._integrate import loop_buffers, nearly, Problem, State
-from ._output import write_final
-from ._record import recorded_loop
-from ._results import coupling_stats, RESULTS
-from ._step import make_step
-from ._tree import each, is_traced
+from ._compat import while_loop
+from ._door import RecordedAdjoint, without_gradient
+from ._integrate import loop_buffers, Problem, State
+from ._problem import make_problem, solution_of, solve_of
+from ._recorded_loop import recorded_loop
+from ._results import RESULTS
+from ._tree import is_traced
 
 
 _Time = Real[ArrayLike, ""]
@@ -149,154 +143,40 @@ def _odesolve(
     throw,
     batched,
 ) -> diffrax.Solution:
-    direction = jnp.where(t0 < t1, 1, -1).astype(t0.dtype)
-    example = _one_lane(y0) if batched else y0
-    problem = make_problem(
-        direction,
-        terms,
-        solver,
-        t0,
-        t1,
-        dt0,
-        example,
-        args,
-        saveat,
-        controller,
-        max_steps,
-    )
-    state = each(batched, problem.initial_state)(y0)
-    state, error = _run(problem, adjoint, state, batched, throw)
-    finish = ft.partial(solution_of, problem, saveat, direction)
-    return each(batched, finish)(y0, state, error)
+    def solve(y0):
+        problem = make_problem(
+            terms, solver, t0, t1, dt0, y0, args, saveat, controller, max_steps
+        )
+        state, error = _run(problem, adjoint, problem.initial_state(y0), throw)
+        return solution_of(problem, saveat, y0, state, error)
 
-
-def make_problem(
-    direction, terms, solver, t0, t1, dt0, y0, args, saveat, controller, max_steps
-) -> Problem:
-    """The problem with time flipped, if need be, so that it runs forwards."""
-    check_vector_field(terms, t0, y0, args)
-    kwargs = solver.term_compatible_contr_kwargs
-    assert_term_compatible(t0, y0, args, terms, solver.term_structure, kwargs)
-    t0, t1 = t0 * direction, t1 * direction
-    dt0 = None if dt0 is None else dt0 * direction
-    controller = without_derivatives(controller.wrap(direction))
-    is_single = lambda x: (
-        isinstance(x, diffrax.AbstractTerm) and not isinstance(x, diffrax.MultiTerm)
-    )
-    terms = jax.tree.map(lambda x: WrapTerm(x, direction), terms, is_leaf=is_single)
-    solver = with_tolerances(solver, controller)
-    subs = [forwards(sub, direction, t0, t1) for sub in subs_of(saveat)]
-    return Problem(
-        terms=terms,
-        solver=solver,
-        args=args,
-        t0=t0,
-        t1=t1,
-        nearly_t1=nearly(jax.lax.stop_gradient(t1)),
-        dt0=dt0,
-        controller=controller,
-        step=make_step(solver, terms, args, t0, t1, y0),
-        subs=subs,
-        saves=saves_of(subs),
-        dense=saveat.dense,
-        jumps=may_jump(controller),
-        max_steps=max_steps,
-    )
+    return eqx.filter_vmap(solve)(y0) if batched else solve(y0)
 
 
 def _run(
-    problem: Problem, adjoint: RecordedAdjoint, state: State, batched: bool, throw: bool
+    problem: Problem, adjoint: RecordedAdjoint, state: State, throw: bool
 ) -> tuple[State, Array | None]:
     """Runs the loop, recorded if there is a bound on the number of steps.
 
     Returns the state after it, and the reconstruction error if `adjoint` checks that.
     """
     if problem.max_steps is None:
-        loop = ft.partial(
-            eqxi.while_loop,
+        final_state = while_loop(
             problem.is_running,
             problem.attempt_step,
+            state,
             buffers=loop_buffers,
             kind="lax",
         )
-        return without_gradient(each(batched, loop)(state)), None
-    solve = adjoint.make_solve(
-        problem.step,
-        problem.solver,
-        problem.terms,
-        problem.args,
-        problem.controller,
-        problem.t0,
-        problem.t1,
-        problem.dt0,
-        problem.max_steps,
-        saves=problem.saves,
-        dense=problem.dense,
-        event=False,
-        lanes=batched,
-        throw=throw,
-    )
+        return without_gradient(final_state), None
     return recorded_loop(
-        solve,
+        solve_of(problem, adjoint, throw),
         problem.is_running,
         problem.attempt_step,
         state,
         max_steps=problem.max_steps,
         buffers=loop_buffers,
     )
-
-
-def solution_of(problem: Problem, saveat, direction, y0, state: State, error):
-    """The solution of one solve, from the state after its loop."""
-    t, y, count = state.tprev, state.y, state.num_accepted_steps
-    saved = [
-        write_final(sub, old, problem.t0, problem.t1, t, y, count, problem.args)
-        for sub, old in zip(problem.subs, state.save_state, strict=True)
-    ]
-    is_sub = lambda x: isinstance(x, diffrax.SubSaveAt)
-    structure = jax.tree.structure(saveat.subs, is_leaf=is_sub)
-    interpolation = None
-    if problem.dense:
-        interpolation = diffrax.DenseInterpolation(
-            ts=state.dense_ts,
-            ts_size=count + 1,
-            infos=state.dense_infos,
-            interpolation_cls=problem.solver.interpolation_cls,
-            direction=direction,
-            t0_if_trivial=problem.t0,
-            y0_if_trivial=y0,
-        )
-    stats = {
-        "num_steps": state.num_steps,
-        "num_accepted_steps": count,
-        "num_rejected_steps": state.num_steps - count,
-        "num_vector_field_evaluations": state.num_evaluations,
-        "time_reached": t * direction,
-        "max_steps": problem.max_steps,
-        **coupling_stats(state.solver_state),
-    }
-    if error is not None:
-        stats["reconstruction_error"] = error
-    return diffrax.Solution(
-        t0=problem.t0 * direction,
-        t1=problem.t1 * direction,
-        ts=jax.tree.unflatten(
-            structure, [_in_user_time(s.ts, direction) for s in saved]
-        ),
-        ys=jax.tree.unflatten(structure, [s.ys for s in saved]),
-        interpolation=interpolation,
-        stats=stats,
-        result=problem.result(state),
-        solver_state=None,
-        controller_state=None,
-        made_jump=None,
-        event_mask=None,
-    )
-
-
-def _in_user_time(ts: Array, direction) -> Array:
-    """Saved times as they were asked for; rows nobody wrote are at plus infinity."""
-    return jnp.where(jnp.isinf(ts), jnp.inf, ts * direction)
 
 
 def raised(sol: diffrax.Solution) -> diffrax.Solution:
@@ -320,7 +200,3 @@ def raised(sol: diffrax.Solution) -> diffrax.Solution:
         "Pass `throw=False` to get the solution up to there, with its `result`."
     )
     raise eqx.EquinoxRuntimeError(msg)
-
-
-def _one_lane(y0: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), y0)

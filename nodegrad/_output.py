@@ -1,7 +1,8 @@
 """What a native solve saves: allocating, filling and finishing its output.
 
 Rows are written in the order of their times, like Diffrax's: first `t0`, then during
-the loop `ts` and every `steps`-th step, then `t1`. Rows nobody wrote hold infinity.
+the loop `ts` and every `steps`-th step, then `t1`. Rows that were not written hold
+infinity.
 """
 
 from collections.abc import Callable
@@ -9,12 +10,11 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, Int, PyTree, Real
 
-from ._save import Save
+from ._compat import buffer_at_set, while_loop
 from ._tree import where
 
 
@@ -49,26 +49,35 @@ def allocate(sub: diffrax.SubSaveAt, t0, y0, args, max_steps: int | None) -> Sav
 def write(state: SaveState, t, value: PyTree, pred: Any = True) -> SaveState:
     """Writes the next row, where `pred`."""
     row = state.save_index
-    set_row = lambda buffer, x: eqxi.buffer_at_set(buffer, row, x, pred=pred)
+    set_row = lambda buffer, x: buffer_at_set(buffer, row, x, pred=pred)
     ys = jax.tree.map(lambda x, buffer: set_row(buffer, x), value, state.ys)
     ts = set_row(state.ts, t)
     return SaveState(state.saveat_ts_index, ts, ys, row + jnp.where(pred, 1, 0))
 
 
 def write_step(
-    save: Save, state: SaveState, accepted, count, tnext, interpolation, after, args
+    state: SaveState,
+    ts: Array | None,
+    steps: int,
+    at_end: Callable[[], tuple[Array, PyTree]],
+    inside: Callable[[Array], PyTree],
+    accepted: Bool[Array, ""],
+    count: Int[Array, ""],
+    tnext: Real[Array, ""],
 ) -> SaveState:
-    """Writes what `save` wants of the step to `tnext`; `after` is `(t, y)` then."""
-    if save.ts is not None:
-        state = _write_ts(save.ts, save.fn, state, accepted, tnext, interpolation, args)
-    if save.steps:
-        t, y = after
-        pred = accepted & (count % save.steps == 0)
-        state = write(state, t, save.fn(t, y, args), pred)
+    """Writes what a save wants of the step to `tnext`, if that is `accepted`.
+
+    `inside(t)` is the row of a time within the step. `at_end()` are time and row of its
+    end, which is the end of step number `count`.
+    """
+    if ts is not None:
+        state = _write_ts(ts, inside, state, accepted, tnext)
+    if steps:
+        state = write(state, *at_end(), accepted & (count % steps == 0))
     return state
 
 
-def _write_ts(ts, fn: Callable, state, accepted, tnext, interpolation, args):
+def _write_ts(ts, inside: Callable, state: SaveState, accepted, tnext) -> SaveState:
     def is_inside(state):
         index = state.saveat_ts_index
         due = ts[jnp.minimum(index, len(ts) - 1)] <= tnext
@@ -76,11 +85,11 @@ def _write_ts(ts, fn: Callable, state, accepted, tnext, interpolation, args):
 
     def body(state):
         t = ts[state.saveat_ts_index]
-        new = write(state, t, fn(t, interpolation.evaluate(t), args))
+        new = write(state, t, inside(t))
         index = state.saveat_ts_index + 1
         return SaveState(index, new.ts, new.ys, new.save_index)
 
-    return eqxi.while_loop(
+    return while_loop(
         is_inside,
         body,
         state,
@@ -129,6 +138,6 @@ def allocate_dense(struct: PyTree, t0, max_steps: int | None) -> tuple[Any, PyTr
 
 def write_dense(ts, infos: PyTree, index, t, info: PyTree, accepted):
     """Writes what interpolates within step `index`, which led to `t`."""
-    set_row = lambda buffer, x, row: eqxi.buffer_at_set(buffer, row, x, pred=accepted)
+    set_row = lambda buffer, x, row: buffer_at_set(buffer, row, x, pred=accepted)
     infos = jax.tree.map(lambda x, buffer: set_row(buffer, x, index), info, infos)
     return set_row(ts, t, index + 1), infos

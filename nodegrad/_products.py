@@ -6,12 +6,11 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.core
 import jax.numpy as jnp
 import lineax as lx
-from jax.extend.core import ClosedJaxpr, Jaxpr
 from jaxtyping import Array, PyTree
 
+from ._compat import ClosedJaxpr, eval_jaxpr, Jaxpr
 from ._tree import is_traced
 
 
@@ -261,7 +260,7 @@ def _second_order(product: Callable, params: PyTree, v: PyTree) -> PyTree[Array]
         if _has_unusable_rule(closed.jaxpr):
             raise TypeError(_FOREIGN)
         inputs = jax.tree.leaves((params, v))
-        out = jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *inputs)
+        out = eval_jaxpr(closed.jaxpr, closed.consts, *inputs)
         return jax.tree.unflatten(jax.tree.structure(struct), out)
 
 

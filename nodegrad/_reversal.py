@@ -23,21 +23,20 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from equinox.internal import ω
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
+from ._compat import ω
 from ._stages import explicit_tableau
-
-
-Evaluate = Callable[..., PyTree[Array]]
+from ._state_source import Evaluate
 
 
 class AbstractReversal(eqx.Module):
     """How to step with `solver`, and back.
 
-    `kept` is what a step hands to the next one besides `y`: the part of the solver's
-    state that the inverse reconstructs. At a *restart* a step discards some of it; the
-    state before is stored there.
+    The replay state is what a step hands to the next one beside `y`: the part of the
+    solver's state that the inverse reconstructs. At a *restart* a step discards some of
+    it; the state before is stored there. `forward` and `backward` read no array of the
+    terms or of `args` but through the parts.
     """
 
     solver: Any
@@ -57,36 +56,36 @@ class AbstractReversal(eqx.Module):
         """The functions that evaluate something, by name."""
 
     @abc.abstractmethod
-    def forward(self, evaluate: Evaluate, t0, t1, y0, kept0, restart):
-        """The step: `(y1, kept1, dense_info)`. `restart` is `False` where none can be.
+    def forward(self, evaluate: Evaluate, t0, t1, y0, state0, restart):
+        """The step: `(y1, state1, dense_info)`. `restart` is `False` where none can be.
 
         It is the step that the solver itself makes, up to rounding.
         """
 
     @abc.abstractmethod
-    def backward(self, evaluate: Evaluate, t0, t1, before, y1, kept1):
-        """The inverse of the step after its restart, if any: `(y0, kept0)`.
+    def backward(self, evaluate: Evaluate, t0, t1, before, y1, state1):
+        """The inverse of the step after its restart, if any: `(y0, state0)`.
 
         `before` is the start of the step before this one (or `t0` if there is none).
         """
 
-    def kept(self, solver_state: PyTree) -> PyTree:
-        """`kept` of a solver state (or of its cotangent)."""
+    def replay_state(self, solver_state: PyTree) -> PyTree:
+        """The replay state in a solver state (or in its cotangent)."""
         return solver_state
 
-    def untouched(self, y: PyTree, kept: PyTree) -> PyTree:
+    def checked_part(self, y: PyTree, replay_state: PyTree) -> PyTree:
         """What a restart leaves as it was, so that the inverse finds it again."""
-        del kept
+        del replay_state
         return y
 
     def lost(self, solver_state: PyTree) -> Any:
         """Whether the solver found that it is no longer solving anything."""
         return getattr(solver_state, "lost", jnp.array(False))
 
-    def with_kept(self, solver_state: PyTree, kept: PyTree) -> PyTree:
+    def with_replay_state(self, solver_state: PyTree, replay_state: PyTree) -> PyTree:
         """`solver_state` with that part replaced."""
         del solver_state
-        return kept
+        return replay_state
 
 
 class _ReversibleHeun(AbstractReversal):
@@ -99,9 +98,9 @@ class _ReversibleHeun(AbstractReversal):
 
     restarts_at_jumps: ClassVar[bool] = True
 
-    def untouched(self, y, kept):
+    def checked_part(self, y, replay_state):
         del y
-        yhat, _ = kept
+        yhat, _ = replay_state
         return yhat
 
     def parts(self):
@@ -109,14 +108,14 @@ class _ReversibleHeun(AbstractReversal):
         return dict(
             control=self.terms.contr,
             vf=vf,
-            vf_after_jump=lambda t, y, kept_vf, jump: jax.lax.cond(
-                jump, lambda: vf(t, y), lambda: kept_vf
+            vf_after_jump=lambda t, y, old_vf, jump: jax.lax.cond(
+                jump, lambda: vf(t, y), lambda: old_vf
             ),
             product=self.terms.prod,
         )
 
-    def forward(self, evaluate, t0, t1, y0, kept0, restart):
-        yhat0, vf0 = kept0
+    def forward(self, evaluate, t0, t1, y0, state0, restart):
+        yhat0, vf0 = state0
         if restart is not False:
             vf0 = evaluate("vf_after_jump", "jump", t0, y0, vf0, restart)
         control = evaluate("control", "control", t0, t1)
@@ -127,9 +126,9 @@ class _ReversibleHeun(AbstractReversal):
         y1 = (y0**ω + 0.5 * (f0**ω + f1**ω)).ω
         return y1, (yhat1, vf1), dict(y0=y0, y1=y1)
 
-    def backward(self, evaluate, t0, t1, before, y1, kept1):
+    def backward(self, evaluate, t0, t1, before, y1, state1):
         del before
-        yhat1, _ = kept1
+        yhat1, _ = state1
         control = evaluate("control", "control", t0, t1)
         vf1 = evaluate("vf", "end", t1, yhat1)
         f1 = evaluate("product", "end", vf1, control)
@@ -148,16 +147,16 @@ class _LeapfrogMidpoint(AbstractReversal):
         product = lambda t, y, control: self.terms.vf_prod(t, y, self.args, control)
         return dict(control=self.terms.contr, product=product)
 
-    def forward(self, evaluate, t0, t1, y0, kept0, restart):
+    def forward(self, evaluate, t0, t1, y0, state0, restart):
         del restart
-        before, y_before = kept0
+        before, y_before = state0
         control = evaluate("control", "control", before, t1)
         f0 = evaluate("product", "product", t0, y0, control)
         y1 = (y_before**ω + f0**ω).ω
         return y1, (t0, y0), dict(y0=y0, y1=y1)
 
-    def backward(self, evaluate, t0, t1, before, y1, kept1):
-        _, y0 = kept1
+    def backward(self, evaluate, t0, t1, before, y1, state1):
+        _, y0 = state1
         control = evaluate("control", "control", before, t1)
         f0 = evaluate("product", "product", t0, y0, control)
         return y0, (before, (y1**ω - f0**ω).ω)
@@ -175,8 +174,8 @@ class _SemiImplicitEuler(AbstractReversal):
         g = lambda t, y, control: second.vf_prod(t, y, self.args, control)
         return dict(control_f=first.contr, control_g=second.contr, f=f, g=g)
 
-    def forward(self, evaluate, t0, t1, y0, kept0, restart):
-        del kept0, restart
+    def forward(self, evaluate, t0, t1, y0, state0, restart):
+        del state0, restart
         p0, q0 = y0
         control_f = evaluate("control_f", "f", t0, t1)
         control_g = evaluate("control_g", "g", t0, t1)
@@ -184,8 +183,8 @@ class _SemiImplicitEuler(AbstractReversal):
         q1 = (q0**ω + evaluate("g", "g", t0, p1, control_g) ** ω).ω
         return (p1, q1), None, dict(y0=y0, y1=(p1, q1))
 
-    def backward(self, evaluate, t0, t1, before, y1, kept1):
-        del before, kept1
+    def backward(self, evaluate, t0, t1, before, y1, state1):
+        del before, state1
         p1, q1 = y1
         control_f = evaluate("control_f", "f", t0, t1)
         control_g = evaluate("control_g", "g", t0, t1)

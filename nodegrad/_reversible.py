@@ -8,11 +8,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from equinox.internal import ω
 from jaxtyping import Array, PyTree
 
+from ._compat import is_sde, WrapTerm, ω
 from ._coupling_monitor import CouplingMonitor
-from ._diffrax import is_sde, WrapTerm
 from ._results import COUPLING_LOST
 from ._reversal import (
     AbstractReversal,
@@ -142,7 +141,7 @@ class Reversible(DelegatingSolver, diffrax.AbstractStratonovichSolver):
             increment, ks[key] = step.increment(*part_args)
             return increment, ks[key][0]
 
-        count, (z0, d0) = solver_state.steps_taken, step.kept(solver_state)
+        count, (z0, d0) = solver_state.steps_taken, step.replay_state(solver_state)
         restart = is_regular_restart(self.resync_every, count)
         if restart is not False:
             z0, d0 = step.coupled(z0, d0, restart)
@@ -215,21 +214,21 @@ class CoupledReversal(AbstractReversal):
 
         return dict(control=self.terms.contr, increment=increment)
 
-    def kept(self, solver_state):
+    def replay_state(self, solver_state):
         return solver_state.z, solver_state.difference
 
-    def with_kept(self, solver_state, kept):
+    def with_replay_state(self, solver_state, replay_state):
         get = lambda s: (s.z, s.difference)
-        return eqx.tree_at(get, solver_state, kept, is_leaf=lambda x: x is None)
+        return eqx.tree_at(get, solver_state, replay_state, is_leaf=lambda x: x is None)
 
     def coupled(self, z0, d0, restart):
         """The copies coupled anew, if `restart`."""
         zero = jax.tree.map(jnp.zeros_like, d0)
         return where(restart, ((z0**ω + d0**ω).ω, zero), (z0, d0))
 
-    def forward(self, evaluate, t0, t1, y0, kept0, restart):
+    def forward(self, evaluate, t0, t1, y0, state0, restart):
         del y0
-        z0, d0 = kept0
+        z0, d0 = state0
         if restart is not False:
             z0, d0 = self.coupled(z0, d0, restart)
         decayed = (self.solver.coupling_parameter * d0**ω).ω
@@ -242,9 +241,9 @@ class CoupledReversal(AbstractReversal):
         y0, y1 = (z0**ω + d0**ω).ω, (z1**ω + d1**ω).ω
         return y1, (z1, d1), dict(y0=y0, y1=y1, k0=k0, k1=_negative(k1))
 
-    def backward(self, evaluate, t0, t1, before, y1, kept1):
+    def backward(self, evaluate, t0, t1, before, y1, state1):
         del before, y1
-        z1, d1 = kept1
+        z1, d1 = state1
         control = evaluate("control", "control", t0, t1)
         y1 = (z1**ω + d1**ω).ω
         q, _ = evaluate("increment", "backward", t1, t0, _negative(control), y1)

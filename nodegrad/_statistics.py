@@ -8,104 +8,34 @@ $g(t) = (\partial F / \partial h)^\top \lambda(t)$ with respect to its outputs $
 where $\lambda(t)$ is the cotangent of the state. So, while the sweep walks back, the
 vector field is evaluated once more at both ends of every step with the cotangent that
 the state has there, and integrals over time are sums with the weights of the
-trapezoidal rule. That is the only place where a solve makes statistics: a *payload* of
-the sweep. (What jumps inside a step, because the step saved something there, is taken
-to jump at its end.)
+trapezoidal rule. That is the only place where a solve makes statistics: the gradient
+visits its steps with them. (What jumps inside a step, because the step saved something
+there, is taken to jump at its end.)
 
-Nothing of this exists in a solve whose vector field has no `tap`, nor where nobody
-differentiates with respect to the probes.
+Nothing of this exists in a solve whose vector field has no `tap`, nor where the
+probes are not differentiated.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, jaxprs_in_params, Literal
 from jaxtyping import Array, PyTree
 
-from ._diffrax import is_sde
+from ._batch import Axes
+from ._compat import is_sde
+from ._find_taps import find_taps, has_tap, Slots
 from ._hoist import as_struct, hoist, Pure
-from ._tap import tap_p, Use
-from ._tree import add, each, zeros_like
-
-
-# Where a layer's probes are among the constants of a function, in the order of `Probe`.
-Slots = tuple[int, ...]
-
-# What may happen to a probe between a model and its use, say in a `jax.lax.scan` over
-# stacked layers.
-_STRUCTURAL = frozenset(
-    "broadcast_in_dim convert_element_type copy dynamic_slice gather pvary reshape "
-    "slice squeeze transpose".split()
-)
-
-
-def find_taps(jaxpr: Jaxpr) -> list[tuple[Slots, Use]]:
-    """Every use of a layer, with the constants that its probes are."""
-    found: list[tuple[tuple[int | None, ...], Use]] = []
-    _walk(jaxpr, {v: i for i, v in enumerate(jaxpr.constvars)}, found)
-    out = []
-    for slots, use in found:
-        known = tuple(slot for slot in slots if slot is not None)
-        if len(known) != len(slots):
-            msg = (
-                f"The layer {use.key} inside a vector field was computed from other "
-                "arrays before it was used, so its curvature cannot be told. Leave it "
-                "out with `value_grad_and_curvature(..., layers=...)`."
-            )
-            raise ValueError(msg)
-        out.append((known, use))
-    return out
-
-
-def _has_tap(jaxpr: Jaxpr) -> bool:
-    for eqn in jaxpr.eqns:
-        if eqn.primitive is tap_p:
-            return True
-        for inner in jaxprs_in_params(eqn.params):
-            if _has_tap(getattr(inner, "jaxpr", inner)):
-                return True
-    return False
-
-
-def _walk(jaxpr: Jaxpr, roots: dict[Any, int], found: list) -> dict[Any, int]:
-    """Follows constants, by `roots`, to the taps; returns where all of them went."""
-    root = lambda v: None if isinstance(v, Literal) else roots.get(v)
-    for eqn in jaxpr.eqns:
-        if eqn.primitive is tap_p:
-            _, _, *probes = eqn.invars
-            found.append((tuple(map(root, probes)), eqn.params["use"]))
-        elif eqn.primitive.name in _STRUCTURAL:
-            source = root(eqn.invars[0])
-            if source is not None:
-                roots[eqn.outvars[0]] = source
-        for inner in jaxprs_in_params(eqn.params):
-            inner = getattr(inner, "jaxpr", inner)
-            # Of all primitives with a body the last operands are its arguments.
-            outer = eqn.invars[len(eqn.invars) - len(inner.invars) :]
-            pairs = zip(inner.invars, map(root, outer), strict=True)
-            reached = _walk(inner, {v: i for v, i in pairs if i is not None}, found)
-            if len(inner.outvars) == len(eqn.outvars):
-                for v, out in zip(inner.outvars, eqn.outvars, strict=True):
-                    if not isinstance(v, Literal) and v in reached:
-                        roots[out] = reached[v]
-    return roots
-
-
-def without_statistics(fn: Callable, *args: PyTree) -> PyTree:
-    """`fn(*args)`, from which no statistics are collected."""
-    consts, pure = hoist(fn, *args)
-    for slots, _ in find_taps(pure.jaxpr):
-        for slot in slots:
-            consts[slot] = jax.lax.stop_gradient(consts[slot])
-    return pure(consts, *args)
+from ._recording import Recording
+from ._state_source import BackwardStep
+from ._tap import Use
+from ._tree import add, zeros_like
 
 
 class NodeStatistics(eqx.Module):
-    """The payload of a sweep that collects statistics at the ends of steps.
+    """Collects statistics at the ends of steps, for the gradient.
 
     - `field`: the vector field, a function of `(step start, step end, t, y)`.
     - `kept`: what a solver keeps besides the state, as a function of `(t, t1, y)`.
@@ -119,17 +49,17 @@ class NodeStatistics(eqx.Module):
     probes_of_step: PyTree[bool] = eqx.field(static=True)
     reduction: str = eqx.field(static=True)
 
-    def joined(self, sweep: Any) -> Any:
-        """`sweep` with this payload, if anybody wants it; without statistics of stages.
+    def joined(self, recording: Recording) -> tuple[Recording, Any]:
+        """`recording` without statistics of stages, and this if it is wanted.
 
-        It is wanted if somebody differentiates with respect to a probe.
+        It is wanted if a probe is differentiated.
         """
-        wrt_field, _ = sweep.wrt.statistics
+        wrt_field, _ = recording.wrt.statistics
         is_wanted = any(wrt_field[slot] for slots in self.slots for slot in slots)
         but_not = lambda w, is_probe: w and not is_probe
-        consts = jax.tree.map(but_not, sweep.wrt.step_consts, self.probes_of_step)
-        wrt = replace(sweep.wrt, step_consts=consts)
-        return replace(sweep, wrt=wrt, payload=self if is_wanted else None)
+        constants = jax.tree.map(but_not, recording.wrt.constants, self.probes_of_step)
+        wrt = replace(recording.wrt, constants=constants)
+        return replace(recording, wrt=wrt), self if is_wanted else None
 
     @property
     def _collected(self) -> slice:
@@ -137,60 +67,76 @@ class NodeStatistics(eqx.Module):
         # Of a sum over time only the sum is squared.
         return slice(3, 6) if self.reduction == "reduce" else slice(1, 4)
 
-    def initial(self, sweep: Any) -> list[list[Array]]:
+    def initial(self, recording: Recording) -> list[list[Array]]:
         """No statistics yet."""
-        consts, _ = sweep.inputs.statistics
-        zeros = [
-            [jnp.zeros_like(consts[slot]) for slot in slots[self._collected]]
-            for slots in self.slots
-        ]
-        if sweep.lanes and self.reduction == "reduce":
-            lanes = len(sweep.final_state.tprev)
-            per_lane = lambda x: jnp.broadcast_to(x, (lanes, *x.shape))
-            zeros = jax.tree.map(per_lane, zeros)
-        return zeros
+        consts, _ = recording.inputs.statistics
+        axes, _ = recording.axes.statistics
+        batch = recording.batch
 
-    def visit(self, sweep: Any, total, live, args, y1, cts_start, cts_end):
+        def zero(slot):
+            zeros = jnp.zeros_like(consts[slot])
+            if self.reduction == "reduce":
+                # One for every solve: their products are summed, not they.
+                zeros = batch.expand(zeros, axes[slot], batch.all_axes)
+            return zeros
+
+        return [[zero(slot) for slot in slots[self._collected]] for slots in self.slots]
+
+    def visit(
+        self,
+        recording: Recording,
+        total: list[list[Array]],
+        step: BackwardStep,
+        y1: PyTree,
+        cts_start: PyTree,
+        cts_end: PyTree,
+    ) -> list[list[Array]]:
         """`total` with the statistics of the two ends of a step.
 
-        `cts_start` and `cts_end` are the cotangents of the state, and of what is kept
-        besides, at the ends.
+        `cts_start` and `cts_end` are the cotangents of `(y, replay state)` at the ends.
         """
-        start, end, y0, _ = args
-        y1 = eqx.combine(y1, y0)
+        start, end = step.times.start, step.times.end
+        y1 = eqx.combine(y1, step.y)
         both = lambda a, b: jax.tree.map(lambda a, b: jnp.stack([a, b]), a, b)
-        nodes = both((start, y0, cts_start), (end, y1, cts_end))
-        over_nodes = lambda fn, *axes: jax.vmap(each(sweep.lanes, fn), in_axes=axes)
-        ct_y = over_nodes(self._whole_cotangent(sweep), 0, None)(nodes, end)
+        # The two ends are one more axis, in front of those of the batch.
+        nodes = both((start, step.y, cts_start), (end, y1, cts_end))
+        over_nodes = lambda fn, *axes: jax.vmap(recording.batch.map(fn), in_axes=axes)
+        ct_y = self._whole_cotangents(recording, nodes, end)
         size = end - start
-        weight = jnp.where(live, size / 2, 0)
+        weight = jnp.where(step.active, size / 2, 0)
         if self.reduction == "expand":
-            weight = jnp.where(live, jnp.full_like(size, 0.5), 0)
+            weight = jnp.where(step.active, jnp.full_like(size, 0.5), 0)
             ct_y = over_nodes(_scaled, 0, None)(ct_y, size)
         t, y, _ = nodes
         weight = over_nodes(_of_use, None, 0)(weight, ct_y)
+        values, axes = recording.inputs.statistics[0], recording.axes.statistics[0]
+        probe_axes = self._probe_axes(recording, axes)
 
-        def field(probes, weight, start, end, t, y):
-            consts = self._consts(sweep, probes, weight)
+        def field(shared, weight, start, end, t, y):
+            probes, values = shared
+            consts = self._consts(values, probes, weight)
             out = self.field(consts, start, end, t, y)
             return eqx.filter(out, eqx.is_inexact_array)
 
         def all_nodes(probes):
-            fn = field
-            if sweep.lanes:
-                has_lanes = 0 if self.reduction == "reduce" else None
-                fn = jax.vmap(fn, in_axes=(has_lanes, 0, 0, 0, 0, 0))
-            fn = jax.vmap(fn, in_axes=(None, 0, None, None, 0, 0))
-            return fn(probes, weight, start, end, t, y)
+            shared, shared_axes = (probes, values), (probe_axes, axes)
+            fn = recording.batch.map_shared(field, shared, shared_axes)
+            return jax.vmap(fn, in_axes=(0, None, None, 0, 0))(weight, start, end, t, y)
 
         _, pull = jax.vjp(all_nodes, zeros_like(total))
         (statistics,) = pull(ct_y)
         return add(total, statistics)
 
-    def _consts(self, sweep, probes, weight) -> list[Array]:
+    def _probe_axes(self, recording: Recording, axes: list[Axes]) -> list[list[Axes]]:
+        """The axes of the collected statistics."""
+        if self.reduction == "reduce":
+            every = recording.batch.all_axes
+            return [[every for _ in slots[self._collected]] for slots in self.slots]
+        return [[axes[slot] for slot in slots[self._collected]] for slots in self.slots]
+
+    def _consts(self, values: list[Array], probes, weight) -> list[Array]:
         """The constants of `field`, with these probes and this weight among them."""
-        consts, _ = sweep.inputs.statistics
-        consts = list(consts)
+        consts = list(values)
         for slots, probe in zip(self.slots, probes, strict=True):
             for slot, value in zip(slots[self._collected], probe, strict=True):
                 consts[slot] = value
@@ -198,11 +144,11 @@ class NodeStatistics(eqx.Module):
             consts[slots[0]] = jnp.broadcast_to(offset, consts[slots[0]].shape)
         return consts
 
-    def _whole_cotangent(self, sweep) -> Callable:
-        """The cotangent of the solution, from those of all copies that solvers keep."""
-        _, consts = sweep.inputs.statistics
+    def _whole_cotangents(self, recording: Recording, nodes, t1) -> PyTree:
+        """The cotangents of the solution, from those of all copies a solver keeps."""
+        consts, axes = recording.inputs.statistics[1], recording.axes.statistics[1]
 
-        def whole(node, t1):
+        def whole(consts, node, t1):
             t, y, (ct_y, ct_kept) = node
             if not jax.tree.leaves(ct_kept):
                 return ct_y
@@ -215,18 +161,23 @@ class NodeStatistics(eqx.Module):
             _, pull = jax.vjp(kept, diff)
             return add(ct_y, *pull(ct_kept))
 
-        return whole
+        fn = recording.batch.map_shared(whole, consts, axes)
+        return jax.vmap(fn, in_axes=(0, None))(nodes, t1)
 
-    def finish(self, sweep: Any, total) -> Any:
+    def finish(self, recording: Recording, total: list[list[Array]]) -> Any:
         """The cotangents of the constants of `field` and of `kept`."""
-        consts, kept_consts = sweep.inputs.statistics
+        consts, kept_consts = recording.inputs.statistics
+        axes, _ = recording.axes.statistics
         cts: list[Any] = [None] * len(consts)
         for slots, statistics in zip(self.slots, total, strict=True):
             _, inputs, outputs, count, *_ = slots
             if self.reduction == "reduce":
-                statistics = _products(*statistics)
-                if sweep.lanes:
-                    statistics = [jnp.sum(x, axis=0) for x in statistics]
+                statistics = [
+                    recording.batch.total(x, recording.batch.all_axes, axes[slot])
+                    for x, slot in zip(
+                        _products(*statistics), (inputs, outputs, count), strict=True
+                    )
+                ]
             for slot, value in zip((inputs, outputs, count), statistics, strict=True):
                 cts[slot] = value if cts[slot] is None else cts[slot] + value
         return cts, [None] * len(kept_consts)
@@ -261,11 +212,10 @@ def _scaled(tree: PyTree, size: Array) -> PyTree:
 
 
 def make_statistics(
-    solve: Any, state: PyTree, step_consts: PyTree[Array], pure_step: PyTree[Pure]
+    solve: Any, state: PyTree, step_consts: PyTree[Array], parts: dict[str, Pure]
 ) -> Any:
     """`(constants, NodeStatistics)` of a solve, or `(None, None)` if it has no taps."""
-    parts = list(pure_step.values()) if isinstance(pure_step, dict) else [pure_step]
-    if not any(_has_tap(part.jaxpr) for part in parts):
+    if not any(has_tap(part.jaxpr) for part in parts.values()):
         return None, None
     terms, args = solve.step.terms, solve.step.args
     _check_terms(terms)
@@ -281,7 +231,8 @@ def make_statistics(
     def kept(t, t1, y):
         solver_state = solve.step.start(t, t1, y)
         return eqx.filter(
-            solve.kept(solver_state, jnp.array(False)), eqx.is_inexact_array
+            solve.states.replay_state(solver_state, jnp.array(False)),
+            eqx.is_inexact_array,
         )
 
     field_consts, pure_field = hoist(field, t, t, t, y)

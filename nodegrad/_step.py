@@ -1,6 +1,6 @@
 """One step of a solver, as a pure function that is cheap to differentiate.
 
-Two kinds of step, one interface:
+Two kinds of step, one interface, `AbstractStep`:
 
 - `RungeKuttaStep` evaluates the stages of an explicit Butcher tableau directly.
   Diffrax's own `step` loops over the stages with a checkpointed loop, which is run
@@ -11,6 +11,7 @@ Two kinds of step, one interface:
   through its `step` method and `solver_state`.
 """
 
+import abc
 from typing import Any
 
 import diffrax
@@ -20,11 +21,51 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from ._find_taps import without_statistics
 from ._stages import advance_by, combine, has_explicit_tableau, stages
-from ._statistics import without_statistics
 
 
-class RungeKuttaStep(eqx.Module):
+class AbstractStep(eqx.Module):
+    """A step of `solver`. It is the one owner of the terms and of `args`."""
+
+    solver: eqx.AbstractVar[diffrax.AbstractSolver]
+    terms: eqx.AbstractVar[PyTree]
+    args: eqx.AbstractVar[PyTree]
+
+    @property
+    @abc.abstractmethod
+    def evaluations(self) -> tuple[int, int] | None:
+        """Vector field evaluations before the first attempt, and of each attempt.
+
+        `None` where they are not known, as for solvers that iterate.
+        """
+
+    @abc.abstractmethod
+    def start(self, t0, t1, y0: PyTree) -> PyTree:
+        """The solver state before the first step."""
+
+    @abc.abstractmethod
+    def replay_state(self, solver_state: PyTree, made_jump: Any) -> PyTree:
+        """The part of the solver state that a replay needs besides `y`."""
+
+    @abc.abstractmethod
+    def with_replay_state(self, solver_state: PyTree, replay_state: PyTree) -> PyTree:
+        """`solver_state` with that part replaced."""
+
+    @abc.abstractmethod
+    def replay_state_at(self, replay_state: PyTree, made_jump: Any) -> PyTree:
+        """`replay_state` for a step that does or does not start just after a jump."""
+
+    @abc.abstractmethod
+    def advance(self, t0, t1, y0: PyTree, solver_state: PyTree, made_jump: Any) -> Any:
+        """As `diffrax.AbstractSolver.step`."""
+
+    @abc.abstractmethod
+    def replay(self, t0, t1, y0: PyTree, replay_state: PyTree, dense: bool) -> Any:
+        """The accepted step again: `(y1, replay_state1, dense_info)`."""
+
+
+class RungeKuttaStep(AbstractStep):
     r"""A step of an explicit Runge-Kutta method with tableau $(A, b, \hat b, c)$.
 
     $k_i = f(t_0 + c_i h, y_0 + \sum_{j<i} a_{ij} k_j) \cdot h$ and
@@ -42,27 +83,27 @@ class RungeKuttaStep(eqx.Module):
         return self.solver.tableau  # pyright: ignore[reportReturnType]
 
     def start(self, t0, t1, y0):
-        """The solver state before the first step."""
         del t1
         return self.terms.vf(t0, y0, self.args) if self.tableau.fsal else None
 
-    def kept(self, solver_state, made_jump):
-        """What a replay needs besides the state: nothing."""
+    def replay_state(self, solver_state, made_jump):
+        # The first stage is evaluated again, so nothing is needed.
         del solver_state, made_jump
 
-    def kept_at(self, kept, made_jump):
-        """`kept`, for a step that does or does not start just after a jump."""
+    def with_replay_state(self, solver_state, replay_state):
+        del replay_state
+        return solver_state
+
+    def replay_state_at(self, replay_state, made_jump):
         del made_jump
-        return kept
+        return replay_state
 
     @property
     def evaluations(self) -> tuple[int, int] | None:
-        """Vector field evaluations before the first attempt, and of each attempt."""
         stages = self.tableau.num_stages
         return (1, stages - 1) if self.tableau.fsal else (0, stages)
 
     def advance(self, t0, t1, y0, solver_state, made_jump):
-        """As `diffrax.AbstractSolver.step`."""
         if self.tableau.fsal:
             f0 = solver_state
             if made_jump is not False:
@@ -80,9 +121,8 @@ class RungeKuttaStep(eqx.Module):
         dense_info = dict(y0=y0, y1=y1, k=_stacked(ks))
         return y1, y_error, dense_info, f1, diffrax.RESULTS.successful
 
-    def replay(self, t0, t1, y0, kept, dense: bool):
-        """The accepted step once more: `(y1, kept, dense_info)`."""
-        del kept
+    def replay(self, t0, t1, y0, replay_state, dense):
+        del replay_state
         f0 = self.terms.vf(t0, y0, self.args) if self.tableau.fsal else None
         y1, ks, _ = self._stages(t0, t1, y0, f0, last_stage=dense)
         return y1, None, dict(y0=y0, y1=y1, k=_stacked(ks)) if dense else None
@@ -112,7 +152,7 @@ class RungeKuttaStep(eqx.Module):
         return y1, [*ks, terms.prod(f1, control)], f1
 
 
-class SolverStep(eqx.Module):
+class SolverStep(AbstractStep):
     """A step of any Diffrax solver, through its own `step`."""
 
     solver: diffrax.AbstractSolver
@@ -120,24 +160,23 @@ class SolverStep(eqx.Module):
     args: PyTree
 
     def start(self, t0, t1, y0):
-        """The solver state before the first step."""
         init = lambda t0, t1, y0: self.solver.init(self.terms, t0, t1, y0, self.args)
         return without_statistics(init, t0, t1, y0)
 
-    def kept(self, solver_state, made_jump):
-        """What a replay needs besides the state."""
+    def replay_state(self, solver_state, made_jump):
         return solver_state, made_jump
 
-    def kept_at(self, kept, made_jump):
-        """`kept`, for a step that does or does not start just after a jump."""
-        solver_state, _ = kept
+    def with_replay_state(self, solver_state, replay_state):
+        del solver_state
+        solver_state, _ = replay_state
+        return solver_state
+
+    def replay_state_at(self, replay_state, made_jump):
+        solver_state, _ = replay_state
         return solver_state, made_jump
 
     @property
     def evaluations(self) -> tuple[int, int] | None:
-        """Vector field evaluations, as far as they are known: not of solvers that
-        iterate.
-        """
         known = {
             diffrax.Euler: (0, 1),
             diffrax.ReversibleHeun: (1, 1),
@@ -146,13 +185,12 @@ class SolverStep(eqx.Module):
         return getattr(self.solver, "evaluations", known.get(type(self.solver)))
 
     def advance(self, t0, t1, y0, solver_state, made_jump):
-        """As `diffrax.AbstractSolver.step`, by loops that forward mode can pass."""
+        # A loop that forward mode can pass.
         solver = with_scan_kind(self.solver, "lax")
         return solver.step(self.terms, t0, t1, y0, self.args, solver_state, made_jump)
 
-    def replay(self, t0, t1, y0, kept, dense: bool):
-        """The accepted step once more: `(y1, kept, dense_info)`."""
-        solver_state, made_jump = kept
+    def replay(self, t0, t1, y0, replay_state, dense):
+        solver_state, made_jump = replay_state
         # Diffrax's default for loops over stages cannot be differentiated twice.
         solver = with_scan_kind(self.solver, "bounded")
         y1, _, dense_info, solver_state, _ = solver.step(
@@ -179,9 +217,6 @@ class DelegatingSolver(diffrax.AbstractWrappedSolver):
 
     def func(self, terms, t0, y0, args):
         return self.solver.func(terms, t0, y0, args)
-
-
-AbstractStep = RungeKuttaStep | SolverStep
 
 
 def make_step(solver, terms, args, t0, t1, y0) -> AbstractStep:

@@ -25,10 +25,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import ShapedArray
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
+
+from ._compat import ad, batching, mlir, Primitive, ShapedArray
 
 
 class Level(NamedTuple):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from ._diffrax import running_adjoints
+from ._compat import running_adjoints
 from ._door import RecordedAdjoint
 from ._layers import at_least_float32, is_module, Layer, layers_of
 from ._tap import tap, Use

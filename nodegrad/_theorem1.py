@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from ._expansion import expand
 from ._odesolve import odesolve
-from ._quadratic import expand
 from ._tree import flatten
 
 

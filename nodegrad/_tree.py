@@ -1,14 +1,15 @@
-"""Arithmetic on pytrees, and the two ways of mapping over lanes."""
+"""Arithmetic on pytrees."""
 
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
+
+from ._compat import Tracer
 
 
 def as_arrays(tree: PyTree) -> PyTree:
@@ -58,7 +59,7 @@ def all_finite(tree: PyTree) -> Array:
 
 def is_traced(x: Any) -> bool:
     """Whether the value of `x` is not known yet."""
-    return isinstance(x, jax.core.Tracer)
+    return isinstance(x, Tracer)
 
 
 def is_buffer(x: Any) -> bool:
@@ -80,22 +81,6 @@ def put(tree: PyTree, row, values: PyTree) -> PyTree:
 def inexact_spec(tree: PyTree) -> PyTree[bool]:
     """Which leaves of `tree` are inexact arrays."""
     return jax.tree.map(eqx.is_inexact_array, tree)
-
-
-def each(lanes: bool, fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn` on one solve, or mapped over the leading axis of a batch of solves."""
-    return jax.vmap(fn) if lanes else fn
-
-
-def lent(none: Array, tree: PyTree) -> PyTree:
-    """`tree`, in which lanes with `none` have the numbers of one without.
-
-    A lane that made no step (its `y0` may be a NaN) only rides along: its cotangents
-    are zero, but zero times NaN would not be.
-    """
-    donor = jnp.argmax(~none)
-    lend = lambda x: where(none, jnp.broadcast_to(x[donor], x.shape), x)
-    return jax.tree.map(lend, tree)
 
 
 def flatten(tree: PyTree, dtype) -> tuple[Array, Callable[[Array], PyTree]]:

@@ -1,0 +1,229 @@
+r"""The gradient of a recorded solve: a pullback through every step, last to first.
+
+With $\Phi_i$ the map of accepted step $i$, from $y_i$ over $[s_i, e_i]$ to $y_{i+1}$
+and to the information $d_i$ that dense output interpolates, the reverse sweep is
+
+$$(\lambda_{y_i}, \lambda_{s_i}, \lambda_{e_i}, \Delta\lambda_\theta)
+  = \Phi_i^* (\lambda_{y_{i+1}}, \lambda_{d_i}),$$
+
+where $\lambda_{d_i}$ collects what was saved from inside the step (`_save.py`) and
+$\theta$ is everything the step closes over: `args`, the terms, closures. Cotangents of
+times go through `_grid.pull_back_times`. A cotangent is named `ct_...` throughout.
+
+All this is for one solve or for a batch of them, each at its own step. Cotangents of
+what solves share are summed over these inside every pullback; solves that have no step
+left stay at their first one with zero cotangents.
+"""
+
+import functools as ft
+from dataclasses import replace
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, PyTree, Real
+
+from ._grid import pull_back_times
+from ._recording import Inputs, none_like, Outputs, Recording
+from ._save import pull_back_saves, SaveCarry, StepCotangents
+from ._state_source import BackwardStep
+from ._tree import add, filled_like, where, zeros_like
+
+
+class Carry(eqx.Module):
+    """The cotangents that the sweep carries from step to step.
+
+    `y` and `replay_state` are those of the state after the step, `start` and `size`
+    those of the next step's, see `_grid.pull_back_times`, `anchors` those of the times
+    that steps are made to end at. `constants` are those of the step's constants, which
+    solves may share. `statistics` are those of layers, see `_statistics.py`.
+    """
+
+    y: PyTree
+    replay_state: PyTree
+    start: Real[Array, "..."]
+    size: Real[Array, "..."]
+    anchors: Array
+    saves: list[SaveCarry]
+    constants: PyTree
+    statistics: PyTree
+
+
+class GradientVisitor(eqx.Module):
+    """Pulls the cotangents of everything that a solve returned back to its inputs.
+
+    - `ct`: these cotangents; `None` where one is known to be zero.
+    - `statistics`: what else to collect, see `_statistics.py`, or `None`.
+    """
+
+    recording: Recording
+    ct: Outputs
+    statistics: Any = eqx.field(static=True, default=None)
+
+    def initial(self) -> Carry:
+        """The cotangents after the last step."""
+        recording, ct = self.recording, self.ct
+        inputs, trajectory = recording.inputs, recording.trajectory
+        zero = jnp.zeros_like(trajectory.first_start)
+        # One for every solve, also where solves share the array itself.
+        each = lambda x, axes: recording.batch.expand(
+            jnp.zeros_like(x), axes, recording.batch.all_axes
+        )
+        wanted = lambda consts, wrt: zeros_like(eqx.filter(consts, wrt))
+        saves = [
+            SaveCarry(
+                cursor=cursor,
+                at_end=wanted(consts[0], wrt[0]),
+                inside=wanted(consts[1], wrt[1]),
+                ts=None if ts is None else each(ts, axes),
+            )
+            for cursor, consts, wrt, ts, axes in zip(
+                trajectory.last_cursors,
+                inputs.save_constants,
+                recording.wrt.save_constants,
+                inputs.ts,
+                recording.axes.ts,
+                strict=True,
+            )
+        ]
+        return Carry(
+            y=filled_like(ct.y, trajectory.y),
+            replay_state=filled_like(ct.replay_state, trajectory.replay_state),
+            start=zero,
+            size=zero,
+            anchors=each(inputs.grid.anchors, recording.axes.grid.anchors),
+            saves=saves,
+            constants=wanted(inputs.constants, recording.wrt.constants),
+            statistics=None
+            if self.statistics is None
+            else self.statistics.initial(recording),
+        )
+
+    def visit(self, carry: Carry, step: BackwardStep) -> Carry:
+        """The cotangents before a step, from those after it."""
+        recording, batch = self.recording, self.recording.batch
+        outputs, pull = step.linearize()
+        y1, _, info = outputs
+        zero = jnp.zeros_like(step.times.start)
+        cts = StepCotangents(y1=carry.y, info=zeros_like(info), start=zero, end=zero)
+        saves, cts = pull_back_saves(
+            recording, self.ct, carry.saves, cts, step, y1, info
+        )
+        cts = batch.mask_inactive(step.active, cts)
+        ct_state1 = batch.mask_inactive(step.active, carry.replay_state)
+        ct_consts, ct_args = pull((cts.y1, ct_state1, cts.info))
+        ct_start, ct_end, ct_y, ct_state = ct_args
+        new = replace(
+            carry,
+            y=ct_y,
+            replay_state=ct_state,
+            saves=saves,
+            constants=add(carry.constants, ct_consts),
+        )
+        if recording.wrt_times:
+            start, end = cts.start + ct_start, cts.end + ct_end
+            new = self._pull_back_times(new, step, start, end)
+        if self.statistics is not None:
+            at_start, at_end = (ct_y, ct_state), (cts.y1, ct_state1)
+            statistics = self.statistics.visit(
+                recording, carry.statistics, step, y1, at_start, at_end
+            )
+            new = replace(new, statistics=statistics)
+        return self._frozen(step.active, carry, new)
+
+    def _pull_back_times(self, carry: Carry, step: BackwardStep, ct_start, ct_end):
+        recording = self.recording
+        pull = recording.batch.map_shared(
+            pull_back_times, recording.inputs.grid, recording.axes.grid
+        )
+        cts = ct_start, ct_end, carry.start, carry.size
+        anchors, start, size = pull(carry.anchors, step.times, cts)
+        return replace(carry, anchors=anchors, start=start, size=size)
+
+    def _frozen(self, active: Bool[Array, "..."], old: Carry, new: Carry) -> Carry:
+        """`new`, but what belongs to inactive solves stays as it was."""
+        if not self.recording.batch.sizes:
+            return new
+        return map_carry(ft.partial(where, active), lambda n, _: n, new, old)
+
+    def nan_where(self, failed: Bool[Array, "..."], carry: Carry) -> Carry:
+        """`carry`, but NaN for solves that `failed`, and in whatever they add to."""
+        nan = lambda x: x * jnp.nan if eqx.is_inexact_array(x) else x
+        each = lambda x: where(failed, nan(x), x)
+        shared = lambda x: where(jnp.any(failed), nan(x), x)
+        return map_carry(each, shared, carry)
+
+    def finish(self, carry: Carry) -> Inputs:
+        """The cotangents of the inputs."""
+        recording, wrt = self.recording, self.recording.wrt
+        batch, axes = recording.batch, recording.axes
+        ct_grid = none_like(recording.inputs.grid)
+        first_start, first_end = None, None
+        if recording.wrt_times:
+            first_start, first_end = carry.start - carry.size, carry.size
+            anchors = batch.total_over_batch(carry.anchors, axes.grid.anchors)
+            ct_grid = replace(ct_grid, anchors=anchors)
+        ct_ts = [
+            batch.total_over_batch(save.ts, a) if w else None
+            for save, a, w in zip(carry.saves, axes.ts, wrt.ts, strict=True)
+        ]
+        return Inputs(
+            y=carry.y,
+            replay_state=carry.replay_state,
+            first_start=first_start,
+            first_end=first_end,
+            constants=carry.constants,
+            save_constants=[[save.at_end, save.inside] for save in carry.saves],
+            grid=ct_grid,
+            ts=ct_ts,
+            statistics=none_like(recording.inputs.statistics)
+            if self.statistics is None
+            else self.statistics.finish(recording, carry.statistics),
+        )
+
+
+def map_carry(each, shared, *carries: Carry) -> Carry:
+    """Maps `each` over what belongs to one solve, `shared` over what may be shared."""
+
+    def split(carry):
+        """What may be shared, and the carry without it."""
+        sums = (
+            carry.constants,
+            carry.statistics,
+            [(save.at_end, save.inside) for save in carry.saves],
+        )
+        saves = [replace(save, at_end=None, inside=None) for save in carry.saves]
+        return sums, replace(carry, constants=None, statistics=None, saves=saves)
+
+    sums, rest = zip(*map(split, carries), strict=True)
+    constants, statistics, saves = jax.tree.map(shared, *sums)
+    out = jax.tree.map(each, *rest)
+    saves = [
+        replace(save, at_end=at_end, inside=inside)
+        for save, (at_end, inside) in zip(out.saves, saves, strict=True)
+    ]
+    return replace(out, constants=constants, statistics=statistics, saves=saves)
+
+
+def pull_back(recording: Recording, ct: Outputs) -> Inputs:
+    """The cotangents of `recording.inputs`, from those of all that the solve returned.
+
+    Only what `recording.wrt` marks is complete.
+    """
+    trajectory = recording.trajectory.with_valid_first_step(recording.batch)
+    recording = replace(recording, trajectory=trajectory)
+    statistics = None
+    if recording.plan.statistics is not None:
+        recording, statistics = recording.plan.statistics.joined(recording)
+    visitor = GradientVisitor(recording, ct, statistics)
+    states, steps = recording.plan.states, recording.steps
+    carry, error = states.walk(steps, visitor.visit, visitor.initial(), True)
+    throw = recording.plan.throw
+    carry = states.guarded(carry, steps, error, throw, visitor.nan_where)
+    if throw and not recording.plan.event:
+        # JAX drops the exception of a solve whose value is not used, as in
+        # `jax.jit(jax.grad(loss))` of a loss that is linear in it.
+        failed = jnp.broadcast_to(~jnp.all(trajectory.at_end), trajectory.at_end.shape)
+        carry = visitor.nan_where(failed, carry)
+    return visitor.finish(carry)

@@ -1,0 +1,328 @@
+"""States reconstructed by undoing the steps of a reversible solver.
+
+The walk carries the state after the step that it goes back over and undoes the step. If
+the visitor linearises the step, the evaluations of the inverse are the ones that are
+linearised, so that nothing is evaluated twice (`_reversal.py`).
+
+What is stored is the state before every restart, and the start of the solve. There the
+reconstructed state is compared with the stored one, and then replaced by it: the
+greatest difference, relative to the state, is the *reconstruction error*, which tells
+whether the gradient can be trusted.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree, Real
+
+from ._grid import StepTimes
+from ._magnitude import magnitudes, relative_size, size
+from ._reversal import AbstractReversal, is_regular_restart
+from ._state_source import AbstractStateSource, BackwardStep, RecordedSteps
+from ._tree import add, inexact_spec, take, where, zeros_like
+
+
+# A gradient is refused if the reconstruction misses a known state by more, relatively,
+_MAX_ERROR = 1e-3
+# ... unless that is as little as this many units of rounding of the largest state.
+_MAX_ROUNDING = 1e3
+# The part of its largest value that a number is taken to have at least.
+_USUAL = 0.1
+
+_UNTRUSTED = (
+    "Walking back through a solve with `nodegrad.ReversibleAdjoint` missed a state "
+    f"that is known by more than a relative {_MAX_ERROR}: rounding has grown on the "
+    "way, and the gradient would be wrong. Pass `resync_every=10` or so to the solver, "
+    "take fewer steps or a `coupling_parameter` closer to one, or use "
+    "`nodegrad.ACAAdjoint()`."
+)
+
+_LOST = (
+    "The solve whose gradient was asked for ended before `t1`, because its two copies "
+    "had come apart. Pass `resync_every=10` or so to the solver; or, for the gradient "
+    "of the part that was solved, `throw=False` to the solve."
+)
+
+
+class Restarts(eqx.Module):
+    """Where the states before restarts are stored: a row for each.
+
+    First come those of every `every` steps, then those of jumps, of which there is one
+    at most between two of the grid's anchors, then a row that is never read. The solve
+    may continue one of `taken` steps, and may start (`first_jump`) at a jump.
+    """
+
+    every: int | None = eqx.field(static=True)
+    jumps: int = eqx.field(static=True)
+    first_jump: bool = eqx.field(static=True)
+    max_steps: int = eqx.field(static=True)
+
+    @property
+    def regular(self) -> int:
+        """Rows for the regular restarts."""
+        return 0 if self.every is None else (self.max_steps - 1) // self.every + 2
+
+    @property
+    def rows(self) -> int:
+        """Rows to allocate; none if there are no restarts."""
+        rows = self.regular + self.jumps
+        return rows + 1 if rows else 0
+
+    def is_restart(self, index, taken, made_jump):
+        """Whether step `index` begins with a restart; `False` where none does."""
+        restart = is_regular_restart(self.every, index + taken)
+        return restart | made_jump if self.jumps or self.first_jump else restart
+
+    def row_to_write(self, index, taken, start, made_jump, grid):
+        """The row of the state before step `index`, or one that is never read."""
+        row = jnp.full_like(index, self.rows - 1)
+        if self.jumps:
+            passed = jnp.sum(grid.anchors <= start, dtype=row.dtype)
+            row = jnp.where(made_jump, self.regular + passed, row)
+        if self.every is not None:
+            regular = (index + taken) // self.every - taken // self.every
+            is_regular = is_regular_restart(self.every, index + taken)
+            row = jnp.where(is_regular, regular, row)
+        return row
+
+
+class _Walk(eqx.Module):
+    """Where the walk is: the state after the next step to undo.
+
+    - `peak`: the largest absolute values met, number by number.
+    - `error`: the largest reconstruction error.
+    """
+
+    y: PyTree[Array]
+    replay_state: PyTree[Array]
+    peak: PyTree[Array]
+    error: Real[Array, "..."]
+
+
+class ReconstructedStates(AbstractStateSource):
+    """States found by undoing the steps, from the final state on.
+
+    - `reversal`: the step and its inverse.
+    - `restarts`: where the states before restarts are stored.
+    """
+
+    reversal: AbstractReversal
+    restarts: Restarts
+
+    @property
+    def rows(self) -> int:
+        return self.restarts.rows
+
+    @property
+    def stores_times(self) -> bool:
+        return False
+
+    def row_to_write(self, index, step_offset, start, made_jump, grid):
+        return self.restarts.row_to_write(index, step_offset, start, made_jump, grid)
+
+    def replay_state(self, solver_state, made_jump):
+        del made_jump
+        return self.reversal.replay_state(solver_state)
+
+    def with_replay_state(self, solver_state, replay_state):
+        return self.reversal.with_replay_state(solver_state, replay_state)
+
+    def parts(self):
+        return self.reversal.parts()
+
+    def step(self, evaluate, times, t0, t1, y, state):
+        restart = self._is_restart(times)
+        return self.reversal.forward(evaluate, t0, t1, y, state, restart)
+
+    def _is_restart(self, times: StepTimes) -> Any:
+        """Whether a step begins with a restart; `False` where none does."""
+        return self.restarts.is_restart(times.index, times.step_offset, times.made_jump)
+
+    def walk(self, steps, visit, carry, linearizes):
+        batch, trajectory = steps.batch, steps.trajectory
+        state = trajectory.y, trajectory.replay_state
+        error = jnp.zeros_like(batch.map(size)(_constant(trajectory.y)))
+        peak = zeros_like(magnitudes(_constant(trajectory.y)))
+
+        def body(index__walk__carry):
+            index, walk, carry = index__walk__carry
+            active = index >= 0
+            at = batch.clamp_index(active, index)
+            times = steps.times(at)
+            peak = magnitudes(walk.peak, _constant(walk.y))
+            evaluate = _LinearizedCalls(steps, times) if linearizes else steps.evaluate
+            y, state, error = self._undo(steps, evaluate, times, walk, peak)
+            linearize = self._linearize(evaluate, times, y, state)
+            carry = visit(carry, BackwardStep(times, active, y, state, linearize))
+            error = jnp.maximum(walk.error, jnp.where(active, error, 0))
+            if batch.sizes:
+                # A solve that is through stays after its first step.
+                stays = ~(active & (at > 0))
+                y, state = where(stays, (walk.y, walk.replay_state), (y, state))
+            return index - 1, _Walk(y, state, peak, error), carry
+
+        init = trajectory.num_steps - 1, _Walk(*state, peak, error), carry
+        _, walk, carry = batch.while_loop(lambda c: c[0] >= 0, body, init)
+        return carry, walk.error
+
+    def _undo(self, steps: RecordedSteps, evaluate, times, walk: _Walk, peak):
+        """Undoes a step: `(y, replay_state, error)` before it."""
+        reversal = self.reversal
+        found = reversal.backward(
+            evaluate,
+            times.start,
+            times.end,
+            times.previous_start,
+            walk.y,
+            walk.replay_state,
+        )
+        is_known = (times.index == 0) | self._is_restart(times)
+        known = self._known(steps, times)
+        error = steps.batch.map(_relative_error)(
+            reversal.checked_part(*found), reversal.checked_part(*known), peak
+        )
+        return *where(is_known, known, found), jnp.where(is_known, error, 0)
+
+    def _known(self, steps: RecordedSteps, times: StepTimes) -> Any:
+        """The state stored for a step; numbers without a meaning if none was."""
+        start = steps.y0, steps.replay_state0
+        if self.rows == 0:
+            return start
+
+        def read(grid, rows, times):
+            row = self.row_to_write(
+                times.index, times.step_offset, times.start, times.made_jump, grid
+            )
+            return take(rows, row)
+
+        read = steps.batch.map_shared(read, steps.grid, steps.grid_axes)
+        stored = read(steps.trajectory.rows, times)
+        return where(times.index == 0, start, stored)
+
+    def _linearize(self, calls, times: StepTimes, y, state) -> Callable:
+        def linearize():
+            restart = self._is_restart(times)
+            step = lambda evaluate, *args: self.reversal.forward(
+                evaluate, *args, restart
+            )
+            return calls.linearize(step, (times.start, times.end, y, state))
+
+        return linearize
+
+    def guarded(self, carry, steps, error, throw, nan_where):
+        assert error is not None
+        bad = ~(error <= _MAX_ERROR)
+        if throw:
+            # JAX drops the exception of the solve where its value is not used.
+            lost = steps.trajectory.lost
+            which = jnp.where(jnp.any(lost), 1, 0)
+            failed = jnp.any(bad | lost)
+            return eqx.branched_error_if(carry, failed, which, [_UNTRUSTED, _LOST])
+        return nan_where(bad, carry)
+
+
+class _LinearizedCalls:
+    """The calls of the parts during one step, each evaluated and linearised once.
+
+    Three invariants make this a tape: a call is known by its part and key; the inverse
+    and the step make the calls that they share with the same arguments (up to
+    rounding); and the arguments of a call depend only on results of calls before it, in
+    the order in which the step makes them.
+    """
+
+    def __init__(self, steps: RecordedSteps, times: StepTimes):
+        self.steps = steps
+        self.times = times.start, times.end, times.previous_start
+        self.made: dict[tuple[str, str], _Call] = {}
+
+    def __call__(self, part: str, key: str, *args: PyTree) -> PyTree[Array]:
+        if (part, key) not in self.made:
+            spec = inexact_spec(args)
+            if not self.steps.wrt_times:
+                # Not everything can be differentiated with respect to time.
+                is_time = lambda x: any(x is t for t in self.times)
+                spec = tuple(
+                    False if is_time(x) else s for x, s in zip(args, spec, strict=True)
+                )
+            value, pull = self.steps.pullback(part, args, spec)
+            self.made[part, key] = _Call(spec, value, pull)
+        return self.made[part, key].value
+
+    def linearize(self, step: Callable, args: PyTree) -> tuple[PyTree, Callable]:
+        """`step(evaluate, *args)` and its pullback to the constants and to `args`.
+
+        The calls already have pullbacks. Only the arithmetic between them is
+        differentiated here, as a function from call results to call arguments.
+        """
+        order = []
+
+        def ordered(*call):
+            order.append(call[:2])
+            return self(*call)
+
+        step(ordered, *args)
+        spec = self.steps.step_spec(args)
+        wanted, fixed = eqx.partition(args, spec)
+
+        def arithmetic(wanted, values):
+            call_args = {}
+
+            def recall(part, key, *part_args):
+                call = self.made[part, key]
+                call_args[part, key] = eqx.filter(part_args, call.spec)
+                return values[part, key]
+
+            out = step(recall, *eqx.combine(wanted, fixed))
+            return eqx.filter(out, eqx.is_inexact_array), call_args
+
+        values = {name: call.value for name, call in self.made.items()}
+        (outputs, call_args), pull_arithmetic = jax.vjp(arithmetic, wanted, values)
+
+        def pull(cts):
+            ct_args, ct_consts = zeros_like(call_args), {}
+            for part, key in reversed(order):
+                _, ct_values = pull_arithmetic((cts, ct_args))
+                ct_part, ct_args[part, key] = self.made[part, key].pull(
+                    ct_values[part, key]
+                )
+                ct_consts[part] = (
+                    add(ct_consts[part], ct_part) if part in ct_consts else ct_part
+                )
+            ct_wanted, _ = pull_arithmetic((cts, ct_args))
+            return ct_consts, ct_wanted
+
+        return outputs, pull
+
+
+class _Call(NamedTuple):
+    """The value of a call, and its pullback to the constants and to `spec`."""
+
+    spec: PyTree[bool]
+    value: PyTree[Array]
+    pull: Callable
+
+
+def reconstruction_error(source: AbstractStateSource, steps: RecordedSteps) -> Array:
+    """By how much, relatively, the reconstruction misses known states, at most."""
+    _, error = source.walk(steps, lambda carry, _: carry, None, False)
+    return jnp.zeros(()) if error is None else error
+
+
+def _constant(y: PyTree) -> PyTree[Array]:
+    return jax.lax.stop_gradient(eqx.filter(y, eqx.is_inexact_array))
+
+
+def _relative_error(found: PyTree, known: PyTree, peak: PyTree) -> Array:
+    """How far `found` is from `known`, relatively, as a whole or number by number."""
+    found, known = _constant(found), _constant(known)
+    error = jax.tree.map(jnp.subtract, found, known)
+    unit = jnp.finfo(size(error).dtype).eps
+    least = _MAX_ROUNDING / _MAX_ERROR * unit * size(peak)
+    overall = size(error) / jnp.maximum(size(known), least)
+    # A number that is zero just there is compared with what it is elsewhere.
+    usual = magnitudes(known, jax.tree.map(lambda x: _USUAL * x, peak))
+    worst = jnp.maximum(overall, relative_size(error, usual))
+    return jnp.where(size(error) == 0, 0, worst)

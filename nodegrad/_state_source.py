@@ -1,0 +1,230 @@
+"""Where the states of a solve come from when its steps are gone back over.
+
+A state source hands every accepted step, last to first, to a *visitor*: a function that
+takes what it carries from step to step, and the `BackwardStep`. There are two sources:
+`CheckpointedStates` (`_checkpoints.py`) steps again from stored states, and
+`ReconstructedStates` (`_reconstruction.py`) undoes the steps of a reversible solver.
+The visitors are the gradient (`_gradient.py`) and the expansion to second order
+(`_expansion_visitor.py`). A source knows nothing of what its visitor does.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, PyTree, Real
+
+from ._batch import Axes, Batch
+from ._grid import AbstractGrid, StepTimes
+from ._hoist import as_struct, hoist, Pure
+from ._trajectory import Trajectory
+from ._tree import inexact_spec
+
+
+C = TypeVar("C")
+# `evaluate(part, key, *args)` calls a part of the step; calls with the same part and
+# key are the same call.
+Evaluate = Callable[..., PyTree[Array]]
+
+
+class BackwardStep(NamedTuple):
+    """One accepted step of every solve of a batch, met on the way back.
+
+    - `active`: which solves this step belongs to. The others have no step left, and are
+      at their first one.
+    - `y`, `replay_state`: the state that the step starts from.
+    - `linearize`: returns `((y1, replay_state1, dense_info), pull)`, where `pull` takes
+      cotangents of these to those of the constants and of `(start, end, y,
+      replay_state)`. Nothing is linearised until it is called.
+    """
+
+    times: StepTimes
+    active: Bool[Array, "..."]
+    y: PyTree[Array]
+    replay_state: PyTree[Array]
+    linearize: Callable[[], tuple[PyTree, Callable]]
+
+
+class RecordedSteps(eqx.Module):
+    """The steps of a recorded solve, or of a batch of them, as a source needs them.
+
+    - `parts`: the functions that make up a step, pure in their constants.
+    - `constants`, `axes`, `wrt`: for every part the arrays it depends on, the levels of
+      the batch that they differ in, and whether to differentiate by them.
+    - `wrt_times`: whether to differentiate by the times of steps.
+    - `y0`, `replay_state0`: the state that the first step starts from.
+    """
+
+    trajectory: Trajectory
+    grid: AbstractGrid
+    grid_axes: PyTree[Axes] = eqx.field(static=True)
+    parts: dict[str, Pure] = eqx.field(static=True)
+    constants: dict[str, list[Array]]
+    axes: dict[str, list[Axes]] = eqx.field(static=True)
+    wrt: dict[str, list[bool]] = eqx.field(static=True)
+    wrt_times: bool = eqx.field(static=True)
+    y0: PyTree[Array]
+    replay_state0: PyTree[Array]
+    batch: Batch
+
+    def times(self, index: Int[Array, "..."]) -> StepTimes:
+        """When step `index` of every solve was made."""
+        read = lambda grid, trajectory, index: trajectory.times(grid, index)
+        read = self.batch.map_shared(read, self.grid, self.grid_axes)
+        return read(self.trajectory, index)
+
+    def evaluate(self, part: str, key: str, *args: PyTree) -> PyTree[Array]:
+        """Calls a part of the step, without linearising it."""
+        del key
+        pure, consts = self.parts[part], self.constants[part]
+        return self.batch.map_shared(pure, consts, self.axes[part])(*args)
+
+    def pullback(self, part: str, args: tuple, spec: PyTree[bool]):
+        """As `evaluate`, with the pullback to the constants and to `args`."""
+        return pullback(
+            self.batch,
+            self.parts[part],
+            self.constants[part],
+            self.axes[part],
+            self.wrt[part],
+            args,
+            spec,
+        )
+
+    def step_spec(self, args: tuple) -> PyTree[bool]:
+        """What to differentiate of `(start, end, y, replay_state)` of a step."""
+        return (self.wrt_times, self.wrt_times, *inexact_spec(args[2:]))
+
+
+def pullback(
+    batch: Batch,
+    pure: Callable,
+    consts: PyTree[Array],
+    axes: PyTree[Axes],
+    wrt: PyTree[bool],
+    args: tuple,
+    spec: PyTree[bool],
+) -> tuple[PyTree, Callable]:
+    """`pure(consts, *args)` for every solve, and its pullback to `(consts, args)`.
+
+    Only what `wrt` and `spec` mark is differentiated. The mapping over the batch is
+    inside of the pullback. So cotangents of constants that solves share are sums over
+    these solves, computed as one product, and never exist solve by solve.
+    """
+    wanted, fixed = eqx.partition(consts, wrt)
+    args, fixed_args = eqx.partition(args, spec)
+    wanted_axes, fixed_axes = eqx.partition(axes, wrt)
+
+    def one(shared, args, fixed_args):
+        out = pure(eqx.combine(*shared), *eqx.combine(args, fixed_args))
+        return eqx.filter(out, eqx.is_inexact_array)
+
+    def all_of_them(wanted, args):
+        shared, shared_axes = (wanted, fixed), (wanted_axes, fixed_axes)
+        return batch.map_shared(one, shared, shared_axes)(args, fixed_args)
+
+    return jax.vjp(all_of_them, wanted, args)
+
+
+class AbstractStateSource(eqx.Module):
+    """Where the states before the accepted steps come from.
+
+    The methods for the forward pass are written for one solve; `walk` is for a batch.
+    """
+
+    @property
+    @abc.abstractmethod
+    def rows(self) -> int:
+        """How many rows of stored states to allocate."""
+
+    @property
+    @abc.abstractmethod
+    def stores_times(self) -> bool:
+        """Whether the ends of steps are stored even if they can be computed again."""
+
+    @abc.abstractmethod
+    def row_to_write(
+        self,
+        index: Int[Array, ""],
+        step_offset: Int[Array, ""],
+        start: Real[Array, ""],
+        made_jump: Bool[Array, ""],
+        grid: AbstractGrid,
+    ) -> Int[Array, ""]:
+        """The row for the state before step `index`, or one that is never read."""
+
+    @abc.abstractmethod
+    def replay_state(self, solver_state: PyTree, made_jump: Any) -> PyTree:
+        """The part of a solver state (or of its cotangent) that a replay needs."""
+
+    @abc.abstractmethod
+    def with_replay_state(self, solver_state: PyTree, replay_state: PyTree) -> PyTree:
+        """`solver_state` with that part replaced."""
+
+    @abc.abstractmethod
+    def parts(self) -> dict[str, Callable]:
+        """The functions that a step calls and that may depend on parameters."""
+
+    @abc.abstractmethod
+    def step(
+        self, evaluate: Evaluate, times: StepTimes, t0, t1, y: PyTree, state: PyTree
+    ) -> tuple[PyTree, PyTree, PyTree]:
+        """A step again: `(y1, replay_state1, dense_info)`.
+
+        `t0` and `t1` are the times in `times`, perhaps with tangents.
+        """
+
+    @abc.abstractmethod
+    def walk(
+        self,
+        steps: RecordedSteps,
+        visit: Callable[[C, BackwardStep], C],
+        carry: C,
+        linearizes: bool,
+    ) -> tuple[C, Real[Array, "..."] | None]:
+        """Visits every step, last to first: `(carry, reconstruction error)`.
+
+        The visitor may call `linearize` only if `linearizes`. The error is `None` where
+        nothing is reconstructed.
+        """
+
+    def guarded(
+        self,
+        carry: C,
+        steps: RecordedSteps,
+        error: Real[Array, "..."] | None,
+        throw: bool,
+        nan_where: Callable[[Bool[Array, "..."], C], C],
+    ) -> C:
+        """`carry`, unless states were reconstructed too badly to be trusted."""
+        del steps, error, throw, nan_where
+        return carry
+
+
+def hoist_parts(
+    source: AbstractStateSource, t: Any, y: PyTree, replay_state: PyTree
+) -> tuple[dict[str, list[Array]], dict[str, Pure], PyTree]:
+    """The parts of a step as pure functions of their constants.
+
+    Returns the constants and the functions by name, and the shapes of the results of a
+    step.
+    """
+    parts = source.parts()
+    consts: dict[str, list[Array]] = {}
+    pure: dict[str, Pure] = {}
+
+    def evaluate(part, key, *args):
+        del key
+        if part not in pure:
+            consts[part], pure[part] = hoist(parts[part], *as_struct(args))
+        return pure[part](consts[part], *args)
+
+    def step(t0, t1, y, replay_state):
+        zero, false = jnp.array(0), jnp.array(False)
+        times = StepTimes(zero, t0, t1, false, zero, t0, t0, zero)
+        return source.step(evaluate, times, t0, t1, y, replay_state)
+
+    return consts, pure, eqx.filter_eval_shape(step, t, t, y, replay_state)

@@ -1,0 +1,120 @@
+"""What the forward pass writes down of the accepted steps."""
+
+from dataclasses import replace
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, PyTree, Real
+
+from ._batch import Batch
+from ._grid import AbstractGrid, StepTimes
+
+
+class StepLog(eqx.Module):
+    """What is known of every accepted step; each field has one row a step.
+
+    `ends` is kept only where it cannot be computed, `starts` only where a step may
+    start elsewhere than the last one ended (a jump: `made_jumps`), `origins` only for
+    grids that need to know (see `_grid.py`).
+    """
+
+    ends: Array | None
+    starts: Array | None
+    made_jumps: Array | None
+    origins: Array | None
+
+
+class Cursor(eqx.Module):
+    """How many times and how many rows of a save have been written."""
+
+    ts_index: Int[Array, "..."]
+    row: Int[Array, "..."]
+
+
+class Trajectory(eqx.Module):
+    """The forward pass of one solve as a derivative sees it.
+
+    - `rows`: the stored states, see `AbstractStateSource.row_to_write`.
+    - `first_start`, `first_end`: the times of the first attempted step.
+    - `at_end`: whether the solve came to its `t1`.
+    - `step_offset`: the steps of an earlier solve that this one continues.
+    - `y`, `replay_state`: the state after the last step.
+    - `lost`: whether the solver found that its coupling was lost.
+    - `first_cursors`, `last_cursors`: what was saved before and after the loop.
+    """
+
+    rows: PyTree[Array]
+    log: StepLog
+    first_start: Real[Array, "..."]
+    first_end: Real[Array, "..."]
+    made_jump0: Bool[Array, "..."]
+    num_steps: Int[Array, "..."]
+    at_end: Bool[Array, "..."]
+    step_offset: Int[Array, "..."]
+    y: PyTree[Array]
+    replay_state: PyTree[Array]
+    lost: Bool[Array, "..."]
+    first_cursors: list[Cursor]
+    last_cursors: list[Cursor]
+
+    def end(self, grid: AbstractGrid, index: Int[Array, ""]) -> Real[Array, ""]:
+        """Where step `index` ended; `index = -1` is the start of the solve."""
+        known = jnp.maximum(index, 0)
+        if self.log.ends is not None:
+            end = self.log.ends[known]
+        else:
+            end = grid.end(known, self.first_end)
+        return jnp.where(index < 0, self.first_start, end)
+
+    def start(self, grid: AbstractGrid, index: Int[Array, ""]) -> Real[Array, ""]:
+        """Where step `index` started."""
+        if self.log.starts is None:
+            return self.end(grid, index - 1)
+        return self.log.starts[index]
+
+    def made_jump(self, index: Int[Array, ""]) -> Bool[Array, ""]:
+        """Whether step `index` started just after a jump of the vector field."""
+        if self.log.made_jumps is None:
+            return self.made_jump0 & (index == 0)
+        return self.log.made_jumps[index]
+
+    def times(self, grid: AbstractGrid, index: Int[Array, ""]) -> StepTimes:
+        """When step `index` was made."""
+        previous_start = self.start(grid, jnp.maximum(index - 1, 0))
+        previous_size = self.end(grid, index - 1) - previous_start
+        first_size = self.first_end - self.first_start
+        logged = None if self.log.origins is None else self.log.origins[index]
+        return StepTimes(
+            index=index,
+            start=self.start(grid, index),
+            end=self.end(grid, index),
+            made_jump=self.made_jump(index),
+            origin=grid.origin_of(index, logged),
+            previous_size=jnp.where(index == 0, first_size, previous_size),
+            previous_start=previous_start,
+            step_offset=self.step_offset,
+        )
+
+    def with_valid_first_step(self, batch: Batch) -> "Trajectory":
+        """Gives solves that took no step a first step that can be pulled back.
+
+        Their cotangents are zero, but the step of a NaN would make NaNs of them.
+        """
+        if not batch.sizes:
+            return self
+        no_step, row_axis = self.num_steps == 0, len(batch.sizes)
+        first = (slice(None),) * row_axis + (0,)
+        fill_first = lambda x: x.at[first].set(batch.fill_from_valid(no_step, x[first]))
+        rows, log = jax.tree.map(fill_first, (self.rows, self.log))
+        times = batch.fill_from_valid(no_step, (self.first_start, self.first_end))
+        state = batch.fill_from_valid(no_step, (self.y, self.replay_state))
+        return replace(
+            self,
+            rows=rows,
+            log=log,
+            first_start=times[0],
+            first_end=times[1],
+            y=state[0],
+            replay_state=state[1],
+        )
