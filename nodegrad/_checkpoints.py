@@ -78,7 +78,7 @@ def choose_checkpoints(checkpoints: int | str | None, max_steps: int) -> Checkpo
     if checkpoints == "all":
         slots = max_steps
     elif checkpoints is None:
-        slots = 2 ** round(math.log2(2 * math.sqrt(max_steps)))
+        slots = max(32, 2 ** round(math.log2(2 * math.sqrt(max_steps))))
     else:
         assert isinstance(checkpoints, int)
         slots = 2 ** (checkpoints.bit_length() - 1)

@@ -11,14 +11,9 @@ from jaxtyping import Array, PyTree
 from ._door import RecordedAdjoint
 from ._expansion_visitor import Carry, ExpansionVisitor
 from ._integrate import loop_buffers, Problem
+from ._plan import make_plan, Solve
 from ._problem import make_problem, solution_of, solve_of
-from ._recorded_loop import (
-    make_plan,
-    make_trajectory,
-    run_recording,
-    Solve,
-    unmapped,
-)
+from ._recorded_loop import make_trajectory, run_recording, unmapped
 from ._tree import add, as_arrays, flatten
 
 

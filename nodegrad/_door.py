@@ -18,7 +18,8 @@ from jaxtyping import Array
 
 from ._compat import nondifferentiable_backward, solver_loop, while_loop
 from ._grid import AbstractGrid, make_grid, may_jump, without_derivatives
-from ._recorded_loop import recorded_loop, Solve
+from ._plan import Solve
+from ._recorded_loop import recorded_loop
 from ._results import coupling_stats, with_coupling_lost
 from ._save import Save
 from ._state_source import AbstractStateSource

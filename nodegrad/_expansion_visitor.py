@@ -15,7 +15,7 @@ from jaxtyping import Array, PyTree
 
 from ._expansion import expand, Expansion, pull_back
 from ._grid import StepTimes
-from ._recorded_loop import Solve
+from ._plan import Solve
 from ._recording import Recording
 from ._state_source import BackwardStep
 from ._tree import flatten

@@ -58,6 +58,18 @@ class AbstractGrid(eqx.Module):
     def end(self, index: Int[Array, ""], first_end: Real[Array, ""]) -> Array:
         """The end of step `index`, where it is known without writing it down."""
 
+    @property
+    def origin_dtype(self) -> Any:
+        """The type in which origins of sizes are written down; `None` if not needed."""
+        return None
+
+    def origin(
+        self, tprev: Array, tnext: Array, previous_origin: Array, accepted: Array
+    ) -> Int[Array, ""]:
+        """The origin of the size of the step just proposed, `[tprev, tnext]`."""
+        del tprev, tnext, accepted
+        return previous_origin
+
     @abc.abstractmethod
     def origin_of(self, index: Int[Array, ""], logged: Array | None) -> Array:
         """The origin of the size of accepted step `index`."""
@@ -85,11 +97,10 @@ class AdaptiveGrid(AbstractGrid):
 
     @property
     def origin_dtype(self):
-        """The smallest integer type that can name every anchor."""
+        # The smallest integer type that can name every anchor.
         return jnp.int8 if len(self.anchors) < 120 else jnp.int32
 
     def origin(self, tprev, tnext, previous_origin, accepted):
-        """Where the size of the step just proposed, `[tprev, tnext]`, comes from."""
         at_anchor = self.ends == tnext
         at_limit = jnp.array(False)
         for limit in self.limits:
@@ -102,6 +113,7 @@ class AdaptiveGrid(AbstractGrid):
 
     def origin_of(self, index, logged):
         del index
+        assert logged is not None
         return logged.astype(jnp.int32)
 
     def end(self, index, first_end):

@@ -11,7 +11,7 @@ from ._door import make_solve, RecordedAdjoint, saves_of, subs_of
 from ._grid import may_jump, without_derivatives
 from ._integrate import nearly, Problem, State
 from ._output import write_final
-from ._recorded_loop import Solve
+from ._plan import Solve
 from ._results import coupling_stats
 from ._step import make_step
 

@@ -79,29 +79,6 @@ def replay(
     # The recorded steps are constants: all that depends on inputs is computed again.
     trajectory = jax.lax.stop_gradient(trajectory)
     grid = jax.lax.stop_gradient(inputs.grid)
-    first_size = inputs.first_end - inputs.first_start
-    empty = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
-    init = _State(
-        index=jnp.zeros_like(trajectory.num_steps),
-        y=inputs.y,
-        replay_state=inputs.replay_state,
-        previous_end=inputs.first_start,
-        previous_size=first_size,
-        saved=[
-            SaveState(cursor.ts_index, ys.ts, ys.ys, cursor.row)
-            for cursor, ys in zip(
-                trajectory.first_cursors, empty(struct.saved), strict=True
-            )
-        ],
-        dense_ts=empty(struct.dense_ts),
-        dense_infos=empty(struct.dense_infos),
-        event=None
-        if not plan.event
-        else empty((struct.event_start, struct.event_end, struct.event_info)),
-        rows=empty(struct.rows),
-        ends=empty(struct.ends),
-        starts=empty(struct.starts),
-    )
 
     def body(state: _State) -> _State:
         times = trajectory.times(grid, state.index)
@@ -115,7 +92,7 @@ def replay(
     final = while_loop(
         lambda state: state.index < trajectory.num_steps,
         body,
-        init,
+        _first_state(plan, inputs, trajectory, struct),
         buffers=_buffers,
         kind="lax",
     )
@@ -135,6 +112,34 @@ def replay(
             starts=final.starts,
         ),
         eqx.is_inexact_array,
+    )
+
+
+def _first_state(
+    plan: Plan, inputs: Inputs, trajectory: Trajectory, struct: Outputs
+) -> _State:
+    """The state before the first step, with nothing written."""
+    empty = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+    return _State(
+        index=jnp.zeros_like(trajectory.num_steps),
+        y=inputs.y,
+        replay_state=inputs.replay_state,
+        previous_end=inputs.first_start,
+        previous_size=inputs.first_end - inputs.first_start,
+        saved=[
+            SaveState(cursor.ts_index, ys.ts, ys.ys, cursor.row)
+            for cursor, ys in zip(
+                trajectory.first_cursors, empty(struct.saved), strict=True
+            )
+        ],
+        dense_ts=empty(struct.dense_ts),
+        dense_infos=empty(struct.dense_infos),
+        event=None
+        if not plan.event
+        else empty((struct.event_start, struct.event_end, struct.event_info)),
+        rows=empty(struct.rows),
+        ends=empty(struct.ends),
+        starts=empty(struct.starts),
     )
 
 

@@ -184,7 +184,8 @@ class ReconstructedStates(AbstractStateSource):
         error = steps.batch.map(_relative_error)(
             reversal.checked_part(*found), reversal.checked_part(*known), peak
         )
-        return *where(is_known, known, found), jnp.where(is_known, error, 0)
+        y, state = where(is_known, known, found)
+        return y, state, jnp.where(is_known, error, 0)
 
     def _known(self, steps: RecordedSteps, times: StepTimes) -> Any:
         """The state stored for a step; numbers without a meaning if none was."""

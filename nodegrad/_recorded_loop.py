@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ._batch import Batch
-from ._compat import is_unsafe_sde, while_loop
-from ._grid import AbstractGrid, AdaptiveGrid, RATIO
-from ._hoist import as_struct, hoist, Pure
+from ._compat import while_loop
+from ._grid import RATIO
+from ._hoist import hoist, Pure
+from ._plan import make_plan, Solve, with_first, without_first
 from ._reconstruction import reconstruction_error
 from ._recording import (
     all_axes,
@@ -32,50 +33,15 @@ from ._recording import (
     none_like,
     Outputs,
     Plan,
-    PureSave,
     Recording,
     Saved,
 )
-from ._save import cursors, Save, save_states
-from ._state_source import AbstractStateSource, hoist_parts
-from ._statistics import make_statistics
-from ._step import AbstractStep, SolverStep
+from ._save import cursors, save_states
+from ._state_source import AbstractStateSource
+from ._step import SolverStep
 from ._tangent_map import tangent_map
 from ._trajectory import StepLog, Trajectory
 from ._tree import as_arrays, put
-
-
-class Solve(eqx.Module):
-    """What a loop solves: everything that a recording needs to know of it.
-
-    - `step`: the step, with the terms and `args`.
-    - `states`: where a derivative gets the states from.
-    - `grid`: what the times of steps depend on.
-    - `jumps`: whether a step may start elsewhere than the one before ended.
-    - `check`: whether to reconstruct the states right after the solve, for the error.
-    - `throw`: whether a failure raises.
-    - `dense`, `event`: whether there are dense output and an event.
-    """
-
-    step: AbstractStep
-    states: AbstractStateSource
-    interpolation_cls: Callable = eqx.field(static=True)
-    saves: list[Save]
-    grid: AbstractGrid
-    t0: Array
-    t1: Array
-    jumps: bool = eqx.field(static=True)
-    check: bool = eqx.field(static=True)
-    throw: bool = eqx.field(static=True)
-    dense: bool = eqx.field(static=True)
-    event: bool = eqx.field(static=True)
-
-    @property
-    def stores_times(self) -> bool:
-        """Whether the ends of steps are written down rather than computed again."""
-        # Some noise is the same only for the very same times.
-        is_exact = isinstance(self.grid, AdaptiveGrid) or is_unsafe_sde(self.step.terms)
-        return is_exact or self.states.stores_times
 
 
 class Written(eqx.Module):
@@ -83,7 +49,7 @@ class Written(eqx.Module):
 
     rows: PyTree[Array]
     log: StepLog
-    at_end: Array | None
+    at_end: Any
 
 
 def recorded_loop(
@@ -118,7 +84,7 @@ def recorded_loop(
     loop_consts, pure_run = hoist(run, init_state)
     plan, inputs = make_plan(solve, init_state)
     final_state, written = _differentiable(plan, pure_run)(
-        loop_consts, init_state, _without_first(inputs)
+        loop_consts, init_state, without_first(inputs)
     )
     error = None
     if solve.check:
@@ -147,8 +113,8 @@ def _differentiable(plan: Plan, pure_run: Pure) -> Callable:
         loop_consts, init_state, others = primals
         _, t_init, t_others = tangents
         final_state, written = differentiable_run(*primals)
-        inputs = _with_first(plan.states, others, init_state)
-        t_inputs = _with_first(plan.states, t_others, t_init)
+        inputs = with_first(plan.states, others, init_state)
+        t_inputs = with_first(plan.states, t_others, t_init)
         trajectory = make_trajectory(plan.states, init_state, final_state, written)
         struct = jax.eval_shape(lambda: _outputs(plan, final_state, written))
         out = tangent_map(plan, inputs, trajectory, t_inputs, struct)
@@ -161,80 +127,6 @@ def _differentiable(plan: Plan, pure_run: Pure) -> Callable:
         return eqx.combine(differentiable_run(*args), pure_run.static_out)
 
     return run
-
-
-def make_plan(solve: Solve, state: PyTree) -> tuple[Plan, Inputs]:
-    """What is static about a solve, and what it depends on."""
-    t, y = as_struct(state.tprev), as_struct(state.y)
-    replay_state = solve.states.replay_state(state.solver_state, state.made_jump)
-    replay_state = as_struct(replay_state)
-    constants, parts, results = hoist_parts(solve.states, t, y, replay_state)
-    _, _, dense_info = results
-    saves = [_hoist_save(solve, save, t, y, dense_info) for save in solve.saves]
-    statistics_consts, statistics = make_statistics(solve, state, constants, parts)
-    plan = Plan(
-        states=eqx.filter(solve.states, eqx.is_array, inverse=True),
-        parts=parts,
-        saves=[save for _, save in saves],
-        statistics=statistics,
-        dense=solve.dense,
-        event=solve.event,
-        throw=solve.throw,
-    )
-    others = Inputs(
-        y=None,
-        replay_state=None,
-        first_start=None,
-        first_end=None,
-        constants=constants,
-        save_constants=[consts for consts, _ in saves],
-        grid=as_arrays(solve.grid),
-        ts=[save.ts for save in solve.saves],
-        statistics=statistics_consts,
-    )
-    return plan, _with_first(plan.states, others, state)
-
-
-def _hoist_save(
-    solve: Solve, save: Save, t: Any, y: PyTree, dense_info: PyTree
-) -> tuple[list[Any], PureSave]:
-    """How `save` computes its rows at the end of a step, and inside of one."""
-    args = solve.step.args
-
-    def at_end(t, y):
-        return as_arrays(save.fn(t, y, args))
-
-    def inside(t, start, end, info):
-        interpolation = solve.interpolation_cls(t0=start, t1=end, **info)
-        return as_arrays(save.fn(t, interpolation.evaluate(t), args))
-
-    no_function: tuple[list[Array], Pure | None] = [], None
-    at_end_consts, pure_at_end = hoist(at_end, t, y) if save.steps else no_function
-    inside_consts, pure_inside = (
-        no_function if save.ts is None else hoist(inside, t, t, t, dense_info)
-    )
-    consts = [at_end_consts, inside_consts]
-    return consts, PureSave(save.steps, pure_at_end, pure_inside)
-
-
-def _with_first(states: AbstractStateSource, others: Inputs, state: PyTree) -> Inputs:
-    """`others`, with the first state and step times from a loop state.
-
-    Also of tangents, with `None` for those that are zero.
-    """
-    return _arrays(
-        replace(
-            others,
-            y=state.y,
-            replay_state=states.replay_state(state.solver_state, state.made_jump),
-            first_start=state.tprev,
-            first_end=state.tnext,
-        )
-    )
-
-
-def _without_first(inputs: Inputs) -> Inputs:
-    return replace(inputs, y=None, replay_state=None, first_start=None, first_end=None)
 
 
 def make_trajectory(
@@ -280,7 +172,7 @@ def run_recording(
 ) -> tuple[PyTree, Written]:
     """The loop itself: the final state, and what was written down."""
     states, grid, step_offset = solve.states, solve.grid, _steps_taken(init_state)
-    logs_origin = isinstance(grid, AdaptiveGrid)
+    logs_origin = grid.origin_dtype is not None
     rows = None
     if states.rows:
         empty_rows = lambda x: jnp.zeros((states.rows, *x.shape), x.dtype)
