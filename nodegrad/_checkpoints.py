@@ -187,7 +187,8 @@ class CheckpointedStates(AbstractStateSource):
             active = is_active(index)
             row = jnp.where(level == 0, index, segment + index - start)
             times = steps.times(batch.clamp_index(active, index))
-            y, state = batch.map(take)(rows, batch.clamp_index(active, row))
+            at = batch.clamp_index(active, row)
+            y, state = steps.valid(batch.map(take)(rows, at))
             state = self.stepper.replay_state_at(state, times.made_jump)
             step = BackwardStep(
                 times, active, y, state, self._linearize(steps, times, y, state)

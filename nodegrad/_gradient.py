@@ -211,8 +211,6 @@ def pull_back(recording: Recording, ct: Outputs) -> Inputs:
 
     Only what `recording.wrt` marks is complete.
     """
-    trajectory = recording.trajectory.with_valid_first_step(recording.batch)
-    recording = replace(recording, trajectory=trajectory)
     statistics = None
     if recording.plan.statistics is not None:
         recording, statistics = recording.plan.statistics.joined(recording)
@@ -224,6 +222,7 @@ def pull_back(recording: Recording, ct: Outputs) -> Inputs:
     if throw and not recording.plan.event:
         # JAX drops the exception of a solve whose value is not used, as in
         # `jax.jit(jax.grad(loss))` of a loss that is linear in it.
-        failed = jnp.broadcast_to(~jnp.all(trajectory.at_end), trajectory.at_end.shape)
+        at_end = recording.trajectory.at_end
+        failed = jnp.broadcast_to(~jnp.all(at_end), at_end.shape)
         carry = visitor.nan_where(failed, carry)
     return visitor.finish(carry)

@@ -143,7 +143,7 @@ class ReconstructedStates(AbstractStateSource):
 
     def walk(self, steps, visit, carry, linearizes):
         batch, trajectory = steps.batch, steps.trajectory
-        state = trajectory.y, trajectory.replay_state
+        state = steps.valid((trajectory.y, trajectory.replay_state))
         error = jnp.zeros_like(batch.map(size)(_constant(trajectory.y)))
         peak = zeros_like(magnitudes(_constant(trajectory.y)))
 
@@ -184,7 +184,7 @@ class ReconstructedStates(AbstractStateSource):
         error = steps.batch.map(_relative_error)(
             reversal.checked_part(*found), reversal.checked_part(*known), peak
         )
-        y, state = where(is_known, known, found)
+        y, state = steps.valid(where(is_known, known, found))
         return y, state, jnp.where(is_known, error, 0)
 
     def _known(self, steps: RecordedSteps, times: StepTimes) -> Any:
@@ -199,16 +199,15 @@ class ReconstructedStates(AbstractStateSource):
             )
             return take(rows, row)
 
-        read = steps.batch.map_shared(read, steps.grid, steps.grid_axes)
-        stored = read(steps.trajectory.rows, times)
+        read_all = steps.batch.map_shared(read, steps.grid, steps.grid_axes)
+        stored = read_all(steps.trajectory.rows, times)
         return where(times.index == 0, start, stored)
 
     def _linearize(self, calls, times: StepTimes, y, state) -> Callable:
         def linearize():
             restart = self._is_restart(times)
-            step = lambda evaluate, *args: self.reversal.forward(
-                evaluate, *args, restart
-            )
+            forward: Any = self.reversal.forward
+            step = lambda evaluate, *args: forward(evaluate, *args, restart)
             return calls.linearize(step, (times.start, times.end, y, state))
 
         return linearize

@@ -117,10 +117,6 @@ class Recording(eqx.Module):
     @property
     def steps(self) -> RecordedSteps:
         """The part that a state source needs."""
-        no_step = self.trajectory.num_steps == 0
-        y0, replay_state0 = self.batch.fill_from_valid(
-            no_step, (self.inputs.y, self.inputs.replay_state)
-        )
         return RecordedSteps(
             trajectory=self.trajectory,
             grid=self.inputs.grid,
@@ -130,8 +126,8 @@ class Recording(eqx.Module):
             axes=self.axes.constants,
             wrt=self.wrt.constants,
             wrt_times=self.wrt_times,
-            y0=y0,
-            replay_state0=replay_state0,
+            y0=self.inputs.y,
+            replay_state0=self.inputs.replay_state,
             batch=self.batch,
         )
 

@@ -56,14 +56,18 @@ class AbstractReversal(eqx.Module):
         """The functions that evaluate something, by name."""
 
     @abc.abstractmethod
-    def forward(self, evaluate: Evaluate, t0, t1, y0, state0, restart):
+    def forward(
+        self, evaluate: Evaluate, t0, t1, y0: PyTree, state0: PyTree, restart: Any
+    ) -> tuple[PyTree, PyTree, PyTree]:
         """The step: `(y1, state1, dense_info)`. `restart` is `False` where none can be.
 
         It is the step that the solver itself makes, up to rounding.
         """
 
     @abc.abstractmethod
-    def backward(self, evaluate: Evaluate, t0, t1, before, y1, state1):
+    def backward(
+        self, evaluate: Evaluate, t0, t1, before, y1: PyTree, state1: PyTree
+    ) -> tuple[PyTree, PyTree]:
         """The inverse of the step after its restart, if any: `(y0, state0)`.
 
         `before` is the start of the step before this one (or `t0` if there is none).

@@ -73,8 +73,16 @@ class RecordedSteps(eqx.Module):
     def times(self, index: Int[Array, "..."]) -> StepTimes:
         """When step `index` of every solve was made."""
         read = lambda grid, trajectory, index: trajectory.times(grid, index)
-        read = self.batch.map_shared(read, self.grid, self.grid_axes)
-        return read(self.trajectory, index)
+        read_all = self.batch.map_shared(read, self.grid, self.grid_axes)
+        return self.valid(read_all(self.trajectory, index))
+
+    def valid(self, tree: PyTree) -> PyTree:
+        """`tree`, with numbers of another solve for solves that took no step.
+
+        These stay at a first step that was never made. Its pullback must be free of
+        NaNs, so that their zero cotangents stay zero.
+        """
+        return self.batch.fill_from_valid(self.trajectory.num_steps == 0, tree)
 
     def evaluate(self, part: str, key: str, *args: PyTree) -> PyTree[Array]:
         """Calls a part of the step, without linearising it."""

@@ -1,13 +1,9 @@
 """What the forward pass writes down of the accepted steps."""
 
-from dataclasses import replace
-
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree, Real
 
-from ._batch import Batch
 from ._grid import AbstractGrid, StepTimes
 
 
@@ -94,27 +90,4 @@ class Trajectory(eqx.Module):
             previous_size=jnp.where(index == 0, first_size, previous_size),
             previous_start=previous_start,
             step_offset=self.step_offset,
-        )
-
-    def with_valid_first_step(self, batch: Batch) -> "Trajectory":
-        """Gives solves that took no step a first step that can be pulled back.
-
-        Their cotangents are zero, but the step of a NaN would make NaNs of them.
-        """
-        if not batch.sizes:
-            return self
-        no_step, row_axis = self.num_steps == 0, len(batch.sizes)
-        first = (slice(None),) * row_axis + (0,)
-        fill_first = lambda x: x.at[first].set(batch.fill_from_valid(no_step, x[first]))
-        rows, log = jax.tree.map(fill_first, (self.rows, self.log))
-        times = batch.fill_from_valid(no_step, (self.first_start, self.first_end))
-        state = batch.fill_from_valid(no_step, (self.y, self.replay_state))
-        return replace(
-            self,
-            rows=rows,
-            log=log,
-            first_start=times[0],
-            first_end=times[1],
-            y=state[0],
-            replay_state=state[1],
         )

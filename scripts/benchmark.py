@@ -8,13 +8,14 @@ import argparse
 from pathlib import Path
 
 import jax
-from benchmarks import gradients, reversible, second_order, training
+from benchmarks import gradients, modes, reversible, second_order, training
 from benchmarks.measure import describe_machine, make_clock
 from benchmarks.report import Report
 
 
 _SUBCOMMANDS = {
     "gradients": gradients,
+    "modes": modes,
     "reversible": reversible,
     "second-order": second_order,
     "training": training,

@@ -7,11 +7,10 @@ the accepted grid, see `solves.frozen_grid_gradient`.
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import diffrax
 import jax
 import numpy as np
 
@@ -169,7 +168,6 @@ def run(arguments: argparse.Namespace, clock: Clock, report: Report) -> None:
     for case in _quick_cases() if arguments.quick else _full_cases():
         measure_case(settings, case)
     measure_lanes(settings)
-    measure_batched(settings)
     for max_steps in (4096, 65536) if arguments.quick else (1024, 4096, 65536):
         measure_memory(settings, max_steps)
 
@@ -394,33 +392,9 @@ def measure_lanes(settings: Settings) -> None:
     methods = (VMAP_DIFFRAX, VMAP_ACA, VMAP_ACA_IN_DIFFRAX, BATCHED_ACA)
     peer, *rows = _measure_methods(settings, problem, methods, "adaptive")
     for row in rows:
-        limit = 0.35 if row.method == BATCHED_ACA.name else 0.45
         ratio = row.seconds / peer.seconds
         what = f"time of {row.method}"
-        budget = Budget(what, problem.name, peer.method, ratio, limit, 0.25)
-        settings.report.budgets.append(budget)
-
-
-def measure_batched(settings: Settings) -> None:
-    """Many parameters: what `batched=True` saves over `jax.vmap`.
-
-    The more stages a step has, the more of `vmap`'s gradients of one sample each XLA
-    sums before they go to memory, and the less there is to gain in time.
-    """
-    problem = replace(perceptron(64, 128, 128), max_steps=64)
-    parameters = sum(x.size for x in jax.tree.leaves(problem.args))
-    methods = VMAP_ACA, BATCHED_ACA
-    for solver in diffrax.Tsit5(), diffrax.Euler():
-        name = (
-            f"batch 128, {parameters} parameters, 50 steps of {type(solver).__name__}"
-        )
-        problem = replace(problem, name=name, solver=solver)
-        peer, row = _measure_methods(settings, problem, methods, "constant")
-        ratio = row.temp_bytes / peer.temp_bytes
-        budget = Budget(f"memory of {row.method}", name, peer.method, ratio, 1 / 6)
-        settings.report.budgets.append(budget)
-        ratio = row.seconds / peer.seconds
-        budget = Budget(f"time of {row.method}", name, peer.method, ratio, 1 / 2)
+        budget = Budget(what, problem.name, peer.method, ratio, 0.33, 0.25)
         settings.report.budgets.append(budget)
 
 
