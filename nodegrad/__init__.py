@@ -1,11 +1,9 @@
 from ._adjoint import ACAAdjoint as ACAAdjoint, ReversibleAdjoint as ReversibleAdjoint
 from ._alf import ALF as ALF
+from ._blocks import HessianBlocks as HessianBlocks
 from ._curvature import value_grad_and_curvature as value_grad_and_curvature
 from ._gauss_newton import scale_by_gauss_newton as scale_by_gauss_newton
-from ._hessian_blocks import (
-    hessian_blocks as hessian_blocks,
-    HessianBlocks as HessianBlocks,
-)
+from ._hessian_blocks import hessian_blocks as hessian_blocks
 from ._kronecker import KroneckerFactors as KroneckerFactors
 from ._low_rank import (
     low_rank_blocks as low_rank_blocks,
@@ -34,4 +32,5 @@ from ._terminal_time import (
     terminal_time as terminal_time,
     terminal_time_derivatives as terminal_time_derivatives,
 )
+from ._theorem1_blocks import theorem1_blocks as theorem1_blocks
 from ._training import make_steps as make_steps

@@ -111,6 +111,6 @@ def _check_one_step(solve: Solve, state):
             "`hessian_blocks(ts=...)` needs a solver whose steps depend on nothing but "
             "the state they start from, such as `diffrax.Tsit5()`: with any other one "
             "the derivative with respect to the state alone, at a time between, has no "
-            "meaning. Pass `continuous=True`, or leave out `ts`."
+            "meaning. Use `nodegrad.theorem1_blocks`, or leave out `ts`."
         )
         raise ValueError(msg)

@@ -2,27 +2,25 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, ArrayLike, PyTree, Real
 
 from ._adjoint import ACAAdjoint
-from ._arguments import as_state, as_times, check_supported, check_ts, is_terms
+from ._blocks import HessianBlocks, structured
 from ._compat import nondifferentiable, nondifferentiable_backward
 from ._discrete_blocks import differentiate_steps, linearized
 from ._door import RecordedAdjoint
+from ._loss import checked_loss, common_dtype, plain_field
 from ._odesolve import raised
-from ._theorem1 import solve_backwards
 from ._tree import flatten
 
 
 _Time = Real[ArrayLike, ""]
-_SAVE_T1 = diffrax.SaveAt(t1=True)
 _CONSTANT = diffrax.ConstantStepSize()
 _ACA = ACAAdjoint()
 
@@ -40,29 +38,6 @@ _FROZEN = (
 )
 
 
-class HessianBlocks(eqx.Module):
-    r"""A loss and its first and second derivatives, structured as `jax.hessian` does.
-
-    `value`, `grad_y`, `grad_args`, `hess_yy`, `hess_yargs` and `hess_argsargs`; in the
-    notation of the paper $Q, Q_x, Q_u, Q_{xx}, Q_{xu}, Q_{uu}$. A second derivative is
-    a pytree of pytrees: for each leaf of the first argument, a pytree like the second
-    one, whose leaves have the shapes of both. Leaves of `args` that are not floating
-    point arrays are `None`. Blocks along `ts` have a leading axis for them. All numbers
-    have the widest type of `y0` and `args`.
-
-    **Arguments:** those fields, filled by `nodegrad.hessian_blocks`.
-
-    **Cost:** $(m + n)^2$ numbers for $m$ of the state and $n$ of `args`.
-    """
-
-    value: Array
-    grad_y: PyTree[Array]
-    grad_args: PyTree[Array]
-    hess_yy: PyTree[Array]
-    hess_yargs: PyTree[Array]
-    hess_argsargs: PyTree[Array]
-
-
 def hessian_blocks(
     terms: Callable[[Array, PyTree, PyTree], PyTree] | PyTree[diffrax.AbstractTerm],
     solver: diffrax.AbstractSolver,
@@ -75,7 +50,6 @@ def hessian_blocks(
     terminal_cost: Callable[[PyTree], Array],
     running_cost: Callable[[Array, PyTree, PyTree], Array] | None = None,
     exact: bool = False,
-    continuous: bool | Literal["backsolve"] = False,
     ts: Real[ArrayLike, " times"] | None = None,
     stepsize_controller: diffrax.AbstractStepSizeController = _CONSTANT,
     adjoint: RecordedAdjoint = _ACA,
@@ -113,64 +87,38 @@ def hessian_blocks(
       integrated as one more component of the state, which the error control sees as
       well. Needs a plain vector field (a function or a `diffrax.ODETerm`).
     - `exact`: whether to count the second derivatives of the vector field.
-    - `continuous`: `True` discretises the backward differential equations of
-      Theorem 1 of the paper, instead of differentiating the discrete solve; the state
-      then comes from the dense output of the forward solve. `"backsolve"` integrates
-      the state backwards along with them. `terms` as for `running_cost`.
     - `ts`: times, from `t0` towards `t1`, at which to return the derivatives of the
       loss from there on, with respect to $y$ there. They have to be the ends of steps:
       adaptive steps are made to end there, constant steps and `diffrax.StepTo` must do
-      so on their own. (With `continuous` they may be any, and are interpolated at.)
+      so already.
 
     **Returns:** `nodegrad.HessianBlocks`, at `t0` or along `ts`.
 
     **Raises:** `ValueError` or `TypeError` for arguments that do not fit together, at
     trace time where they are known then. `RuntimeError` if a solve fails. Forward mode
-    passes through discrete blocks (third derivatives), reverse mode does not; with
-    `continuous` it is the other way round.
+    passes through the result (third derivatives), reverse mode does not.
 
     **Cost:** for $m$ states and $n$ parameters, a step costs $m + n$ second-order
     pullbacks; Gauss-Newton without a running cost $m$ pullbacks (or $m + n$
     pushforwards, if $n \le m$), and matrix products of $m n^2$. Memory: $(m + n)^2$,
     and that of a first-order gradient, so that with `nodegrad.ReversibleAdjoint` it
     does not depend on the number of steps.
-    `continuous=True` stores all of the forward solve, `"backsolve"` nothing of it.
-    Compiled anew for every new function object: define costs once, outside of loops.
+    A new function object compiles again: define the vector field and the costs once,
+    outside of loops.
 
     **When not to use it:** for more than some thousand parameters, where the matrix
     itself is too large: `nodegrad.hvp`, `nodegrad.ggn_vp`. For a loss of few residuals:
     `nodegrad.low_rank_blocks`. For a loss of several solves or of outputs at several
-    times: `jax.hessian`. `continuous="backsolve"` on a problem that decays: going back,
-    it explodes.
+    times: `jax.hessian`. For the backward differential equations of the paper instead
+    of the derivatives of the computed loss: `nodegrad.theorem1_blocks`.
 
     ??? cite "Reference"
 
         Liu, Chen, Theodorou: Second-order Neural ODE Optimizer, NeurIPS 2021, Theorem 1
         (without the bracket above).
     """
-    check_supported(adjoint, _SAVE_T1)
-    _check_options(max_steps, continuous, ts)
-    if not is_terms(terms):
-        terms = diffrax.ODETerm(terms)  # pyright: ignore[reportArgumentType]
-    if (running_cost is not None or continuous) and type(terms) is not diffrax.ODETerm:
-        msg = (
-            "A `running_cost` and `continuous=...` need a plain vector field, that is, "
-            f"a function or a `diffrax.ODETerm`; got {terms}. Add the cost to the "
-            "state by hand, or leave `continuous=False`."
-        )
-        raise TypeError(msg)
-    saveat = _SAVE_T1 if ts is None else diffrax.SaveAt(ts=jnp.asarray(ts))
-    t0, t1, dt0 = as_times(t0, t1, dt0, saveat)
-    y0 = jax.tree.map(lambda x: as_state(t0.dtype, x), y0)
-    check_ts(saveat, t0, t1)
-    terminal_cost = _as_array(terminal_cost, _dtype(y0, args))
-    if running_cost is not None:
-        running_cost = _as_array(running_cost, _dtype(y0, args))
-    _check_costs(terminal_cost, running_cost, t0, y0, args)
-    solve = _continuous_blocks if continuous else _discrete_blocks
-    *sols, blocks = solve(
+    loss = checked_loss(
         terms,
-        solver,
         t0,
         t1,
         dt0,
@@ -179,14 +127,31 @@ def hessian_blocks(
         terminal_cost=terminal_cost,
         running_cost=running_cost,
         exact=exact,
-        ts=None if ts is None else jnp.asarray(ts, t0.dtype),
+        ts=ts,
+        adjoint=adjoint,
+        max_steps=max_steps,
+    )
+    if running_cost is not None:
+        plain_field(
+            loss.terms, "A `running_cost`", "Add the cost to the state by hand."
+        )
+    sol = _discrete_blocks(
+        loss.terms,
+        solver,
+        loss.t0,
+        loss.t1,
+        loss.dt0,
+        loss.y0,
+        args,
+        terminal_cost=loss.terminal_cost,
+        running_cost=loss.running_cost,
+        exact=exact,
+        ts=loss.ts,
         stepsize_controller=stepsize_controller,
         adjoint=adjoint,
         max_steps=max_steps,
-        **({"backsolve": continuous == "backsolve"} if continuous else {}),
     )
-    for sol in sols:
-        blocks: Any = raised(replace(sol, ys=blocks)).ys
+    blocks: Any = raised(sol).ys
     return blocks
 
 
@@ -204,9 +169,9 @@ def _discrete_blocks(
     running_cost,
     exact,
     **kwargs,
-) -> tuple[diffrax.Solution, HessianBlocks]:
-    """The blocks of the computed solution."""
-    dtype = _dtype(y0, args)
+) -> diffrax.Solution:
+    """The solve, with its blocks for `ys`."""
+    dtype = common_dtype(y0, args)
     loss, y_init, without_curvature = terminal_cost, y0, None
     if running_cost is not None:
         field = terms.vector_field
@@ -238,38 +203,12 @@ def _discrete_blocks(
         gradient, hessian = jax.vmap(restrict)(rows.expansion)
         # What the running cost has come to by then is not to come.
         value = value - jnp.sum(rows.state[:, size:], axis=1)
-    blocks = _structured(value, gradient, hessian, y0, args)
+    blocks = structured(value, gradient, hessian, y0, args)
     if without_curvature is not None:
-        return sol, nondifferentiable(blocks, msg=_FROZEN)
-    return sol, nondifferentiable_backward(blocks, msg=_FORWARD_ONLY)
-
-
-@eqx.filter_jit
-def _continuous_blocks(
-    terms, solver, t0, t1, dt0, y0, args, *, running_cost, ts, **kwargs
-) -> tuple[diffrax.Solution, diffrax.Solution, HessianBlocks]:
-    """The blocks of the backward differential equations."""
-    dtype = _dtype(y0, args)
-    if running_cost is None:
-        running_cost = lambda *_: jnp.zeros((), dtype)
-    forward, backward = solve_backwards(
-        terms.vector_field,
-        t0,
-        t1,
-        dt0,
-        y0,
-        args,
-        solver=solver,
-        running_cost=running_cost,
-        ts=ts,
-        dtype=dtype,
-        **kwargs,
-    )
-    to_go: Any = backward.ys
-    if ts is None:
-        to_go = jax.tree.map(lambda x: x[0], to_go)
-    blocks = _structured(to_go.value, to_go.gradient, to_go.hessian, y0, args)
-    return forward, backward, blocks
+        blocks = nondifferentiable(blocks, msg=_FROZEN)
+    else:
+        blocks = nondifferentiable_backward(blocks, msg=_FORWARD_ONLY)
+    return replace(sol, ys=blocks)
 
 
 def _with_cost(field: Callable, running_cost: Callable) -> diffrax.ODETerm:
@@ -281,90 +220,3 @@ def _with_cost(field: Callable, running_cost: Callable) -> diffrax.ODETerm:
         return field(t, y, args), rate
 
     return diffrax.ODETerm(with_cost)
-
-
-def _structured(value, gradient, hessian, y0, args) -> HessianBlocks:
-    """The blocks as pytrees; the arrays may have one axis more, of times."""
-    y0, args = eqx.filter((y0, args), eqx.is_inexact_array)
-    axis = gradient.ndim - 1
-    size = sum(x.size for x in jax.tree.leaves(y0))
-
-    def block(matrix, rows, columns):
-        split_columns = lambda x: _split(x, x.ndim - 1, columns)
-        return jax.tree.map(split_columns, _split(matrix, axis, rows))
-
-    upper, lower = jnp.split(hessian, [size], axis)
-    return HessianBlocks(
-        value=value,
-        grad_y=_split(gradient[..., :size], axis, y0),
-        grad_args=_split(gradient[..., size:], axis, args),
-        hess_yy=block(upper[..., :size], y0, y0),
-        hess_yargs=block(upper[..., size:], y0, args),
-        hess_argsargs=block(lower[..., size:], args, args),
-    )
-
-
-def _split(array: Array, axis: int, like: PyTree[Array]) -> PyTree[Array]:
-    """`array` as a pytree like `like`, with `axis` in the shapes of its leaves."""
-    leaves, structure = jax.tree.flatten(like)
-    ends = np.cumsum([x.size for x in leaves], dtype=int)
-    before, after = array.shape[:axis], array.shape[axis + 1 :]
-    parts = [
-        jnp.reshape(part, before + x.shape + after)
-        for part, x in zip(jnp.split(array, ends[:-1], axis), leaves, strict=False)
-    ]
-    return jax.tree.unflatten(structure, parts)
-
-
-def _dtype(y0: PyTree, args: PyTree):
-    """One type for the numbers of both."""
-    leaves = jax.tree.leaves(eqx.filter((y0, args), eqx.is_inexact_array))
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(*leaves)
-
-
-def _as_array(cost: Callable, dtype) -> Callable:
-    """`cost`, which may return a Python number."""
-
-    def as_array(*args):
-        out = cost(*args)
-        return jnp.asarray(out, dtype) if isinstance(out, float) else out
-
-    return as_array
-
-
-def _check_options(max_steps, continuous, ts):
-    if max_steps is None:
-        msg = (
-            "`hessian_blocks` needs a bound on the number of steps, to allocate memory "
-            "for them: pass `max_steps=...`."
-        )
-        raise ValueError(msg)
-    if continuous not in (False, True, "backsolve"):
-        msg = (
-            f"`continuous` must be `False`, `True` or 'backsolve'; got {continuous!r}."
-        )
-        raise ValueError(msg)
-    if ts is not None and (np.ndim(ts) != 1 or np.size(ts) == 0):
-        msg = f"`ts` must be a sequence of one or more times; got {ts}."
-        raise ValueError(msg)
-
-
-def _check_costs(terminal_cost, running_cost, t0, y0, args):
-    if jnp.issubdtype(_dtype(y0, args), jnp.complexfloating):
-        msg = (
-            "`hessian_blocks` needs a real state and real `args`. Split complex ones "
-            "into their real and imaginary parts."
-        )
-        raise TypeError(msg)
-    costs: list[tuple[str, Callable, Any]] = [
-        ("terminal_cost(y)", terminal_cost, (y0,))
-    ]
-    if running_cost is not None:
-        costs.append(("running_cost(t, y, args)", running_cost, (t0, y0, args)))
-    for name, cost, inputs in costs:
-        out = eqx.filter_eval_shape(cost, *inputs)
-        shape, dtype = getattr(out, "shape", None), getattr(out, "dtype", bool)
-        if shape != () or not jnp.issubdtype(dtype, jnp.floating):
-            msg = f"`{name}` must return a real scalar array; got {out}."
-            raise ValueError(msg)

@@ -164,7 +164,8 @@ class ReconstructedStates(AbstractStateSource):
                 y, state = where(stays, (walk.y, walk.replay_state), (y, state))
             return index - 1, _Walk(y, state, peak, error), carry
 
-        init = trajectory.num_steps - 1, _Walk(*state, peak, error), carry
+        walk = _Walk(state[0], state[1], peak, error)
+        init = trajectory.num_steps - 1, walk, carry
         _, walk, carry = batch.while_loop(lambda c: c[0] >= 0, body, init)
         return carry, walk.error
 

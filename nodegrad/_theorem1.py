@@ -7,8 +7,9 @@ $$-\dot Q = \ell, \qquad -\dot Q_z = \ell_z + A^\top Q_x, \qquad
   -\dot Q_{zz} = \ell_{zz} + A^\top P + P^\top A
   + \Big[\sum_k (Q_x)_k\, \partial_{zz} F_k\Big],$$
 
-where $P = (Q_{xx}, Q_{xu})$ are the upper rows of $Q_{zz}$, and the term in brackets
-tells the Hessian from its published, Gauss-Newton form.
+where $P = (Q_{xx}, Q_{xu})$ are the upper rows of $Q_{zz}$. The published equations do
+not have the term in brackets: they give the Gauss-Newton matrix. With it they give the
+Hessian.
 """
 
 from collections.abc import Callable
@@ -21,12 +22,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ._expansion import expand
-from ._odesolve import odesolve
 from ._tree import flatten
 
 
 class LossToGo(eqx.Module):
-    r"""$Q, Q_z, Q_{zz}$ at one time; `y` if the state is integrated along."""
+    r"""$Q, Q_z, Q_{zz}$ at one time; also the state `y` if it is integrated with them.
+
+    `gradient` and `hessian` are flat: the state first, the parameters after it.
+    """
 
     value: Array
     gradient: Array
@@ -34,101 +37,65 @@ class LossToGo(eqx.Module):
     y: PyTree[Array] | None
 
 
-def solve_backwards(
-    field: Callable,
-    t0,
-    t1,
-    dt0,
-    y0: PyTree[Array],
-    args: PyTree,
-    *,
-    running_cost: Callable,
-    terminal_cost: Callable,
-    exact: bool,
-    backsolve: bool,
-    dtype,
-    ts: Array | None,
-    stepsize_controller: diffrax.AbstractStepSizeController,
-    **kwargs,
-) -> tuple[diffrax.Solution, diffrax.Solution]:
-    """The solution forwards, and the `LossToGo` backwards.
-
-    The latter at `t0` or, in this order, at `ts`. `kwargs` are those of `odesolve`.
-    """
-    forward = odesolve(
-        diffrax.ODETerm(field),
-        t0=t0,
-        t1=t1,
-        dt0=dt0,
-        y0=y0,
-        args=args,
-        saveat=diffrax.SaveAt(t1=True, dense=not backsolve),
-        stepsize_controller=stepsize_controller,
-        **kwargs,
-    )
-    y1 = jax.tree.map(lambda x: x[0], forward.ys)
+def loss_to_go(
+    terminal_cost: Callable, y1: PyTree[Array], args: PyTree, dtype, with_state: bool
+) -> LossToGo:
+    """The `LossToGo` at the end of the solve, where the state is `y1`."""
     s, unravel = flatten(y1, dtype)
     u, _ = flatten(args, dtype)
-    terminal = expand(lambda s, _: terminal_cost(unravel(s)), s, u)
-    gradient, hessian = terminal.of_first(len(s))
-    last = LossToGo(terminal_cost(y1), gradient, hessian, y1 if backsolve else None)
-    interpolation: Any = forward.interpolation
-    evaluate = None if backsolve else interpolation.evaluate
-    backward = odesolve(
-        diffrax.ODETerm(_rates(field, running_cost, exact, evaluate, y0, dtype)),
-        t0=t1,
-        t1=t0,
-        dt0=None if dt0 is None else -dt0,
-        y0=last,
-        args=args,
-        saveat=diffrax.SaveAt(t1=True) if ts is None else diffrax.SaveAt(ts=ts[::-1]),
-        stepsize_controller=_reversed(stepsize_controller),
-        **kwargs,
-    )
-    ys = backward.ys if ts is None else jax.tree.map(lambda x: x[::-1], backward.ys)
-    return forward, eqx.tree_at(lambda sol: sol.ys, backward, ys)
+    expansion = expand(lambda s, _: terminal_cost(unravel(s)), s, u)
+    gradient, hessian = expansion.of_first(len(s))
+    value = terminal_cost(y1)
+    return LossToGo(value, gradient, hessian, y1 if with_state else None)
 
 
-def _rates(
-    field, running_cost, exact: bool, evaluate: Callable | None, y0, dtype
-) -> Callable:
-    """The vector field of a `LossToGo`; `evaluate(t)` is the state, if known."""
-    _, unravel_y = flatten(y0, dtype)
+class LossToGoRates(eqx.Module):
+    """The vector field of a `LossToGo`.
 
-    def rates(t, to_go: LossToGo, args: Any) -> LossToGo:
-        y = to_go.y if evaluate is None else evaluate(t)
-        x, _ = flatten(y, dtype)
-        u, unravel_args = flatten(args, dtype)
+    A module rather than a closure: its functions are leaves, so two solves with the
+    same functions share one compiled program.
+
+    `states` is the forward solution, or `None` if the state is part of the `LossToGo`.
+    """
+
+    field: Callable
+    running_cost: Callable | None
+    states: diffrax.DenseInterpolation | None
+    exact: bool = eqx.field(static=True)
+    dtype: Any = eqx.field(static=True)
+
+    def __call__(self, t: Any, to_go: LossToGo, args: PyTree) -> LossToGo:
+        y: Any = to_go.y if self.states is None else self.states.evaluate(t)
+        x, unravel_y = flatten(y, self.dtype)
+        u, unravel_args = flatten(args, self.dtype)
+        size, q_x = len(x), to_go.gradient[: len(x)]
 
         def flat_field(x, u):
-            rate = field(t, unravel_y(x), unravel_args(u))
-            full = lambda y, f: jnp.broadcast_to(f, y.shape)
-            return flatten(jax.tree.map(full, y0, rate), dtype)[0]
-
-        def flat_cost(x, u):
-            return running_cost(t, unravel_y(x), unravel_args(u))
+            rate = self.field(t, unravel_y(x), unravel_args(u))
+            return flatten(_like(y, rate), self.dtype)[0]
 
         by_x, by_u = jax.jacobian(flat_field, argnums=(0, 1))(x, u)
         jacobian = jnp.concatenate([by_x, by_u], axis=1)
-        q_x = to_go.gradient[: len(x)]
-        cost_gradient, hessian = expand(flat_cost, x, u).of_first(len(x))
-        if exact:
-            hamiltonian = lambda x, u: q_x @ flat_field(x, u)
-            _, curvature = expand(hamiltonian, x, u).of_first(len(x))
-            hessian = hessian + curvature
-        growth = jacobian.T @ to_go.hessian[: len(x)]
+        growth = jacobian.T @ to_go.hessian[:size]
+        value = jnp.zeros((), self.dtype)
+        gradient, hessian = jacobian.T @ q_x, growth + growth.T
+        if self.running_cost is not None:
+            cost = self.running_cost
+            flat_cost = lambda x, u: cost(t, unravel_y(x), unravel_args(u))
+            cost_gradient, cost_hessian = expand(flat_cost, x, u).of_first(size)
+            value = flat_cost(x, u)
+            gradient, hessian = gradient + cost_gradient, hessian + cost_hessian
+        if self.exact:
+            hamiltonian = expand(lambda x, u: q_x @ flat_field(x, u), x, u)
+            hessian = hessian + hamiltonian.of_first(size)[1]
         return LossToGo(
-            value=-flat_cost(x, u),
-            gradient=-(cost_gradient + jacobian.T @ q_x),
-            hessian=-(hessian + growth + growth.T),
-            y=field(t, y, args) if evaluate is None else None,
+            value=-value,
+            gradient=-gradient,
+            hessian=-hessian,
+            y=self.field(t, y, args) if self.states is None else None,
         )
 
-    return rates
 
-
-def _reversed(controller):
-    """The controller for the way back."""
-    if isinstance(controller, diffrax.StepTo):
-        return diffrax.StepTo(controller.ts[::-1])
-    return controller
+def _like(y: PyTree[Array], rate: PyTree) -> PyTree[Array]:
+    """`rate` in the shapes of `y`: a field may return scalars for whole arrays."""
+    return jax.tree.map(lambda y, f: jnp.broadcast_to(f, y.shape), y, rate)

@@ -1,8 +1,13 @@
 """Second derivatives along a solve, against oracles that share no code with them.
 
-Discrete: plain automatic differentiation of a scan over the accepted grid. Continuous:
-Diffrax's `DirectAdjoint`, forward sensitivities, matrix exponentials.
+`hessian_blocks`: plain automatic differentiation of a scan over the accepted grid.
+`theorem1_blocks`: Diffrax's `DirectAdjoint`, forward sensitivities, and matrix
+exponentials.
 """
+
+import inspect
+import re
+import textwrap
 
 import diffrax
 import equinox as eqx
@@ -54,11 +59,28 @@ def with_cost(t, y__cost, args):
     return jnp.concatenate([network(t, y, args), cost[None]])
 
 
-def _blocks(solver=None, t0=0.0, t1=1.0, dt0=None, y0=Y0, args=NETWORK, **kwargs):
+def _blocks(
+    solver=None,
+    t0=0.0,
+    t1=1.0,
+    dt0=None,
+    y0=Y0,
+    args=NETWORK,
+    blocks_of=nodegrad.hessian_blocks,
+    **kwargs,
+):
     kwargs = dict(terminal_cost=terminal_cost, stepsize_controller=PID) | kwargs
     solver = diffrax.Tsit5() if solver is None else solver
     kwargs = dict(max_steps=128) | kwargs
-    return nodegrad.hessian_blocks(network, solver, t0, t1, dt0, y0, args, **kwargs)
+    return blocks_of(network, solver, t0, t1, dt0, y0, args, **kwargs)
+
+
+def _backsolve_blocks(*args, **kwargs):
+    return nodegrad.theorem1_blocks(*args, backsolve=True, **kwargs)
+
+
+BOTH = [nodegrad.theorem1_blocks, nodegrad.hessian_blocks]
+BOTH_WITH_BACKSOLVE = [_backsolve_blocks, nodegrad.hessian_blocks]
 
 
 def _derivatives(loss, y0=Y0, args=NETWORK):
@@ -225,8 +247,8 @@ def test_discrete_gauss_newton_drops_the_curvature_of_the_field_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("continuous", [True, "backsolve"])
-def test_continuous_is_the_hessian_of_direct_adjoint(continuous):
+@pytest.mark.parametrize("backsolve", [False, True])
+def test_theorem1_is_the_hessian_of_direct_adjoint(backsolve):
     def loss(y0, args):
         y1 = diffrax.diffeqsolve(
             diffrax.ODETerm(with_cost),
@@ -243,11 +265,12 @@ def test_continuous_is_the_hessian_of_direct_adjoint(continuous):
         return terminal_cost(y1[:2]) + y1[2]
 
     blocks = _blocks(
-        diffrax.Dopri8() if continuous == "backsolve" else diffrax.Tsit5(),
+        diffrax.Dopri8() if backsolve else diffrax.Tsit5(),
         stepsize_controller=TIGHT,
         running_cost=running_cost,
         exact=True,
-        continuous=continuous,
+        blocks_of=nodegrad.theorem1_blocks,
+        backsolve=backsolve,
         max_steps=512,
     )
     assert relative_error(_assembled(blocks), _derivatives(loss)) < 1e-8
@@ -282,20 +305,20 @@ def _by_forward_sensitivities(t0=0.0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("continuous", [True, False])
-def test_gauss_newton_is_what_forward_sensitivities_say(continuous):
+@pytest.mark.parametrize("blocks_of", BOTH)
+def test_gauss_newton_is_what_forward_sensitivities_say(blocks_of):
     blocks = _blocks(
         stepsize_controller=TIGHT,
         running_cost=running_cost,
-        continuous=continuous,
+        blocks_of=blocks_of,
         max_steps=512,
     )
     _, _, hessian = _assembled(blocks)
     assert relative_error(hessian, _by_forward_sensitivities()) < 1e-8
 
 
-@pytest.mark.parametrize("continuous", [True, False])
-def test_affine_fields_have_the_closed_form_whether_exact_or_not(continuous):
+@pytest.mark.parametrize("blocks_of", BOTH_WITH_BACKSOLVE)
+def test_affine_fields_have_the_closed_form_whether_exact_or_not(blocks_of):
     """`y' = M y + N u + c`, by the exponential of a block matrix."""
     m, n, c = jr.normal(jr.PRNGKey(4), (2, 2)), jr.normal(jr.PRNGKey(5), (2, 3)), 0.3
     weight = jnp.array([[2.0, 0.5], [0.5, 1.0]])
@@ -312,7 +335,7 @@ def test_affine_fields_have_the_closed_form_whether_exact_or_not(continuous):
         sensitivity.T @ weight @ sensitivity,
     )
     for exact in (True, False):
-        blocks = nodegrad.hessian_blocks(
+        blocks = blocks_of(
             lambda t, y, u: m @ y + n @ u + c,
             diffrax.Dopri8(),
             0.0,
@@ -322,7 +345,6 @@ def test_affine_fields_have_the_closed_form_whether_exact_or_not(continuous):
             u,
             terminal_cost=cost,
             exact=exact,
-            continuous="backsolve" if continuous else False,
             stepsize_controller=diffrax.PIDController(1e-12, 1e-12),
             max_steps=256,
         )
@@ -339,12 +361,12 @@ def test_affine_fields_have_the_closed_form_whether_exact_or_not(continuous):
         assert relative_error(found, expected) < 1e-10
 
 
-@pytest.mark.parametrize("continuous", [True, False])
-def test_a_bilinear_field_is_not_affine(continuous):
+@pytest.mark.parametrize("blocks_of", BOTH)
+def test_a_bilinear_field_is_not_affine(blocks_of):
     """`y' = W y` with `W` for a parameter: Gauss-Newton is not the Hessian."""
     w = jr.normal(jr.PRNGKey(6), (2, 2))
     exact, flat = (
-        nodegrad.hessian_blocks(
+        blocks_of(
             lambda t, y, w: w @ y,
             RK4,
             0.0,
@@ -354,7 +376,6 @@ def test_a_bilinear_field_is_not_affine(continuous):
             w,
             terminal_cost=lambda y: jnp.sum(y**2),
             exact=exact,
-            continuous=continuous,
         )
         for exact in (True, False)
     )
@@ -365,11 +386,11 @@ def test_a_bilinear_field_is_not_affine(continuous):
     assert jnp.max(jnp.abs(flat.hess_yargs - exact.hess_yargs)) > 1e-2
 
 
-def test_discrete_converges_to_continuous_at_the_order_of_the_solver():
+def test_hessian_blocks_converge_to_theorem1_at_the_order_of_the_solver():
     kwargs = dict(running_cost=running_cost, exact=True)
     limit = _blocks(
         diffrax.Dopri8(),
-        continuous="backsolve",
+        blocks_of=_backsolve_blocks,
         stepsize_controller=diffrax.PIDController(1e-12, 1e-12),
         max_steps=512,
         **kwargs,
@@ -389,18 +410,18 @@ def test_discrete_converges_to_continuous_at_the_order_of_the_solver():
 
 
 @pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize("continuous", ["backsolve", False])
-def test_blocks_are_symmetric_and_gauss_newton_is_semidefinite(exact, continuous):
+@pytest.mark.parametrize("blocks_of", BOTH_WITH_BACKSOLVE)
+def test_blocks_are_symmetric_and_gauss_newton_is_semidefinite(exact, blocks_of):
     convex = lambda t, y, args: jnp.sum(y**2) + 1e-3 * jnp.sum(args["bias"] ** 2)
     # Not Tsit5 for the running cost: some of its weights are negative.
     for cost, solver in [(None, diffrax.Tsit5()), (convex, RK4)]:
         blocks = _blocks(
             solver,
-            dt0=0.01 if continuous else 0.1,
+            dt0=0.1 if blocks_of is nodegrad.hessian_blocks else 0.01,
             terminal_cost=lambda y: jnp.sum(y**4),
             running_cost=cost,
             exact=exact,
-            continuous=continuous,
+            blocks_of=blocks_of,
             stepsize_controller=CONSTANT,
         )
         _, _, hessian = _assembled(blocks)
@@ -409,8 +430,11 @@ def test_blocks_are_symmetric_and_gauss_newton_is_semidefinite(exact, continuous
             assert jnp.linalg.eigvalsh(hessian)[0] > -1e-10
 
 
-@pytest.mark.parametrize("exact, continuous", [(True, False), (False, True)])
-def test_weight_decay_adds_its_multiple_of_the_identity(exact, continuous):
+@pytest.mark.parametrize(
+    "exact, blocks_of",
+    [(True, nodegrad.hessian_blocks), (False, nodegrad.theorem1_blocks)],
+)
+def test_weight_decay_adds_its_multiple_of_the_identity(exact, blocks_of):
     gamma = 0.7
     decay = lambda t, y, args: 0.5 * gamma / 2.0 * jnp.sum(ravel_pytree(args)[0] ** 2)
     ts = jnp.array([0.0, 0.5, 2.0])
@@ -421,7 +445,7 @@ def test_weight_decay_adds_its_multiple_of_the_identity(exact, continuous):
             dt0=0.25,
             running_cost=cost,
             exact=exact,
-            continuous=continuous,
+            blocks_of=blocks_of,
             stepsize_controller=CONSTANT,
             ts=ts,
         )
@@ -468,11 +492,27 @@ def test_blocks_along_the_solve_are_those_of_the_solves_from_there():
 def test_adaptive_steps_are_made_to_end_at_the_times_asked_for(t0, t1):
     ts = jnp.linspace(t0, t1, 4)
     kwargs = dict(t0=t0, t1=t1, ts=ts, stepsize_controller=TIGHT, max_steps=512)
-    discrete = _assembled(_blocks(exact=True, running_cost=running_cost, **kwargs))
-    continuous = _assembled(
-        _blocks(exact=True, running_cost=running_cost, continuous=True, **kwargs)
+    discrete, continuous = (
+        _assembled(
+            _blocks(
+                exact=True, running_cost=running_cost, blocks_of=blocks_of, **kwargs
+            )
+        )
+        for blocks_of in (nodegrad.hessian_blocks, nodegrad.theorem1_blocks)
     )
     assert relative_error(discrete, continuous) < 1e-7
+
+
+@pytest.mark.slow
+def test_theorem1_goes_along_prescribed_steps():
+    """The backward solve takes the times of `StepTo` in the reverse order."""
+    kwargs = dict(exact=True, running_cost=running_cost)
+    fine = diffrax.StepTo(jnp.linspace(0.0, 1.0, 65) ** 1.5)
+    blocks = _blocks(
+        RK4, stepsize_controller=fine, blocks_of=nodegrad.theorem1_blocks, **kwargs
+    )
+    expected = _blocks(RK4, stepsize_controller=fine, **kwargs)
+    assert relative_error(_assembled(blocks), _assembled(expected)) < 1e-6
 
 
 def test_times_may_be_close_together_and_the_same():
@@ -634,6 +674,74 @@ def test_third_derivatives_by_forward_mode():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backsolve", [False, True])
+def test_reverse_mode_passes_through_theorem1(backsolve):
+    """Value and gradient have the blocks for derivatives, up to discretisation."""
+
+    def blocks_of(y0, rate):
+        return nodegrad.theorem1_blocks(
+            lambda t, y, rate: -rate * jnp.sin(y),
+            RK4,
+            0.0,
+            1.0,
+            0.02,
+            y0,
+            rate,
+            terminal_cost=terminal_cost,
+            running_cost=lambda t, y, rate: rate * jnp.sum(y**2),
+            exact=True,
+            backsolve=backsolve,
+            max_steps=64,
+        )
+
+    def combined(y0, rate):
+        blocks = blocks_of(y0, rate)
+        return blocks.value + 0.3 * blocks.grad_args
+
+    rate = jnp.array(0.7)
+    blocks = blocks_of(Y0, rate)
+    found = jax.jit(jax.grad(combined, (0, 1)))(Y0, rate)
+    expected = (
+        blocks.grad_y + 0.3 * blocks.hess_yargs,
+        blocks.grad_args + 0.3 * blocks.hess_argsargs,
+    )
+    assert relative_error(found, expected) < 1e-7
+
+
+@pytest.mark.parametrize("blocks_of", BOTH)
+def test_the_same_functions_are_compiled_once(blocks_of):
+    num_traces = 0
+
+    def field(t, y, args):
+        nonlocal num_traces
+        num_traces += 1
+        return -args * y
+
+    terminal = lambda y: jnp.sum(y**2)
+    running = lambda t, y, args: jnp.sum(y**2) * args
+
+    def run(rate):
+        nonlocal num_traces
+        num_traces = 0
+        blocks_of(
+            field,
+            diffrax.Heun(),
+            0.0,
+            1.0,
+            0.25,
+            Y0,
+            jnp.array(rate),
+            terminal_cost=terminal,
+            running_cost=running,
+            max_steps=8,
+        )
+        return num_traces
+
+    assert run(0.5) > 0
+    assert run(0.7) == 0
+
+
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_steps():
     def temporary_bytes(num_steps):
         def blocks_of(y0, args):
@@ -688,35 +796,65 @@ def test_one_column_of_the_gradient_gives_the_gradient():
 # Misuse.
 
 
-def test_misuse_is_refused():
+@pytest.mark.parametrize("blocks_of", BOTH)
+def test_misuse_of_either_function_is_refused(blocks_of):
+    blocks = lambda **kwargs: _blocks(blocks_of=blocks_of, **kwargs)
     with pytest.raises(ValueError, match="must return a real scalar"):
-        _blocks(terminal_cost=lambda y: y)
+        blocks(terminal_cost=lambda y: y)
     with pytest.raises(ValueError, match="running_cost.*must return a real scalar"):
-        _blocks(running_cost=lambda t, y, args: y)
-    with pytest.raises(ValueError, match="`continuous` must be"):
-        _blocks(continuous="yes")
-    with pytest.raises(ValueError, match="bound on the number of steps"):
-        _blocks(max_steps=None)
+        blocks(running_cost=lambda t, y, args: y)
+    with pytest.raises(TypeError, match="`exact` must be `True` or `False`; got 1"):
+        blocks(exact=1)
+    with pytest.raises(ValueError, match="bound on the number.*pass `max_steps="):
+        blocks(max_steps=None)
     with pytest.raises(TypeError, match="takes a `nodegrad.ACAAdjoint`"):
-        _blocks(adjoint=diffrax.DirectAdjoint())
-    with pytest.raises(TypeError, match="real state"):
-        _blocks(y0=Y0.astype(complex))
+        blocks(adjoint=diffrax.DirectAdjoint())
+    with pytest.raises(TypeError, match="real state.*Split complex ones"):
+        blocks(y0=Y0.astype(complex))
+    with pytest.raises(TypeError, match="real state.*Split complex ones"):
+        blocks(args=jax.tree.map(lambda x: x.astype(complex), NETWORK))
+    with pytest.raises(ValueError, match="ordered from `t0` to `t1`"):
+        blocks(ts=[0.5, 0.2])
+    with pytest.raises(ValueError, match="sequence of one or more"):
+        blocks(ts=0.5)
+    with pytest.raises(RuntimeError, match="max_steps"):
+        blocks(max_steps=2)
+
+
+def test_misuse_of_theorem1_is_refused():
+    blocks = lambda **kwargs: _blocks(blocks_of=nodegrad.theorem1_blocks, **kwargs)
+    for backsolve in (1, "backsolve", None, np.bool_(True), jnp.array(True)):
+        with pytest.raises(TypeError, match="`backsolve` must be `True` or `False`"):
+            blocks(backsolve=backsolve)
+    terms = diffrax.MultiTerm(diffrax.ODETerm(network), diffrax.ODETerm(network))
+    with pytest.raises(
+        TypeError, match=r"plain vector field[\s\S]*`nodegrad.hessian_blocks`"
+    ):
+        nodegrad.theorem1_blocks(
+            terms,
+            diffrax.Heun(),
+            0.0,
+            1.0,
+            0.1,
+            Y0,
+            NETWORK,
+            terminal_cost=terminal_cost,
+        )
+
+
+def test_misuse_is_refused():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'continuous'"):
+        _blocks(continuous=True)
     with pytest.raises(ValueError, match="whose steps depend on nothing but"):
         _blocks(nodegrad.Reversible(diffrax.Bosh3()), ts=[0.5])
-    with pytest.raises(ValueError, match="ordered from `t0` to `t1`"):
-        _blocks(ts=[0.5, 0.2])
     off_grid = dict(ts=[0.33], dt0=0.1, stepsize_controller=CONSTANT)
     kwargs = dict(running_cost=running_cost, **off_grid)
     with pytest.raises(RuntimeError, match="must be ends of steps"):
         jax.jit(lambda y0: _blocks(y0=y0, **kwargs).value)(Y0)
-    with pytest.raises(ValueError, match="sequence of one or more"):
-        _blocks(ts=0.5)
-    with pytest.raises(RuntimeError, match="max_steps"):
-        _blocks(max_steps=2)
     with pytest.raises(RuntimeError, match="max_steps"):
         _blocks(max_steps=2, ts=[0.5])
     terms = diffrax.MultiTerm(diffrax.ODETerm(network), diffrax.ODETerm(network))
-    with pytest.raises(TypeError, match="need a plain vector field"):
+    with pytest.raises(TypeError, match="needs a plain vector field"):
         nodegrad.hessian_blocks(
             terms,
             diffrax.Heun(),
@@ -741,3 +879,11 @@ def test_what_cannot_be_differentiated_says_so():
         jax.grad(lambda y0: total(y0, exact=True))(Y0)
     with pytest.raises(RuntimeError, match="with `exact=True` can"):
         jax.jvp(lambda y0: total(y0, running_cost=running_cost), (Y0,), (Y0,))
+
+
+def test_the_example_of_theorem1_prints_what_it_says(capsys):
+    doc = inspect.getdoc(nodegrad.theorem1_blocks)
+    (code,) = re.findall(r"```python\n(.*?)```", doc, re.DOTALL)
+    (promised,) = re.findall(r"print\(.*\)  # (.*)", code)
+    exec(compile(textwrap.dedent(code), "theorem1_blocks", "exec"), {})
+    assert abs(float(capsys.readouterr().out) - float(promised)) < 1e-4
