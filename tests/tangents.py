@@ -16,20 +16,20 @@ from .matrix import DOORS
 from .problems import Field, forced_pair, PAIR_ARGS, PAIR_Y0
 
 
-MAX_STEPS = 96
+MAX_STEPS = 64
 # Of the four outputs, where a scalar is wanted.
 WEIGHTS = jnp.array([1.0, -0.6, 0.3, 0.8])
 
 # `(adjoint, solver, tolerance)`; adaptive solves take between 5 and 70 steps.
 _REVERSIBLE = nodegrad.ReversibleAdjoint()
 METHODS = {
-    "aca": (nodegrad.ACAAdjoint(), diffrax.Tsit5(), 1e-6),
-    "aca(4)": (nodegrad.ACAAdjoint(4), diffrax.Bosh3(), 1e-4),
-    "aca(all)": (nodegrad.ACAAdjoint("all"), diffrax.Tsit5(), 1e-6),
-    "bosh3": (_REVERSIBLE, nodegrad.Reversible(diffrax.Bosh3(), resync_every=5), 1e-4),
-    "tsit5": (_REVERSIBLE, nodegrad.Reversible(diffrax.Tsit5(), resync_every=3), 1e-6),
-    "alf": (_REVERSIBLE, nodegrad.ALF(), 1e-3),
-    "heun": (_REVERSIBLE, diffrax.ReversibleHeun(), 1e-3),
+    "aca": (nodegrad.ACAAdjoint(), diffrax.Tsit5(), 1e-4),
+    "aca(4)": (nodegrad.ACAAdjoint(4), diffrax.Bosh3(), 1e-3),
+    "aca(all)": (nodegrad.ACAAdjoint("all"), diffrax.Tsit5(), 1e-4),
+    "bosh3": (_REVERSIBLE, nodegrad.Reversible(diffrax.Bosh3(), resync_every=5), 1e-3),
+    "tsit5": (_REVERSIBLE, nodegrad.Reversible(diffrax.Tsit5(), resync_every=3), 1e-4),
+    "alf": (_REVERSIBLE, nodegrad.ALF(), 1e-2),
+    "heun": (_REVERSIBLE, diffrax.ReversibleHeun(), 1e-2),
 }
 
 
@@ -48,10 +48,10 @@ def _clip(tol, t0, t1, times):
 
 # Controllers `(tolerance, t0, t1, times) -> controller`, of three times, and `dt0`.
 CONTROLLERS = {
-    "constant": (lambda *_: diffrax.ConstantStepSize(), 0.13),
-    "pid": (_pid, 0.05),
+    "constant": (lambda *_: diffrax.ConstantStepSize(), 0.26),
+    "pid": (_pid, 0.1),
     "step_to": (_step_to, None),
-    "clip": (_clip, 0.4),
+    "clip": (_clip, 0.8),
 }
 
 
@@ -104,16 +104,16 @@ def inputs(setting: Setting) -> dict[str, Any]:
     """Everything that a solve is differentiated for."""
     y0, params, _ = PROBLEMS[setting.problem]
     _, dt0 = CONTROLLERS[setting.controller]
-    flip = (lambda t: 1.5 - t) if setting.backwards else (lambda t: t)
+    flip = (lambda t: 3.0 - t) if setting.backwards else (lambda t: t)
     x = {
         "y0": y0,
         "params": params,
         "scale": jnp.array(0.7),
         "t0": flip(jnp.array(0.0)),
-        "t1": flip(jnp.array(1.5)),
-        "ts": flip(jnp.array([0.15, 0.52, 1.1])),
+        "t1": flip(jnp.array(3.0)),
+        "ts": flip(jnp.array([0.3, 1.04, 2.2])),
         # In this order in both directions: controllers want them sorted.
-        "times": jnp.array([0.37, 0.8, 1.2]),
+        "times": jnp.array([0.74, 1.6, 2.4]),
     }
     if setting.controller == "step_to":
         x["times"] = flip(x["times"])

@@ -158,6 +158,20 @@ _FEW = [
 ]
 
 
+def _error(tree, reference):
+    """The largest error of any leaf, relative to it or to 1 % of the largest leaf.
+
+    (The derivative for `dt0` of a state at the end is as small as the error of the
+    solve, and is a difference of large numbers.)
+    """
+    largest = max(float(jnp.max(jnp.abs(y))) for y in jax.tree.leaves(reference))
+    errors = [
+        jnp.max(jnp.abs(x - y)) / jnp.maximum(jnp.max(jnp.abs(y)), 1e-2 * largest)
+        for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(reference), strict=True)
+    ]
+    return max(map(float, errors))
+
+
 def _check(row):
     setting, mode = Setting(*row[:-1]), row[-1]
     ours = flat(setting)
@@ -171,7 +185,7 @@ def _check(row):
         return
     adaptive = setting.controller in ("pid", "clip")
     # Where the error estimate chooses the steps, rounding moves them a little.
-    assert relative_error(found, expected) < (1e-10 if adaptive else 1e-11)
+    assert _error(found, expected) < (1e-10 if adaptive else 1e-11)
 
 
 def _name(row):
@@ -197,9 +211,8 @@ def test_oracles_agree(method):
     expected = oracle(setting)[0](direct.point)
     for jacobian in (jax.jacfwd, jax.jacrev):
         found = jax.jit(jacobian(direct.run))(direct.point)
-        assert relative_error(_by_input(direct, found), _by_input(direct, expected)) < (
-            1e-11
-        )
+        both = _by_input(direct, found), _by_input(direct, expected)
+        assert _error(*both) < 1e-10
 
 
 @pytest.mark.slow
@@ -214,7 +227,8 @@ def test_one_tangent_alone_is_its_part_of_the_whole(method, door, name):
     point, _ = ravel_pytree(x)
     direction = jax.tree.map(jnp.zeros_like, x) | {name: v}
     expected = oracle(setting)[0](point) @ ravel_pytree(direction)[0]
-    assert relative_error(jax.jit(push)(x[name]), expected) < 1e-10
+    whole = jnp.max(jnp.abs(oracle(setting)[0](point)))
+    assert jnp.max(jnp.abs(jax.jit(push)(x[name]) - expected)) < 1e-11 * whole
 
 
 @pytest.mark.slow
