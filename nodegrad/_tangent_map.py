@@ -146,8 +146,9 @@ def _evaluate(*operands: Array, static: _Static, levels: tuple[Level, ...]):
     """Pushes the tangents forward."""
 
     def one(*operands):
-        inputs, trajectory = static.inputs(list(operands))
-        tangents = static.tangents(list(operands[static.num_primals :]))
+        operands = list(map(jnp.asarray, operands))
+        inputs, trajectory = static.inputs(operands)
+        tangents = static.tangents(operands[static.num_primals :])
         out = push_forward(static.plan, inputs, trajectory, tangents, static.struct)
         return jax.tree.leaves(out)
 
@@ -167,7 +168,8 @@ def _transpose(cts, *operands: Any, static: _Static, levels: tuple[Level, ...]):
     known = [type(ct) is not ad.Zero for ct in cts]
     if not any(known):
         return [*none, *(None for _ in is_linear)]
-    primals = list(operands[: static.num_primals])
+    # Literals of a traced function are no arrays.
+    primals = [jnp.asarray(x) for x in operands[: static.num_primals]]
     # Solves are swept back over together. Of tangents of one solve every one has its
     # own sweep, which `vmap` makes of the code for one: these axes come first.
     solves = [i for i, level in enumerate(levels) if level.solves]
@@ -301,7 +303,7 @@ def _batch(operands, dims, *, static: _Static, levels: tuple[Level, ...]):
         if d is not None:
             return jnp.moveaxis(x, d, 0)
         if solves and i < num_own:
-            return jnp.broadcast_to(x, (size, *x.shape))
+            return jnp.broadcast_to(x, (size, *jnp.shape(x)))
         return x
 
     operands = [
