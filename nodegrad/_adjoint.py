@@ -33,11 +33,17 @@ class ACAAdjoint(RecordedAdjoint):
     `diffrax.diffeqsolve(..., adjoint=...)`; the latter with every term, solver,
     controller, `SaveAt`, event and progress meter that Diffrax has.
 
+    The derivative is one linear map, so every mode of JAX has it: `jax.grad`,
+    `jax.jvp`, `jax.linearize`, `jax.jacfwd`, `jax.jacrev`. Forward mode makes the
+    accepted steps again with tangents, and needs no stored state. Under `jax.vmap` each
+    sample takes its own steps, and the gradient of parameters that samples share is
+    summed inside every step.
+
     **Arguments:**
 
     - `checkpoints`: how many states to keep. `None` keeps about `2 sqrt(max_steps)` (a
-      power of two: 128 for the default `max_steps=4096`), and nothing is computed twice
-      while the solve takes no more accepted steps than that. An integer `K` keeps at
+      power of two, and 32 at least: 128 for the default `max_steps=4096`), and nothing
+      is computed twice while the solve takes no more accepted steps than that. An integer `K` keeps at
       most `K` states, and one segment of the `max_steps / K` states between two of them
       (both numbers as powers of two); the sum is least near `K = sqrt(max_steps)`.
       `"all"` keeps every accepted state, `max_steps` of them.
@@ -51,18 +57,19 @@ class ACAAdjoint(RecordedAdjoint):
     `diffrax.ClipStepSizeController`; the times of the accepted steps move with these
     as in Diffrax (an unclipped step size is a constant multiple of the one before).
     Second derivatives: forward mode over reverse mode, `jax.jvp(jax.grad(f), ...)` or
-    `jax.hessian(f)`, with the step sizes held constant.
+    `jax.hessian(f)`, and forward mode over forward mode, with the step sizes held
+    constant.
 
     **Cost:** one forward pass; per accepted step, one replay and its pullback; at most
     one more sweep over the accepted steps if `checkpoints` were too few for them.
-    Rejected steps cost nothing backwards. Memory: the states kept, and 9 bytes (in
+    Forward mode: one forward pass; per accepted step, one replay with its tangents,
+    however many these are. Rejected steps cost nothing in either. Memory: the states kept, and 9 bytes (in
     float32: 5) for each of `max_steps`. With an adaptive solver and `SaveAt(ts=...)`,
     `SaveAt(dense=True)` or an event, each replay also evaluates the last stage, which
     interpolation needs.
 
     **When not to use it:** where memory must not grow with the number of steps at all
-    (`nodegrad.ReversibleAdjoint`); for forward mode alone (`diffrax.ForwardMode`); for
-    steady states (`diffrax.ImplicitAdjoint`).
+    (`nodegrad.ReversibleAdjoint`); for steady states (`diffrax.ImplicitAdjoint`).
 
     ??? cite "Reference"
 

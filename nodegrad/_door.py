@@ -27,9 +27,9 @@ from ._step import AbstractStep, DelegatingSolver, make_step, RungeKuttaStep
 
 
 class RecordedAdjoint(diffrax.AbstractAdjoint):
-    """An adjoint that records the accepted steps and sweeps back over them once."""
+    """An adjoint that records the accepted steps and differentiates these."""
 
-    #: Whether to walk back right after the solve, for its error alone.
+    #: Whether to reconstruct the states right after the solve, for the error alone.
     check: eqx.AbstractVar[bool]
 
     @abc.abstractmethod
@@ -211,11 +211,12 @@ def saves_of(subs: list[diffrax.SubSaveAt]) -> list[Save]:
 
 
 def without_gradient(tree: Any) -> Any:
-    """Refuses to be differentiated, for want of a bound on the number of steps."""
+    """Refuses reverse mode, for which the number of steps has to be bounded."""
     msg = (
         "`max_steps=None` cannot be combined with a gradient through an adjoint of "
         "nodegrad: the memory for the accepted steps must be allocated "
-        "before the solve. Pass a bound, `max_steps=...`; it costs 8 bytes a step at "
-        "most, besides the states that the adjoint keeps."
+        "before the solve. Pass a bound, `max_steps=...`; it costs 9 bytes a step at "
+        "most, and the states that the adjoint keeps. Forward mode (`jax.jvp`) needs no "
+        "bound."
     )
     return nondifferentiable_backward(tree, msg=msg)

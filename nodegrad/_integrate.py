@@ -24,7 +24,7 @@ RESULTS: Any = _RESULTS
 
 
 class State(eqx.Module):
-    """What the loop carries; the names are Diffrax's, see `_record.py`.
+    """What the loop carries; the names are Diffrax's, see `_recorded_loop.py`.
 
     `last_finite` tells whether the last attempt was free of NaNs and infinities.
     """

@@ -72,14 +72,13 @@ def odesolve(
     - `stepsize_controller`: any Diffrax step size controller.
     - `adjoint`: how to differentiate: `nodegrad.ACAAdjoint(...)`, or for reversible
       solvers `nodegrad.ReversibleAdjoint()`.
-    - `max_steps`: a bound on the number of attempted steps. `None` for none, which
-      cannot be differentiated.
+    - `max_steps`: a bound on the number of attempted steps. `None` for none, which can
+      be differentiated by forward mode only.
     - `throw`: whether to raise if the solve fails. Otherwise look at `result`.
     - `batched`: whether every leaf of `y0` has a leading batch axis. The vector field
       is written for one sample; every sample takes its own steps; `args` and the terms
-      are shared. The result is that of `jax.vmap` over `y0`, but the gradient of what
-      is shared is summed over the batch inside every step of the backward pass, where
-      `vmap` would carry one gradient for each sample.
+      are shared. This is `jax.vmap` over `y0`, in result, time and memory; a failure
+      raises with the number of the sample.
 
     **Returns:** a `diffrax.Solution`. Its `stats` have, besides Diffrax's,
     `"num_vector_field_evaluations"` (`None` for solvers that iterate) and
