@@ -43,10 +43,10 @@ class ACAAdjoint(RecordedAdjoint):
 
     - `checkpoints`: how many states to keep. `None` keeps about `2 sqrt(max_steps)` (a
       power of two, and 32 at least: 128 for the default `max_steps=4096`), and nothing
-      is computed twice while the solve takes no more accepted steps than that. An integer `K` keeps at
-      most `K` states, and one segment of the `max_steps / K` states between two of them
-      (both numbers as powers of two); the sum is least near `K = sqrt(max_steps)`.
-      `"all"` keeps every accepted state, `max_steps` of them.
+      is computed twice while the solve takes no more accepted steps than that. An
+      integer `K` keeps at most `K` states, and one segment of the `max_steps / K`
+      states between two of them (both numbers as powers of two); the sum is least near
+      `K = sqrt(max_steps)`. `"all"` keeps every accepted state, `max_steps` of them.
 
     **Raises:** `TypeError` or `ValueError` for other `checkpoints`. `RuntimeError` on
     differentiating by reverse mode with `max_steps=None`, with respect to tolerances,
@@ -63,10 +63,10 @@ class ACAAdjoint(RecordedAdjoint):
     **Cost:** one forward pass; per accepted step, one replay and its pullback; at most
     one more sweep over the accepted steps if `checkpoints` were too few for them.
     Forward mode: one forward pass; per accepted step, one replay with its tangents,
-    however many these are. Rejected steps cost nothing in either. Memory: the states kept, and 9 bytes (in
-    float32: 5) for each of `max_steps`. With an adaptive solver and `SaveAt(ts=...)`,
-    `SaveAt(dense=True)` or an event, each replay also evaluates the last stage, which
-    interpolation needs.
+    however many these are. Rejected steps cost nothing in either. Memory: the states
+    kept, and 9 bytes (in float32: 5) for each of `max_steps`; forward mode alone: none.
+    With an adaptive solver and `SaveAt(ts=...)`, `SaveAt(dense=True)` or an event, each
+    replay also evaluates the last stage, which interpolation needs.
 
     **When not to use it:** where memory must not grow with the number of steps at all
     (`nodegrad.ReversibleAdjoint`); for steady states (`diffrax.ImplicitAdjoint`).

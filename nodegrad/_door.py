@@ -216,7 +216,7 @@ def without_gradient(tree: Any) -> Any:
         "`max_steps=None` cannot be combined with a gradient through an adjoint of "
         "nodegrad: the memory for the accepted steps must be allocated "
         "before the solve. Pass a bound, `max_steps=...`; it costs 9 bytes a step at "
-        "most, and the states that the adjoint keeps. Forward mode (`jax.jvp`) needs no "
-        "bound."
+        "most, and the states that the adjoint keeps. Forward mode (`jax.jvp`) needs "
+        "no bound."
     )
     return nondifferentiable_backward(tree, msg=msg)
