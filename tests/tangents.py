@@ -38,7 +38,11 @@ def _pid(tol, t0, t1, times):
 
 
 def _step_to(tol, t0, t1, times):
-    return diffrax.StepTo(jnp.concatenate([t0[None], times, t1[None]]))
+    # Three steps from each of the times to the next.
+    nodes = jnp.concatenate([t0[None], times, t1[None]])
+    fractions = jnp.arange(3) / 3
+    inner = nodes[:-1, None] + jnp.outer(jnp.diff(nodes), fractions)
+    return diffrax.StepTo(jnp.append(inner.ravel(), t1))
 
 
 def _clip(tol, t0, t1, times):
