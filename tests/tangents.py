@@ -38,7 +38,11 @@ def _pid(tol, t0, t1, times):
 
 
 def _step_to(tol, t0, t1, times):
-    return diffrax.StepTo(jnp.concatenate([t0[None], times, t1[None]]))
+    # Three steps from each of the times to the next.
+    nodes = jnp.concatenate([t0[None], times, t1[None]])
+    fractions = jnp.arange(3) / 3
+    inner = nodes[:-1, None] + jnp.outer(jnp.diff(nodes), fractions)
+    return diffrax.StepTo(jnp.append(inner.ravel(), t1))
 
 
 def _clip(tol, t0, t1, times):
@@ -135,6 +139,11 @@ def _saved(sol: diffrax.Solution, t0, t1) -> list:
     return saved
 
 
+def succeeded(sol: diffrax.Solution) -> jax.Array:
+    """One, or a NaN if the solve failed (JAX may drop the error that it raises)."""
+    return jnp.where(diffrax.is_okay(sol.result), 1.0, jnp.nan)
+
+
 def _summed(saved: list):
     """Four different numbers that depend on all there is."""
     numbers, _ = ravel_pytree(saved)
@@ -167,7 +176,7 @@ def outputs(setting: Setting, adjoint=None) -> Callable[[dict], jax.Array]:
             adjoint=ours if adjoint is None else adjoint,
             max_steps=MAX_STEPS,
         )
-        return _summed(_saved(sol, x["t0"], x["t1"]))
+        return _summed(_saved(sol, x["t0"], x["t1"])) * succeeded(sol)
 
     return run
 
