@@ -178,7 +178,7 @@ class UniformGrid(AbstractGrid):
     def anchor_time(self, origin, end):
         del origin
         t0, t1 = self.anchors
-        weight = jax.lax.stop_gradient((end - t0) / (t1 - t0))
+        end, weight = jax.lax.stop_gradient((end, (end - t0) / (t1 - t0)))
         moving = (1 - weight) * t0 + weight * t1
         return end + (moving - jax.lax.stop_gradient(moving))
 

@@ -162,6 +162,8 @@ def _make_step(
             plan.saves, inputs.save_constants, inputs.ts, state.saved, strict=True
         )
     ]
+    # Only what has a tangent is written.
+    info = eqx.filter(info, eqx.is_inexact_array)
     dense_ts, dense_infos = state.dense_ts, state.dense_infos
     if plan.dense:
         dense_ts, dense_infos = write_dense(
@@ -171,7 +173,7 @@ def _make_step(
     row = plan.states.row_to_write(
         index, times.step_offset, times.start, times.made_jump, grid
     )
-    stored = eqx.filter((state.y, state.replay_state), eqx.is_array)
+    stored = eqx.filter((state.y, state.replay_state), eqx.is_inexact_array)
     put_row = lambda row: lambda buffer, x: buffer_at_set(buffer, row, x, pred=True)
     put_index = put_row(index)
     return _State(
@@ -196,12 +198,13 @@ def _make_step(
 
 def _save(pure, consts, ts, old: SaveState, index, start, end, y1, info) -> SaveState:
     at_end_consts, inside_consts = consts
+    with_tangents = lambda row: eqx.filter(row, eqx.is_inexact_array)
     return write_step(
         old,
         ts,
         pure.steps,
-        lambda: (end, pure.at_end(at_end_consts, end, y1)),
-        lambda t: pure.inside(inside_consts, t, start, end, info),
+        lambda: (end, with_tangents(pure.at_end(at_end_consts, end, y1))),
+        lambda t: with_tangents(pure.inside(inside_consts, t, start, end, info)),
         jnp.array(True),
         index + 1,
         end,

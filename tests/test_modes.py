@@ -122,6 +122,33 @@ def test_forward_mode_is_exact(door):
     assert relative_error(push(v), expected) < 1e-11
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "solver", [diffrax.Tsit5(), nodegrad.Reversible(diffrax.Bosh3())]
+)
+def test_second_derivatives_with_respect_to_all_times_of_fixed_steps(solver):
+    def loss(x, solve, adjoint):
+        sol = solve(
+            diffrax.ODETerm(van_der_pol),
+            solver,
+            x[0],
+            x[1],
+            x[2],
+            x[3:5],
+            x[5],
+            adjoint=adjoint,
+            max_steps=64,
+        )
+        return jnp.sum(sol.ys**2)
+
+    x = jnp.array([0.0, 1.0, 0.13, 2.0, 0.0, 1.5])
+    theirs = lambda x: loss(x, diffrax.diffeqsolve, diffrax.ForwardMode())
+    expected = jax.jit(jax.jacfwd(jax.jacfwd(theirs)))(x)
+    ours = lambda x: loss(x, nodegrad.odesolve, nodegrad.ACAAdjoint())
+    for second in (jax.hessian, lambda fn: jax.jacfwd(jax.jacfwd(fn))):
+        assert relative_error(jax.jit(second(ours))(x), expected) < 1e-11
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_reverse_mode_over_a_derivative_says_what_to_do(door):
     loss, point = _loss(DOORS[door]), POINTS[0]

@@ -34,12 +34,6 @@ from .tangents import (
 )
 
 
-def _some_in_ci(rows: list, every: int) -> list:
-    """One row of `every` for CI; all of them take hours of compile time."""
-    mark = lambda i: pytest.mark.exhaustive if i % every else pytest.mark.slow
-    return [pytest.param(row, marks=mark(i)) for i, row in enumerate(rows)]
-
-
 # Modes of differentiation: `(our flat function, oracle) -> (ours, expected)`.
 
 
@@ -207,12 +201,13 @@ def test_a_mode_is_the_derivative_of_diffrax_s_loop(row):
     _check(row)
 
 
-@pytest.mark.parametrize("row", _some_in_ci(_covering(_FACTORS), 9), ids=_name)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("row", _covering(_FACTORS), ids=_name)
 def test_every_mode_of_every_solve_is_the_derivative_of_diffrax_s_loop(row):
     _check(row)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["aca", "alf"])
 def test_oracles_agree(method):
     setting = Setting("pair", method, "clip", "steps", "diffrax")
@@ -240,7 +235,7 @@ def test_one_tangent_alone_is_its_part_of_the_whole(method, door, name):
     assert jnp.max(jnp.abs(jax.jit(push)(x[name]) - expected)) < 1e-11 * whole
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("checkpoints", [None, 4, "all"])
 @pytest.mark.parametrize("solver", [diffrax.Tsit5(), diffrax.Bosh3()])
 def test_every_mode_is_that_of_the_unrolled_accepted_grid(solver, checkpoints):
@@ -307,7 +302,8 @@ def test_forward_and_reverse_are_transposes(seed):
     _check_transpose(seed, 8)
 
 
-@pytest.mark.parametrize("seed", _some_in_ci(list(range(100, 150)), 17))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("seed", range(100, 150))
 def test_forward_and_reverse_are_transposes_in_200_solves(seed):
     _check_transpose(seed, 4)
 
@@ -422,11 +418,11 @@ def _check_ensemble(nest, door, method, controller):
         ("models of samples", "diffrax", "aca", "constant"),
         pytest.param(
             *("samples of models", "native", "bosh3", "constant"),
-            marks=pytest.mark.slow,
+            marks=pytest.mark.exhaustive,
         ),
         pytest.param(
             *("models of end times of samples", "native", "aca", "pid"),
-            marks=pytest.mark.slow,
+            marks=pytest.mark.exhaustive,
         ),
     ],
 )
@@ -434,12 +430,10 @@ def test_an_ensemble_has_the_sum_of_single_gradients(nest, door, method, control
     _check_ensemble(_NESTS[nest], door, method, controller)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "row",
-    _some_in_ci(
-        _covering([list(_NESTS), list(DOORS), list(METHODS), ["constant", "pid"]], 1),
-        9,
-    ),
+    _covering([list(_NESTS), list(DOORS), list(METHODS), ["constant", "pid"]], 1),
     ids=", ".join,
 )
 def test_every_nest_of_vmaps_has_the_sum_of_single_gradients(row):
@@ -451,10 +445,10 @@ def test_every_nest_of_vmaps_has_the_sum_of_single_gradients(row):
     "method, controller",
     [
         ("aca", "constant"),
-        pytest.param("aca", "pid", marks=pytest.mark.slow),
-        pytest.param("aca(4)", "pid", marks=pytest.mark.slow),
-        pytest.param("alf", "constant", marks=pytest.mark.slow),
-        pytest.param("heun", "pid", marks=pytest.mark.slow),
+        pytest.param("aca", "pid", marks=pytest.mark.exhaustive),
+        pytest.param("aca(4)", "pid", marks=pytest.mark.exhaustive),
+        pytest.param("alf", "constant", marks=pytest.mark.exhaustive),
+        pytest.param("heun", "pid", marks=pytest.mark.exhaustive),
     ],
 )
 def test_batched_solves_of_several_models(method, controller):
@@ -517,7 +511,7 @@ def test_lanes_that_share_parameters_share_their_gradient(door, models):
 # These solvers evaluate the vector field before the first step, which is ordinary code
 # outside of the recorded loop: zero cotangents times NaN are NaN there.
 _FIRST_EVALUATION = (
-    pytest.mark.slow,
+    pytest.mark.exhaustive,
     pytest.mark.xfail(reason="the evaluation before the first step is not masked"),
 )
 
@@ -527,10 +521,10 @@ _FIRST_EVALUATION = (
     [
         ("diffrax", "aca", "y0"),
         ("native", "bosh3", "model"),
-        pytest.param("native", "aca(4)", "y0", marks=pytest.mark.slow),
+        pytest.param("native", "aca(4)", "y0", marks=pytest.mark.exhaustive),
         pytest.param("native", "alf", "y0", marks=_FIRST_EVALUATION),
-        pytest.param("diffrax", "bosh3", "y0", marks=pytest.mark.slow),
-        pytest.param("diffrax", "aca", "model", marks=pytest.mark.slow),
+        pytest.param("diffrax", "bosh3", "y0", marks=pytest.mark.exhaustive),
+        pytest.param("diffrax", "aca", "model", marks=pytest.mark.exhaustive),
         pytest.param("diffrax", "heun", "model", marks=_FIRST_EVALUATION),
     ],
 )
@@ -735,7 +729,7 @@ _OTHERS = {
     "name",
     [
         "Heun, general noise",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in list(_OTHERS)[1:]),
+        *(pytest.param(n, marks=pytest.mark.exhaustive) for n in list(_OTHERS)[1:]),
     ],
 )
 def test_forward_mode_of_noise_controls_events_and_implicit_solvers(name):
@@ -782,7 +776,7 @@ def test_forward_mode_needs_no_bound_on_the_number_of_steps(door):
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize(
     "solver",
-    [diffrax.Tsit5(), pytest.param(nodegrad.ALF(), marks=pytest.mark.slow)],
+    [diffrax.Tsit5(), pytest.param(nodegrad.ALF(), marks=pytest.mark.exhaustive)],
     ids=str,
 )
 def test_memory_of_forward_mode_does_not_grow_with_the_number_of_steps(door, solver):
