@@ -15,7 +15,7 @@ from jaxtyping import Array, Int, PyTree, Real
 from ._compat import buffer_at_set, while_loop
 from ._grid import moving_end, StepTimes
 from ._output import SaveState, write_dense, write_step
-from ._recording import Inputs, Outputs, Plan, Saved
+from ._recording import Inputs, moving_times, Outputs, Plan, Saved
 from ._trajectory import Trajectory
 from ._tree import as_arrays
 
@@ -54,11 +54,11 @@ def push_forward(
     """
     perturbed = jax.tree.map(lambda _, t: t is not None, inputs, tangents)
     wanted, fixed = eqx.partition(inputs, perturbed)
-    moves = perturbed.first_start or perturbed.first_end or perturbed.grid.anchors
+    moves = moving_times(perturbed)
 
     def fn(wanted):
         inputs = eqx.combine(wanted, fixed)
-        return replay(plan, inputs, trajectory, struct, bool(moves))
+        return replay(plan, inputs, trajectory, struct, moves)
 
     _, out = jax.jvp(fn, (wanted,), (eqx.filter(tangents, perturbed),))
     if plan.throw and not plan.event:

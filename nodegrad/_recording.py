@@ -111,8 +111,7 @@ class Recording(eqx.Module):
     @property
     def wrt_times(self) -> bool:
         """Whether to differentiate by any time that the steps depend on."""
-        wrt = self.wrt
-        return bool(wrt.first_start or wrt.first_end or wrt.grid.anchors)
+        return moving_times(self.wrt)
 
     @property
     def steps(self) -> RecordedSteps:
@@ -130,6 +129,12 @@ class Recording(eqx.Module):
             replay_state0=self.inputs.replay_state,
             batch=self.batch,
         )
+
+
+def moving_times(perturbed: Inputs) -> bool:
+    """Whether any time that the steps depend on is among the `perturbed` inputs."""
+    first = perturbed.first_start or perturbed.first_end
+    return bool(first or perturbed.grid.anchors)
 
 
 def all_axes(inputs: Inputs, batch: Batch) -> Inputs:

@@ -17,7 +17,7 @@ solves may share, then the tangents of the perturbed ones among both.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -36,7 +36,7 @@ from ._compat import (
 )
 from ._gradient import pull_back
 from ._pushforward import push_forward
-from ._recording import Inputs, Outputs, Plan, Recording
+from ._recording import Inputs, moving_times, Outputs, Plan, Recording
 from ._trajectory import Trajectory
 
 
@@ -123,6 +123,10 @@ def tangent_map(
     own_leaves, own = jax.tree.flatten((first, trajectory))
     shared_leaves, shared_structure = jax.tree.flatten(shared)
     perturbed = jax.tree.map(lambda _, t: t is not None, inputs, tangents)
+    if not moving_times(perturbed):
+        # A zero for a tangent would be differentiated by all that depends on times,
+        # and noise refuses that.
+        struct = replace(struct, ends=None, starts=None)
     _, shared_perturbed = _split(perturbed)
     owners = [i for i, p in enumerate(jax.tree.leaves(shared_perturbed)) if p]
     leaves = jax.tree.leaves(tangents)
