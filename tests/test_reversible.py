@@ -47,7 +47,7 @@ def _round_trip(solver, field, y0, h, n):
         (y1, state), _ = jax.lax.scan(forward, init, (times[:-1], times[1:]))
         before = jnp.concatenate([times[:1], times[:-2]])
         steps = times[:-1], times[1:], before
-        end = y1, reversal.kept(state)
+        end = y1, reversal.replay_state(state)
         start, _ = jax.lax.scan(backward, end, steps, reverse=True)
         return start
 
