@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree
 
 from ._compat import while_loop
-from ._tree import where, zeros_like
+from ._tree import put, take, where, zeros_like
 
 
 @dataclass(frozen=True)
@@ -105,15 +105,33 @@ class Batch(eqx.Module):
             return while_loop(is_active, body, init, buffers=buffers, kind="lax")
         return jax.lax.while_loop(lambda c: jnp.any(is_active(c)), body, init)
 
-    def clamp_index(
-        self, active: Bool[Array, "..."], index: Int[Array, "..."]
-    ) -> Array:
-        """`index`, but 0 for solves that have nothing left to do."""
-        return jnp.where(active, index, 0) if self.sizes else index
+    def take(self, tree: PyTree, row: Int[Array, ""]) -> PyTree:
+        """Row `row` of the arrays of every solve."""
+        if not self.sizes:
+            return take(tree, row)
+        axis = len(self.sizes)
+        read = lambda x: jax.lax.dynamic_index_in_dim(x, row, axis, keepdims=False)
+        return jax.tree.map(read, tree)
+
+    def put(self, tree: PyTree, row: Int[Array, ""], values: PyTree) -> PyTree:
+        """`tree` with `values` in row `row` of the arrays of every solve."""
+        if not self.sizes:
+            return put(tree, row, values)
+        axis = len(self.sizes)
+        write = lambda buffer, x: jax.lax.dynamic_update_index_in_dim(
+            buffer, x, row, axis
+        )
+        return jax.tree.map(write, tree, values)
+
+    def where_active(
+        self, active: Bool[Array, "..."], tree: PyTree, otherwise: PyTree
+    ) -> PyTree:
+        """`tree`, but `otherwise` for solves that are not active."""
+        return where(active, tree, otherwise) if self.sizes else tree
 
     def mask_inactive(self, active: Bool[Array, "..."], tree: PyTree) -> PyTree:
-        """`tree`, but zero for solves that have nothing left to do."""
-        return where(active, tree, zeros_like(tree)) if self.sizes else tree
+        """`tree`, but zero for solves that are not active."""
+        return self.where_active(active, tree, zeros_like(tree))
 
     def fill_from_valid(self, invalid: Bool[Array, "..."], tree: PyTree) -> PyTree:
         """Replaces the numbers of `invalid` solves by those of a valid one.

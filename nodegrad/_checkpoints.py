@@ -13,16 +13,23 @@ gradient costs at most one extra pass over the accepted steps, and nothing extra
 `level == 0`, that is for up to `slots` steps.
 """
 
+import functools as ft
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
+from ._grid import StepTimes
+from ._linearized_calls import LinearizedCalls
 from ._state_source import AbstractStateSource, BackwardStep, RecordedSteps
 from ._step import AbstractStep
-from ._tree import as_arrays, put, take
+from ._tree import take
+
+
+C = TypeVar("C")
 
 
 class Checkpoints(eqx.Module):
@@ -115,24 +122,25 @@ class CheckpointedStates(AbstractStateSource):
         return self.stepper.with_replay_state(solver_state, replay_state)
 
     def parts(self):
-        def replay(t0, t1, y, state):
-            y1, state1, info = self.stepper.replay(t0, t1, y, state, self.dense)
-            return as_arrays((y1, state1, info))
-
-        return {"step": replay}
+        return self.stepper.parts(self.dense)
 
     def step(self, evaluate, times, t0, t1, y, state):
         # Several steps are replayed from one stored state, each with a jump or without.
         state = self.stepper.replay_state_at(state, times.made_jump)
-        return evaluate("step", "step", t0, t1, y, state)
+        return self.stepper.replay(evaluate, t0, t1, y, state)
 
     def walk(self, steps, visit, carry, linearizes):
         del linearizes
-        checkpoints, num_steps = self.checkpoints, steps.trajectory.num_steps
-        rows, zero = steps.trajectory.rows, jnp.zeros_like(num_steps)
+        batch, checkpoints = steps.batch, self.checkpoints
+        first_times = steps.times(jnp.zeros((), steps.trajectory.num_steps.dtype))
+        first = steps.valid((first_times, steps.y0, steps.replay_state0))
+        walk = _Walk(self, steps, first)
+        # Solves go back over step `i` together, whatever number of steps they took.
+        stop = jnp.max(steps.trajectory.num_steps)
+        rows, zero = steps.trajectory.rows, jnp.zeros_like(stop)
         if checkpoints.max_level == 0:
-            return self._visit(steps, visit, carry, rows, zero, num_steps, zero), None
-        level = checkpoints.level(jnp.maximum(num_steps - 1, 0))
+            return walk.visit(visit, carry, rows, zero, stop, zero), None
+        level = checkpoints.level(jnp.maximum(stop - 1, 0))
 
         def segment(stop__rows__carry):
             stop, rows, carry = stop__rows__carry
@@ -140,76 +148,80 @@ class CheckpointedStates(AbstractStateSource):
             # states stored there is one segment, from the first step on.
             start = ((jnp.maximum(stop, 1) - 1) >> level) << level
             start = jnp.where(level == 0, 0, start)
-            rows = self._step_again(steps, rows, start, stop, level)
-            carry = self._visit(steps, visit, carry, rows, start, stop, level)
+            rows = walk.step_again(rows, start, stop, level)
+            carry = walk.visit(visit, carry, rows, start, stop, level)
             return start, rows, carry
 
-        *_, carry = steps.batch.while_loop(
-            lambda c: c[0] > 0, segment, (num_steps, rows, carry), lambda c: c[1]
+        *_, carry = batch.while_loop(
+            lambda c: c[0] > 0, segment, (stop, rows, carry), lambda c: c[1]
         )
         return carry, None
 
-    def _step_again(self, steps: RecordedSteps, rows, start, stop, level) -> PyTree:
+    def linearize(self, steps: RecordedSteps, times: StepTimes, y, state) -> Any:
+        """The results of a step, and the pullback; see `BackwardStep`."""
+        calls = LinearizedCalls(steps, times)
+        args = times.start, times.end, y, state
+        return calls.linearize(self.stepper.replay, args)
+
+
+class _Walk(NamedTuple):
+    """Going back over the steps of a batch of solves.
+
+    - `first`: times and state of the first step of every solve. They stand in for those
+      of steps that a solve did not take.
+    """
+
+    source: CheckpointedStates
+    steps: RecordedSteps
+    first: tuple[StepTimes, PyTree, PyTree]
+
+    def step_again(self, rows: PyTree, start, stop, level) -> PyTree:
         """Fills the segment with the states before steps `start, ..., stop - 1`."""
-        batch, segment = steps.batch, self.checkpoints.slots
-        write = batch.map(put)
-        is_active = lambda index: (index < stop - 1) & (level > 0)
+        batch, checkpoints = self.steps.batch, self.source.checkpoints
+        trajectory = self.steps.trajectory
+        segment = jnp.full_like(start, checkpoints.slots)
 
         def body(index__rows):
             index, rows = index__rows
-            active = is_active(index)
-            from_row = batch.clamp_index(active, segment + index - start)
-            times = steps.times(batch.clamp_index(active, index))
-            y, state = batch.map(take)(rows, from_row)
-            y1, state1, _ = self.step(
-                steps.evaluate, times, times.start, times.end, y, state
+            _, times, y, state = self._at(index, rows, segment + index - start)
+            y1, state1, _ = self.source.step(
+                self.steps.evaluate, times, times.start, times.end, y, state
             )
-            to_row = segment + index + 1 - start
-            if batch.sizes:
-                # A write to the row after the last one is dropped.
-                to_row = jnp.where(active, to_row, self.checkpoints.rows)
-            return index + 1, write(rows, to_row, _arrays((y1, state1)))
+            new = _arrays((y1, state1))
+            return index + 1, batch.put(rows, segment + index + 1 - start, new)
 
-        first = batch.map(take)(rows, self.checkpoints.slot(start, level))
-        rows = write(rows, jnp.full_like(start, segment), first)
+        # Solves with fewer steps may have stored more of them, in other slots.
+        own_level = checkpoints.level(jnp.maximum(trajectory.num_steps - 1, 0))
+        first = batch.map(take)(rows, checkpoints.slot(start, own_level))
+        rows = batch.put(rows, segment, first)
+        is_between = lambda index: (index < stop - 1) & (level > 0)
         _, rows = batch.while_loop(
-            lambda c: is_active(c[0]), body, (start, rows), lambda c: c[1]
+            lambda c: is_between(c[0]), body, (start, rows), lambda c: c[1]
         )
         return rows
 
-    def _visit(self, steps: RecordedSteps, visit, carry, rows, start, stop, level):
+    def visit(self, visit: Callable, carry: C, rows, start, stop, level) -> C:
         """Visits steps `stop - 1, ..., start`, whose states are in `rows`."""
-        batch, segment = steps.batch, self.checkpoints.slots
-        is_active = lambda index: index >= start
+        batch, segment = self.steps.batch, self.source.checkpoints.slots
 
         def body(index__carry):
             index, carry = index__carry
-            active = is_active(index)
             row = jnp.where(level == 0, index, segment + index - start)
-            times = steps.times(batch.clamp_index(active, index))
-            at = batch.clamp_index(active, row)
-            y, state = steps.valid(batch.map(take)(rows, at))
-            state = self.stepper.replay_state_at(state, times.made_jump)
-            step = BackwardStep(
-                times, active, y, state, self._linearize(steps, times, y, state)
-            )
+            active, times, y, state = self._at(index, rows, row)
+            state = self.source.stepper.replay_state_at(state, times.made_jump)
+            linearize = ft.partial(self.source.linearize, self.steps, times, y, state)
+            step = BackwardStep(index, times, active, y, state, linearize)
             return index - 1, visit(carry, step)
 
-        _, carry = batch.while_loop(lambda c: is_active(c[0]), body, (stop - 1, carry))
+        _, carry = batch.while_loop(lambda c: c[0] >= start, body, (stop - 1, carry))
         return carry
 
-    def _linearize(self, steps: RecordedSteps, times, y, state):
-        def linearize():
-            args = times.start, times.end, y, state
-            outputs, pull = steps.pullback("step", args, steps.step_spec(args))
-
-            def pull_back(cts):
-                ct_consts, ct_args = pull(cts)
-                return {"step": ct_consts}, ct_args
-
-            return outputs, pull_back
-
-        return linearize
+    def _at(self, index, rows: PyTree, row) -> tuple[Any, StepTimes, PyTree, PyTree]:
+        """Which solves took step `index`, its times, and the state before it."""
+        batch = self.steps.batch
+        active = index < self.steps.trajectory.num_steps
+        found = self.steps.times(index), *batch.take(rows, row)
+        return active, *batch.where_active(active, found, self.first)
 
 
 def _arrays(tree: PyTree) -> PyTree[Any]:

@@ -132,7 +132,7 @@ class ExpansionVisitor(eqx.Module):
         expansion = pull_back(carry.expansion, again, s, self.u, self.curved)
         rows = carry.rows
         if rows is not None:
-            rows = rows.write(step.times.index, expansion, s)
+            rows = rows.write(step.index, expansion, s)
         return Carry(expansion, rows)
 
     def _step(self, times: StepTimes, state: PyTree, u: Array) -> Array:

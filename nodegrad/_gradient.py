@@ -10,12 +10,11 @@ where $\lambda_{d_i}$ collects what was saved from inside the step (`_save.py`) 
 $\theta$ is everything the step closes over: `args`, the terms, closures. Cotangents of
 times go through `_grid.pull_back_times`. A cotangent is named `ct_...` throughout.
 
-All this is for one solve or for a batch of them, each at its own step. Cotangents of
-what solves share are summed over these inside every pullback; solves that have no step
-left stay at their first one with zero cotangents.
+All this is for one solve or for a batch of them, which go back over step $i$ together.
+Cotangents of what solves share are summed over these inside every pullback. A solve
+that took no step $i$ waits, with zero cotangents.
 """
 
-import functools as ft
 from dataclasses import replace
 from typing import Any
 
@@ -130,7 +129,13 @@ class GradientVisitor(eqx.Module):
                 recording, carry.statistics, step, y1, at_start, at_end
             )
             new = replace(new, statistics=statistics)
-        return self._frozen(step.active, carry, new)
+        # Solves that took fewer steps wait: all that they add is zero.
+        y, replay_state = batch.where_active(
+            step.active,
+            (new.y, new.replay_state),
+            (carry.y, carry.replay_state),
+        )
+        return replace(new, y=y, replay_state=replay_state)
 
     def _pull_back_times(self, carry: Carry, step: BackwardStep, ct_start, ct_end):
         recording = self.recording
@@ -140,12 +145,6 @@ class GradientVisitor(eqx.Module):
         cts = ct_start, ct_end, carry.start, carry.size
         anchors, start, size = pull(carry.anchors, step.times, cts)
         return replace(carry, anchors=anchors, start=start, size=size)
-
-    def _frozen(self, active: Bool[Array, "..."], old: Carry, new: Carry) -> Carry:
-        """`new`, but what belongs to inactive solves stays as it was."""
-        if not self.recording.batch.sizes:
-            return new
-        return map_carry(ft.partial(where, active), lambda n, _: n, new, old)
 
     def nan_where(self, failed: Bool[Array, "..."], carry: Carry) -> Carry:
         """`carry`, but NaN for solves that `failed`, and in whatever they add to."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from ._batch import Axes, Batch
 from ._compat import eval_jaxpr, Jaxpr
 
 
@@ -68,6 +69,45 @@ class Pure:
         # Results that are constant come back as NumPy scalars.
         arrays = jax.tree.unflatten(self._out_tree, map(jnp.asarray, out))
         return eqx.combine(arrays, self.static_out)
+
+    def evaluate(
+        self, batch: Batch, consts: list[Array], axes: list[Axes], args: tuple
+    ) -> PyTree:
+        """The results for every solve of a batch.
+
+        `axes` are those of `consts`; `args` belong to one solve each.
+        """
+        return batch.map_shared(self, consts, axes)(*args)
+
+    def pullback(
+        self,
+        batch: Batch,
+        consts: list[Array],
+        axes: list[Axes],
+        wrt: list[bool],
+        args: tuple,
+        spec: PyTree[bool],
+    ) -> tuple[PyTree, Callable]:
+        """The results for every solve of a batch, and their pullback.
+
+        The pullback takes cotangents of the results to those of `(consts, args)`. Only
+        what `wrt` and `spec` mark is differentiated. The mapping over the batch is
+        inside of the pullback. So cotangents of constants that solves share are sums
+        over these solves, computed as one product, and never exist solve by solve.
+        """
+        wanted, fixed = eqx.partition(consts, wrt)
+        args, fixed_args = eqx.partition(args, spec)
+        wanted_axes, fixed_axes = eqx.partition(axes, wrt)
+
+        def one(shared, args, fixed_args):
+            out = self(eqx.combine(*shared), *eqx.combine(args, fixed_args))
+            return eqx.filter(out, eqx.is_inexact_array)
+
+        def all_of_them(wanted, args):
+            shared, shared_axes = (wanted, fixed), (wanted_axes, fixed_axes)
+            return batch.map_shared(one, shared, shared_axes)(args, fixed_args)
+
+        return jax.vjp(all_of_them, wanted, args)
 
 
 def as_struct(tree: PyTree) -> PyTree:

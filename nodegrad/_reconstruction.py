@@ -11,7 +11,7 @@ whether the gradient can be trusted.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -19,10 +19,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree, Real
 
 from ._grid import StepTimes
+from ._linearized_calls import LinearizedCalls
 from ._magnitude import magnitudes, relative_size, size
 from ._reversal import AbstractReversal, is_regular_restart
 from ._state_source import AbstractStateSource, BackwardStep, RecordedSteps
-from ._tree import add, inexact_spec, take, where, zeros_like
+from ._tree import take, where, zeros_like
 
 
 # A gradient is refused if the reconstruction misses a known state by more, relatively,
@@ -143,29 +144,32 @@ class ReconstructedStates(AbstractStateSource):
 
     def walk(self, steps, visit, carry, linearizes):
         batch, trajectory = steps.batch, steps.trajectory
+        num_steps = trajectory.num_steps
         state = steps.valid((trajectory.y, trajectory.replay_state))
         error = jnp.zeros_like(batch.map(size)(_constant(trajectory.y)))
         peak = zeros_like(magnitudes(_constant(trajectory.y)))
+        last_times = steps.valid(steps.times(jnp.maximum(num_steps - 1, 0)))
 
         def body(index__walk__carry):
             index, walk, carry = index__walk__carry
-            active = index >= 0
-            at = batch.clamp_index(active, index)
-            times = steps.times(at)
+            # Solves go back over step `i` together, whatever number of steps they took.
+            # Those with fewer wait at their last one.
+            active = index < num_steps
+            times = batch.where_active(active, steps.times(index), last_times)
             peak = magnitudes(walk.peak, _constant(walk.y))
-            evaluate = _LinearizedCalls(steps, times) if linearizes else steps.evaluate
+            evaluate = LinearizedCalls(steps, times) if linearizes else steps.evaluate
             y, state, error = self._undo(steps, evaluate, times, walk, peak)
             linearize = self._linearize(evaluate, times, y, state)
-            carry = visit(carry, BackwardStep(times, active, y, state, linearize))
+            step = BackwardStep(index, times, active, y, state, linearize)
+            carry = visit(carry, step)
             error = jnp.maximum(walk.error, jnp.where(active, error, 0))
-            if batch.sizes:
-                # A solve that is through stays after its first step.
-                stays = ~(active & (at > 0))
-                y, state = where(stays, (walk.y, walk.replay_state), (y, state))
+            y, state = batch.where_active(
+                active, (y, state), (walk.y, walk.replay_state)
+            )
             return index - 1, _Walk(y, state, peak, error), carry
 
         walk = _Walk(state[0], state[1], peak, error)
-        init = trajectory.num_steps - 1, walk, carry
+        init = jnp.max(num_steps) - 1, walk, carry
         _, walk, carry = batch.while_loop(lambda c: c[0] >= 0, body, init)
         return carry, walk.error
 
@@ -185,7 +189,7 @@ class ReconstructedStates(AbstractStateSource):
         error = steps.batch.map(_relative_error)(
             reversal.checked_part(*found), reversal.checked_part(*known), peak
         )
-        y, state = steps.valid(where(is_known, known, found))
+        y, state = where(is_known, known, found)
         return y, state, jnp.where(is_known, error, 0)
 
     def _known(self, steps: RecordedSteps, times: StepTimes) -> Any:
@@ -223,87 +227,6 @@ class ReconstructedStates(AbstractStateSource):
             failed = jnp.any(bad | lost)
             return eqx.branched_error_if(carry, failed, which, [_UNTRUSTED, _LOST])
         return nan_where(bad, carry)
-
-
-class _LinearizedCalls:
-    """The calls of the parts during one step, each evaluated and linearised once.
-
-    Three invariants make this a tape: a call is known by its part and key; the inverse
-    and the step make the calls that they share with the same arguments (up to
-    rounding); and the arguments of a call depend only on results of calls before it, in
-    the order in which the step makes them.
-    """
-
-    def __init__(self, steps: RecordedSteps, times: StepTimes):
-        self.steps = steps
-        self.times = times.start, times.end, times.previous_start
-        self.made: dict[tuple[str, str], _Call] = {}
-
-    def __call__(self, part: str, key: str, *args: PyTree) -> PyTree[Array]:
-        if (part, key) not in self.made:
-            spec = inexact_spec(args)
-            if not self.steps.wrt_times:
-                # Not everything can be differentiated with respect to time.
-                is_time = lambda x: any(x is t for t in self.times)
-                spec = tuple(
-                    False if is_time(x) else s for x, s in zip(args, spec, strict=True)
-                )
-            value, pull = self.steps.pullback(part, args, spec)
-            self.made[part, key] = _Call(spec, value, pull)
-        return self.made[part, key].value
-
-    def linearize(self, step: Callable, args: PyTree) -> tuple[PyTree, Callable]:
-        """`step(evaluate, *args)` and its pullback to the constants and to `args`.
-
-        The calls already have pullbacks. Only the arithmetic between them is
-        differentiated here, as a function from call results to call arguments.
-        """
-        order = []
-
-        def ordered(*call):
-            order.append(call[:2])
-            return self(*call)
-
-        step(ordered, *args)
-        spec = self.steps.step_spec(args)
-        wanted, fixed = eqx.partition(args, spec)
-
-        def arithmetic(wanted, values):
-            call_args = {}
-
-            def recall(part, key, *part_args):
-                call = self.made[part, key]
-                call_args[part, key] = eqx.filter(part_args, call.spec)
-                return values[part, key]
-
-            out = step(recall, *eqx.combine(wanted, fixed))
-            return eqx.filter(out, eqx.is_inexact_array), call_args
-
-        values = {name: call.value for name, call in self.made.items()}
-        (outputs, call_args), pull_arithmetic = jax.vjp(arithmetic, wanted, values)
-
-        def pull(cts):
-            ct_args, ct_consts = zeros_like(call_args), {}
-            for part, key in reversed(order):
-                _, ct_values = pull_arithmetic((cts, ct_args))
-                ct_part, ct_args[part, key] = self.made[part, key].pull(
-                    ct_values[part, key]
-                )
-                ct_consts[part] = (
-                    add(ct_consts[part], ct_part) if part in ct_consts else ct_part
-                )
-            ct_wanted, _ = pull_arithmetic((cts, ct_args))
-            return ct_consts, ct_wanted
-
-        return outputs, pull
-
-
-class _Call(NamedTuple):
-    """The value of a call, and its pullback to the constants and to `spec`."""
-
-    spec: PyTree[bool]
-    value: PyTree[Array]
-    pull: Callable
 
 
 def reconstruction_error(source: AbstractStateSource, steps: RecordedSteps) -> Array:

@@ -8,7 +8,7 @@ from jaxtyping import Array, PyTree
 
 from ._batch import Axes, Batch
 from ._hoist import Pure
-from ._state_source import AbstractStateSource, RecordedSteps
+from ._state_source import AbstractStateSource, Part, RecordedSteps
 from ._trajectory import Trajectory
 
 
@@ -37,7 +37,7 @@ class Plan(NamedTuple):
     """
 
     states: AbstractStateSource
-    parts: dict[str, Pure]
+    parts: dict[str, Part]
     saves: list[PureSave]
     statistics: Any
     dense: bool

@@ -12,6 +12,7 @@ from jaxtyping import Array, PyTree
 
 from ._compat import is_sde, WrapTerm, ω
 from ._coupling_monitor import CouplingMonitor
+from ._increment import Increment
 from ._results import COUPLING_LOST
 from ._reversal import (
     AbstractReversal,
@@ -19,7 +20,7 @@ from ._reversal import (
     check_resync_every,
     is_regular_restart,
 )
-from ._stages import combine, explicit_tableau, num_inner_stages, stages
+from ._stages import combine, explicit_tableau, num_inner_stages
 from ._step import DelegatingSolver
 from ._tree import where
 
@@ -138,7 +139,7 @@ class Reversible(DelegatingSolver, diffrax.AbstractStratonovichSolver):
         def evaluate(part, key, *part_args):
             if part == "control":
                 return control
-            increment, ks[key] = step.increment(*part_args)
+            increment, ks[key] = step.increment.evaluate(*part_args)
             return increment, ks[key][0]
 
         count, (z0, d0) = solver_state.steps_taken, step.replay_state(solver_state)
@@ -200,19 +201,14 @@ class CoupledState(eqx.Module):
 class CoupledReversal(AbstractReversal):
     """The coupled step and its inverse; see `Reversible` for the equations."""
 
-    def increment(self, t0, t1, control, y):
-        r"""$\Psi$ of the step from `t0` to `t1`, and its stages."""
-        tableau = explicit_tableau(self.solver.solver)
-        product = jax.jit(lambda t, y: self.terms.vf_prod(t, y, self.args, control))
-        ks = stages(tableau, product, t0, t1, y, product(t0, y))
-        return combine(tableau.b_sol[: len(ks)], ks), ks
+    @property
+    def increment(self) -> Increment:
+        r"""$\Psi$, and the first stage."""
+        product = lambda t, y, control: self.terms.vf_prod(t, y, self.args, control)
+        return Increment(explicit_tableau(self.solver.solver), product, "first")
 
     def parts(self):
-        def increment(*args):
-            increment, ks = self.increment(*args)
-            return increment, ks[0]
-
-        return dict(control=self.terms.contr, increment=increment)
+        return dict(control=self.terms.contr, increment=self.increment)
 
     def replay_state(self, solver_state):
         return solver_state.z, solver_state.difference

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int, PyTree, Real
 
 from ._batch import Axes
 from ._recording import Outputs, Recording
-from ._state_source import BackwardStep, pullback
+from ._state_source import BackwardStep
 from ._trajectory import Cursor
 from ._tree import add, filled_like, inexact_spec, take, where, zeros_like
 
@@ -96,7 +96,7 @@ def _pull_back_dense(
     recording: Recording, ct: Outputs, cts: StepCotangents, step: BackwardStep
 ) -> StepCotangents:
     """Adds the cotangents of dense output and of an event."""
-    row, index = recording.batch.map(take), step.times.index
+    row, index = recording.batch.take, step.index
     info, start, end = cts.info, cts.start, cts.end
     if recording.plan.dense:
         info = _add_known(info, row(ct.dense_infos, index))
@@ -133,9 +133,8 @@ class _Rows(eqx.Module):
         recording, which = self.recording, self.which
         _, *functions = recording.plan.saves[which]
         pure: Any = functions[kind]
-        value, pull = pullback(
+        value, pull = pure.pullback(
             recording.batch,
-            pure,
             recording.inputs.save_constants[which][kind],
             recording.axes.save_constants[which][kind],
             recording.wrt.save_constants[which][kind],
@@ -161,7 +160,7 @@ def _pull_back_steps(
     """`SaveAt(steps=n)`: every `n`-th accepted step saved its end."""
     recording = rows.recording
     every = recording.plan.saves[rows.which].steps
-    saved = ((step.times.index + 1) % every == 0) & step.active
+    saved = ((step.index + 1) % every == 0) & step.active
     row = carry.cursor.row - jnp.where(saved, 1, 0)
     args, spec = (step.times.end, y1), (recording.wrt_times, inexact_spec(y1))
     ct_consts, (ct_t, ct_y1) = rows.pull(0, args, spec, row, saved)
@@ -187,15 +186,13 @@ def _pull_back_ts(
     wrt_ts, wrt_times = recording.wrt.ts[rows.which], recording.wrt_times
     spec = (wrt_ts, wrt_times, wrt_times, inexact_spec(info))
     time_at = batch.map_shared(lambda ts, index: ts[index], ts, ts_axes)
-    end_of = lambda grid, trajectory, index: trajectory.end(grid, index)
-    end_of = batch.map_shared(end_of, recording.inputs.grid, recording.axes.grid)
-    previous_end = end_of(recording.trajectory, times.index - 1)
+    previous_end = recording.steps.end(step.index - 1)
 
     def is_inside(state):
         ts_index = state[0].cursor.ts_index
         t = time_at(jnp.maximum(ts_index - 1, 0))
         # The first step saved whatever was due by its end.
-        inside = (times.index == 0) | (t > previous_end)
+        inside = (step.index == 0) | (t > previous_end)
         return step.active & (ts_index > 0) & inside
 
     def body(state):

@@ -9,22 +9,25 @@ The visitors are the gradient (`_gradient.py`) and the expansion to second order
 """
 
 import abc
+import functools as ft
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree, Real
 
 from ._batch import Axes, Batch
 from ._grid import AbstractGrid, StepTimes
 from ._hoist import as_struct, hoist, Pure
+from ._increment import Increment, StagedIncrement
 from ._trajectory import Trajectory
 from ._tree import inexact_spec
 
 
 C = TypeVar("C")
+# A function that a step calls, pure in its constants.
+Part = Pure | StagedIncrement
 # `evaluate(part, key, *args)` calls a part of the step; calls with the same part and
 # key are the same call.
 Evaluate = Callable[..., PyTree[Array]]
@@ -33,14 +36,16 @@ Evaluate = Callable[..., PyTree[Array]]
 class BackwardStep(NamedTuple):
     """One accepted step of every solve of a batch, met on the way back.
 
-    - `active`: which solves this step belongs to. The others have no step left, and are
-      at their first one.
+    - `index`: the number of the step, the same for all solves.
+    - `active`: which solves took so many steps. For the others the rest is some step
+      of theirs, so that whatever is computed is free of NaNs.
     - `y`, `replay_state`: the state that the step starts from.
     - `linearize`: returns `((y1, replay_state1, dense_info), pull)`, where `pull` takes
       cotangents of these to those of the constants and of `(start, end, y,
       replay_state)`. Nothing is linearised until it is called.
     """
 
+    index: Int[Array, ""]
     times: StepTimes
     active: Bool[Array, "..."]
     y: PyTree[Array]
@@ -61,7 +66,7 @@ class RecordedSteps(eqx.Module):
     trajectory: Trajectory
     grid: AbstractGrid
     grid_axes: PyTree[Axes] = eqx.field(static=True)
-    parts: dict[str, Pure] = eqx.field(static=True)
+    parts: dict[str, Part] = eqx.field(static=True)
     constants: dict[str, list[Array]]
     axes: dict[str, list[Axes]] = eqx.field(static=True)
     wrt: dict[str, list[bool]] = eqx.field(static=True)
@@ -71,30 +76,40 @@ class RecordedSteps(eqx.Module):
     batch: Batch
 
     def times(self, index: Int[Array, "..."]) -> StepTimes:
-        """When step `index` of every solve was made."""
-        read = lambda grid, trajectory, index: trajectory.times(grid, index)
+        """When step `index` (one number, or one for every solve) was made."""
+        return self._read(Trajectory.times, index)
+
+    def end(self, index: Int[Array, ""]) -> Real[Array, "..."]:
+        """Where step `index` of every solve ended."""
+        return self._read(Trajectory.end, index)
+
+    def _read(self, method: Callable, index: Int[Array, "..."]) -> Any:
+        if jnp.ndim(index) == 0:
+            # Reading the same row of every log is no gather.
+            read = lambda grid, trajectory: method(trajectory, grid, index)
+            read_all = self.batch.map_shared(read, self.grid, self.grid_axes)
+            return read_all(self.trajectory)
+        read = lambda grid, trajectory, index: method(trajectory, grid, index)
         read_all = self.batch.map_shared(read, self.grid, self.grid_axes)
-        return self.valid(read_all(self.trajectory, index))
+        return read_all(self.trajectory, index)
 
     def valid(self, tree: PyTree) -> PyTree:
         """`tree`, with numbers of another solve for solves that took no step.
 
-        These stay at a first step that was never made. Its pullback must be free of
-        NaNs, so that their zero cotangents stay zero.
+        The pullback at these must be free of NaNs, so that zero cotangents stay zero.
         """
         return self.batch.fill_from_valid(self.trajectory.num_steps == 0, tree)
 
     def evaluate(self, part: str, key: str, *args: PyTree) -> PyTree[Array]:
         """Calls a part of the step, without linearising it."""
         del key
-        pure, consts = self.parts[part], self.constants[part]
-        return self.batch.map_shared(pure, consts, self.axes[part])(*args)
+        consts, axes = self.constants[part], self.axes[part]
+        return self.parts[part].evaluate(self.batch, consts, axes, args)
 
     def pullback(self, part: str, args: tuple, spec: PyTree[bool]):
         """As `evaluate`, with the pullback to the constants and to `args`."""
-        return pullback(
+        return self.parts[part].pullback(
             self.batch,
-            self.parts[part],
             self.constants[part],
             self.axes[part],
             self.wrt[part],
@@ -105,36 +120,6 @@ class RecordedSteps(eqx.Module):
     def step_spec(self, args: tuple) -> PyTree[bool]:
         """What to differentiate of `(start, end, y, replay_state)` of a step."""
         return (self.wrt_times, self.wrt_times, *inexact_spec(args[2:]))
-
-
-def pullback(
-    batch: Batch,
-    pure: Callable,
-    consts: PyTree[Array],
-    axes: PyTree[Axes],
-    wrt: PyTree[bool],
-    args: tuple,
-    spec: PyTree[bool],
-) -> tuple[PyTree, Callable]:
-    """`pure(consts, *args)` for every solve, and its pullback to `(consts, args)`.
-
-    Only what `wrt` and `spec` mark is differentiated. The mapping over the batch is
-    inside of the pullback. So cotangents of constants that solves share are sums over
-    these solves, computed as one product, and never exist solve by solve.
-    """
-    wanted, fixed = eqx.partition(consts, wrt)
-    args, fixed_args = eqx.partition(args, spec)
-    wanted_axes, fixed_axes = eqx.partition(axes, wrt)
-
-    def one(shared, args, fixed_args):
-        out = pure(eqx.combine(*shared), *eqx.combine(args, fixed_args))
-        return eqx.filter(out, eqx.is_inexact_array)
-
-    def all_of_them(wanted, args):
-        shared, shared_axes = (wanted, fixed), (wanted_axes, fixed_axes)
-        return batch.map_shared(one, shared, shared_axes)(args, fixed_args)
-
-    return jax.vjp(all_of_them, wanted, args)
 
 
 class AbstractStateSource(eqx.Module):
@@ -214,7 +199,7 @@ class AbstractStateSource(eqx.Module):
 
 def hoist_parts(
     source: AbstractStateSource, t: Any, y: PyTree, replay_state: PyTree
-) -> tuple[dict[str, list[Array]], dict[str, Pure], PyTree]:
+) -> tuple[dict[str, list[Array]], dict[str, Part], PyTree]:
     """The parts of a step as pure functions of their constants.
 
     Returns the constants and the functions by name, and the shapes of the results of a
@@ -222,12 +207,14 @@ def hoist_parts(
     """
     parts = source.parts()
     consts: dict[str, list[Array]] = {}
-    pure: dict[str, Pure] = {}
+    pure: dict[str, Part] = {}
 
     def evaluate(part, key, *args):
         del key
         if part not in pure:
-            consts[part], pure[part] = hoist(parts[part], *as_struct(args))
+            fn = parts[part]
+            split = fn.hoist if isinstance(fn, Increment) else ft.partial(hoist, fn)
+            consts[part], pure[part] = split(*as_struct(args))
         return pure[part](consts[part], *args)
 
     def step(t0, t1, y, replay_state):

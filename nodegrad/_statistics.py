@@ -29,7 +29,7 @@ from ._compat import is_sde
 from ._find_taps import find_taps, has_tap, Slots
 from ._hoist import as_struct, hoist, Pure
 from ._recording import Recording
-from ._state_source import BackwardStep
+from ._state_source import BackwardStep, Part
 from ._tap import Use
 from ._tree import add, zeros_like
 
@@ -212,7 +212,7 @@ def _scaled(tree: PyTree, size: Array) -> PyTree:
 
 
 def make_statistics(
-    solve: Any, state: PyTree, step_consts: PyTree[Array], parts: dict[str, Pure]
+    solve: Any, state: PyTree, step_consts: PyTree[Array], parts: dict[str, Part]
 ) -> Any:
     """`(constants, NodeStatistics)` of a solve, or `(None, None)` if it has no taps."""
     if not any(has_tap(part.jaxpr) for part in parts.values()):

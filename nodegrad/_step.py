@@ -12,6 +12,7 @@ Two kinds of step, one interface, `AbstractStep`:
 """
 
 import abc
+from collections.abc import Callable
 from typing import Any
 
 import diffrax
@@ -19,10 +20,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from ._find_taps import without_statistics
-from ._stages import advance_by, combine, has_explicit_tableau, stages
+from ._increment import Increment
+from ._stages import advance_by, combine, has_explicit_tableau, stacked, stages
+from ._tree import as_arrays
 
 
 class AbstractStep(eqx.Module):
@@ -61,8 +64,21 @@ class AbstractStep(eqx.Module):
         """As `diffrax.AbstractSolver.step`."""
 
     @abc.abstractmethod
-    def replay(self, t0, t1, y0: PyTree, replay_state: PyTree, dense: bool) -> Any:
-        """The accepted step again: `(y1, replay_state1, dense_info)`."""
+    def parts(self, dense: bool) -> dict[str, Callable]:
+        """The functions that a replay calls and that may depend on parameters.
+
+        `dense` is whether anything reads between the ends of a step.
+        """
+
+    @abc.abstractmethod
+    def replay(
+        self, evaluate: Callable, t0, t1, y0: PyTree, replay_state: PyTree
+    ) -> tuple[PyTree, PyTree, PyTree]:
+        """The accepted step again: `(y1, replay_state1, dense_info)`.
+
+        `evaluate(part, key, *args)` calls a part. All else is arithmetic that works
+        alike on one state and on a batch.
+        """
 
 
 class RungeKuttaStep(AbstractStep):
@@ -113,40 +129,48 @@ class RungeKuttaStep(AbstractStep):
                 )
         else:
             f0 = None
-        y1, ks, f1 = self._stages(t0, t1, y0, f0, last_stage=True)
+        y1, ks, f1 = self._stages(t0, t1, y0, f0)
         if np.any(self.tableau.b_error):
             y_error = combine(self.tableau.b_error, ks)
         else:
             y_error = None
-        dense_info = dict(y0=y0, y1=y1, k=_stacked(ks))
+        dense_info = dict(y0=y0, y1=y1, k=stacked(ks))
         return y1, y_error, dense_info, f1, diffrax.RESULTS.successful
 
-    def replay(self, t0, t1, y0, replay_state, dense):
-        del replay_state
-        f0 = self.terms.vf(t0, y0, self.args) if self.tableau.fsal else None
-        y1, ks, _ = self._stages(t0, t1, y0, f0, last_stage=dense)
-        return y1, None, dict(y0=y0, y1=y1, k=_stacked(ks)) if dense else None
+    def parts(self, dense):
+        if self.tableau.fsal:
+            # As in a step, where the last stage is the first of the next one.
+            vf = lambda t, y: self.terms.vf(t, y, self.args)
+            product = lambda t, y, control: self.terms.prod(vf(t, y), control)
+        else:
+            product = lambda t, y, control: self.terms.vf_prod(t, y, self.args, control)
+        increment = Increment(self.tableau, product, "all" if dense else "none")
+        return dict(control=self.terms.contr, increment=increment)
 
-    def _stages(self, t0, t1, y0, f0, last_stage: bool):
+    def replay(self, evaluate, t0, t1, y0, replay_state):
+        del replay_state
+        control = evaluate("control", "control", t0, t1)
+        increment, k = evaluate("increment", "increment", t0, t1, control, y0)
+        y1 = jax.tree.map(jnp.add, y0, increment)
+        return y1, None, None if k is None else dict(y0=y0, y1=y1, k=k)
+
+    def _stages(self, t0, t1, y0, f0):
         """`(y1, stages, f(t1, y1))`, the first stage taken from `f0` if given.
 
-        If the tableau is first-same-as-last and `last_stage` is false, that stage is
-        left out and `None` stands for it.
+        `f(t1, y1)` is known if the tableau is first-same-as-last, and else `None`.
         """
         tableau, terms, args = self.tableau, self.terms, self.args
         control = terms.contr(t0, t1)
-        # Tracing the vector field once serves every stage.
         if tableau.fsal:
-            vf = jax.jit(lambda t, y: terms.vf(t, y, args))
+            vf = lambda t, y: terms.vf(t, y, args)
             product = lambda t, y: terms.prod(vf(t, y), control)
             k0 = terms.prod(f0, control)
         else:
-            vf = None
-            product = jax.jit(lambda t, y: terms.vf_prod(t, y, args, control))
-            k0 = product(t0, y0)
+            vf, k0 = None, None
+            product = lambda t, y: terms.vf_prod(t, y, args, control)
         ks = stages(tableau, product, t0, t1, y0, k0)
         y1 = advance_by(y0, tableau.b_sol[: len(ks)], ks)
-        if vf is None or not last_stage:
+        if vf is None:
             return y1, ks, None
         f1 = vf(t1, y1)
         return y1, [*ks, terms.prod(f1, control)], f1
@@ -189,14 +213,22 @@ class SolverStep(AbstractStep):
         solver = with_scan_kind(self.solver, "lax")
         return solver.step(self.terms, t0, t1, y0, self.args, solver_state, made_jump)
 
-    def replay(self, t0, t1, y0, replay_state, dense):
-        solver_state, made_jump = replay_state
+    def parts(self, dense):
         # Diffrax's default for loops over stages cannot be differentiated twice.
         solver = with_scan_kind(self.solver, "bounded")
-        y1, _, dense_info, solver_state, _ = solver.step(
-            self.terms, t0, t1, y0, self.args, solver_state, made_jump
-        )
-        return y1, (solver_state, made_jump), dense_info if dense else None
+
+        def step(t0, t1, y0, replay_state):
+            solver_state, made_jump = replay_state
+            y1, _, dense_info, solver_state, _ = solver.step(
+                self.terms, t0, t1, y0, self.args, solver_state, made_jump
+            )
+            out = y1, (solver_state, made_jump), dense_info if dense else None
+            return as_arrays(out)
+
+        return dict(step=step)
+
+    def replay(self, evaluate, t0, t1, y0, replay_state):
+        return evaluate("step", "step", t0, t1, y0, replay_state)
 
 
 class DelegatingSolver(diffrax.AbstractWrappedSolver):
@@ -240,7 +272,3 @@ def with_scan_kind(solver: Any, kind: str) -> Any:
                 lambda s: s.scan_kind, solver, kind, is_leaf=lambda x: x is None
             )
     return solver
-
-
-def _stacked(ks: list[PyTree]) -> PyTree[Array]:
-    return jax.tree.map(lambda *k: jnp.stack(k), *ks)
