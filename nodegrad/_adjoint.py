@@ -1,6 +1,6 @@
 """The adjoints: how a gradient through a solve is computed."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 
@@ -9,6 +9,7 @@ from ._door import RecordedAdjoint
 from ._grid import has_unknown_jumps, may_jump
 from ._reconstruction import ReconstructedStates, Restarts
 from ._reversal import make_reversal
+from ._trajectory import choose_recorded_steps
 
 
 class ACAAdjoint(RecordedAdjoint):
@@ -47,10 +48,16 @@ class ACAAdjoint(RecordedAdjoint):
       integer `K` keeps at most `K` states, and one segment of the `max_steps / K`
       states between two of them (both numbers as powers of two); the sum is least near
       `K = sqrt(max_steps)`. `"all"` keeps every accepted state, `max_steps` of them.
+    - `max_recorded_steps`: where an error estimate chooses the steps, the times of how
+      many accepted steps to keep; a derivative of a longer solve is refused. `None`
+      stands for `16 sqrt(max_steps)`, 1024 at least (with `checkpoints="all"` for
+      `max_steps`): many times what a solve usually takes, and few enough that a large
+      `max_steps` costs no memory.
 
-    **Raises:** `TypeError` or `ValueError` for other `checkpoints`. `RuntimeError` on
+    **Raises:** `TypeError` or `ValueError` for other arguments. `RuntimeError` on
     differentiating by reverse mode with `max_steps=None`, with respect to tolerances,
-    or in reverse mode over any other derivative.
+    or in reverse mode over any other derivative; and a solve of more accepted steps
+    than `max_recorded_steps` (with `throw=False` its derivative is NaN instead).
 
     **What is differentiated:** `y0`, `args`, terms, closures, `t0`, `t1`, `dt0`,
     `SaveAt(ts=...)`, the `ts` of `diffrax.StepTo`, and the `step_ts` and `jump_ts` of
@@ -63,9 +70,12 @@ class ACAAdjoint(RecordedAdjoint):
     **Cost:** one forward pass; per accepted step, one replay and its pullback; at most
     one more sweep over the accepted steps if `checkpoints` were too few for them.
     Forward mode: one forward pass; per accepted step, one replay with its tangents,
-    however many these are. Rejected steps cost nothing in either. Memory: the states
-    kept, and 9 bytes (in float32: 5) for each of `max_steps`; forward mode alone: none.
-    With an adaptive solver and `SaveAt(ts=...)`, `SaveAt(dense=True)` or an event, each
+    however many these are. Rejected steps cost nothing in either. The replay evaluates
+    each stage once. So does the pullback, for vector fields of operations on single
+    elements, whose stages are loops; where products of matrices dominate, it evaluates
+    nothing again. Memory: the states kept and, with adaptive steps, 9 bytes (in
+    float32: 5) for each of `max_recorded_steps`; forward mode alone: none. With an
+    adaptive solver and `SaveAt(ts=...)`, `SaveAt(dense=True)` or an event, each
     replay also evaluates the last stage, which interpolation needs.
 
     **When not to use it:** where memory must not grow with the number of steps at all
@@ -78,10 +88,12 @@ class ACAAdjoint(RecordedAdjoint):
     """
 
     checkpoints: int | str | None = eqx.field(static=True, default=None)
+    max_recorded_steps: int | None = eqx.field(static=True, default=None)
 
     check: ClassVar[bool] = False
 
     def __check_init__(self):
+        _check_recorded_steps("ACAAdjoint", self.max_recorded_steps)
         checkpoints = self.checkpoints
         if checkpoints is None or checkpoints == "all":
             return
@@ -98,6 +110,12 @@ class ACAAdjoint(RecordedAdjoint):
                 "`sqrt(max_steps)` of them."
             )
             raise ValueError(msg)
+
+    def recorded_steps(self, max_steps):
+        """Where all states are stored, so are all times."""
+        if self.checkpoints == "all" and self.max_recorded_steps is None:
+            return max_steps
+        return choose_recorded_steps(self.max_recorded_steps, max_steps)
 
     def make_state_source(self, step, controller, grid, max_steps, dense, first_jump):
         """States are stored, thinned as need be."""
@@ -131,6 +149,7 @@ class ReversibleAdjoint(RecordedAdjoint):
       back misses `y0` (and states before restarts), relatively. Rounding makes about
       $10^{-12}$ (in float32: $10^{-4}$) of it; a gradient is refused from $10^{-3}$ on,
       whether or not this is asked for.
+    - `max_recorded_steps`: as for `nodegrad.ACAAdjoint`.
 
     **Raises:** `TypeError` for another solver. `RuntimeError` if the way back misses
     a known state (the start of the solve, or a restart) by more than a relative
@@ -144,7 +163,7 @@ class ReversibleAdjoint(RecordedAdjoint):
     evaluations (12 of each for `Reversible(Tsit5())`; `ReversibleHeun` takes two
     evaluations and one pullback). Memory: no state, whatever the number of steps. With
     `resync_every=K` two states for each `K` of `max_steps`. Times: 9 bytes for each of
-    `max_steps` where an error estimate chooses the steps, none with
+    `max_recorded_steps` where an error estimate chooses the steps, none with
     `diffrax.ConstantStepSize` and `diffrax.StepTo`.
 
     **When not to use it:** where the memory for about `2.5 sqrt(max_steps)` states is
@@ -160,6 +179,14 @@ class ReversibleAdjoint(RecordedAdjoint):
     """
 
     check: bool = eqx.field(static=True, default=False)
+    max_recorded_steps: int | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self):
+        _check_recorded_steps("ReversibleAdjoint", self.max_recorded_steps)
+
+    def recorded_steps(self, max_steps):
+        """Those that are asked for, or a number that almost always suffices."""
+        return choose_recorded_steps(self.max_recorded_steps, max_steps)
 
     def make_state_source(self, step, controller, grid, max_steps, dense, first_jump):
         """Steps are undone; states are stored before restarts."""
@@ -180,3 +207,15 @@ class ReversibleAdjoint(RecordedAdjoint):
         first_jump = first_jump and reversal.restarts_at_jumps
         restarts = Restarts(reversal.resync_every, jumps, first_jump, max_steps)
         return ReconstructedStates(reversal, restarts)
+
+
+def _check_recorded_steps(name: str, value: Any) -> None:
+    """Raises unless it is `None` or a positive integer."""
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if value is None or (is_integer and value > 0):
+        return
+    msg = (
+        f"`{name}(max_recorded_steps=...)` must be `None` or a positive integer; got "
+        f"{value!r}."
+    )
+    raise (ValueError if is_integer else TypeError)(msg)

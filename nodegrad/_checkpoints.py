@@ -107,10 +107,6 @@ class CheckpointedStates(AbstractStateSource):
     def rows(self) -> int:
         return self.checkpoints.rows
 
-    @property
-    def stores_times(self) -> bool:
-        return True
-
     def row_to_write(self, index, step_offset, start, made_jump, grid):
         del step_offset, start, made_jump, grid
         return self.checkpoints.row_to_write(index)

@@ -48,6 +48,10 @@ class RecordedAdjoint(diffrax.AbstractAdjoint):
         whether the first step may start just after a jump.
         """
 
+    @abc.abstractmethod
+    def recorded_steps(self, max_steps: int) -> int:
+        """How many accepted steps there is room to write down."""
+
     def loop(
         self, *, solver, stepsize_controller, saveat, terms, args, init_state,
         max_steps, throw, passed_solver_state, passed_controller_state, **kwargs,
@@ -131,6 +135,7 @@ def make_solve(
         step, controller, grid, max_steps, between, first_jump
     )
     return Solve(
+        recorded_steps=adjoint.recorded_steps(max_steps),
         step=step,
         states=states,
         interpolation_cls=step.solver.interpolation_cls,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ._expansion import expand, Expansion, pull_back
+from ._gradient import refused_where
 from ._grid import StepTimes
 from ._plan import Solve
 from ._recording import Recording
@@ -120,6 +121,7 @@ class ExpansionVisitor(eqx.Module):
         states, steps = self.recording.plan.states, self.recording.steps
         carry = Carry(expansion, rows)
         carry, error = states.walk(steps, self.visit, carry, linearizes=False)
+        carry = refused_where(trajectory.is_cut, carry, True, _nan_where)
         carry = states.guarded(carry, steps, error, True, _nan_where)
         y0, _ = flatten(self.init_state.y, self.u.dtype)
         expansion = pull_back(carry.expansion, self._start, y0, self.u, self.curved)

@@ -15,8 +15,9 @@ Cotangents of what solves share are summed over these inside every pullback. A s
 that took no step $i$ waits, with zero cotangents.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -27,7 +28,11 @@ from ._grid import pull_back_times
 from ._recording import Inputs, none_like, Outputs, Recording
 from ._save import pull_back_saves, SaveCarry, StepCotangents
 from ._state_source import BackwardStep
+from ._trajectory import CUT
 from ._tree import add, filled_like, where, zeros_like
+
+
+C = TypeVar("C")
 
 
 class Carry(eqx.Module):
@@ -205,6 +210,15 @@ def map_carry(each, shared, *carries: Carry) -> Carry:
     return replace(out, constants=constants, statistics=statistics, saves=saves)
 
 
+def refused_where(
+    cut: Bool[Array, "..."], carry: C, throw: bool, nan_where: Callable
+) -> C:
+    """`carry`, unless steps are missing: then an error, or NaN."""
+    if throw:
+        return eqx.error_if(carry, jnp.any(cut), CUT)
+    return nan_where(cut, carry)
+
+
 def pull_back(recording: Recording, ct: Outputs) -> Inputs:
     """The cotangents of `recording.inputs`, from those of all that the solve returned.
 
@@ -217,6 +231,8 @@ def pull_back(recording: Recording, ct: Outputs) -> Inputs:
     states, steps = recording.plan.states, recording.steps
     carry, error = states.walk(steps, visitor.visit, visitor.initial(), True)
     throw = recording.plan.throw
+    cut = recording.batch.map(lambda trajectory: trajectory.is_cut)
+    carry = refused_where(cut(recording.trajectory), carry, throw, visitor.nan_where)
     carry = states.guarded(carry, steps, error, throw, visitor.nan_where)
     if throw and not recording.plan.event:
         # JAX drops the exception of a solve whose value is not used, as in

@@ -24,6 +24,7 @@ class Solve(eqx.Module):
     - `step`: the step, with the terms and `args`.
     - `states`: where a derivative gets the states from.
     - `grid`: what the times of steps depend on.
+    - `recorded_steps`: how many accepted steps there is room to write down.
     - `jumps`: whether a step may start elsewhere than the one before ended.
     - `check`: whether to reconstruct the states right after the solve, for the error.
     - `throw`: whether a failure raises.
@@ -37,6 +38,7 @@ class Solve(eqx.Module):
     grid: AbstractGrid
     t0: Array
     t1: Array
+    recorded_steps: int = eqx.field(static=True)
     jumps: bool = eqx.field(static=True)
     check: bool = eqx.field(static=True)
     throw: bool = eqx.field(static=True)
@@ -47,8 +49,7 @@ class Solve(eqx.Module):
     def stores_times(self) -> bool:
         """Whether the ends of steps are written down rather than computed again."""
         # Some noise is the same only for the very same times.
-        is_exact = isinstance(self.grid, AdaptiveGrid) or is_unsafe_sde(self.step.terms)
-        return is_exact or self.states.stores_times
+        return isinstance(self.grid, AdaptiveGrid) or is_unsafe_sde(self.step.terms)
 
 
 def make_plan(solve: Solve, state: PyTree) -> tuple[Plan, Inputs]:

@@ -117,10 +117,6 @@ class ReconstructedStates(AbstractStateSource):
     def rows(self) -> int:
         return self.restarts.rows
 
-    @property
-    def stores_times(self) -> bool:
-        return False
-
     def row_to_write(self, index, step_offset, start, made_jump, grid):
         return self.restarts.row_to_write(index, step_offset, start, made_jump, grid)
 
@@ -232,7 +228,9 @@ class ReconstructedStates(AbstractStateSource):
 def reconstruction_error(source: AbstractStateSource, steps: RecordedSteps) -> Array:
     """By how much, relatively, the reconstruction misses known states, at most."""
     _, error = source.walk(steps, lambda carry, _: carry, None, False)
-    return jnp.zeros(()) if error is None else error
+    if error is None:
+        return jnp.zeros(())
+    return jnp.where(steps.trajectory.is_cut, jnp.nan, error)
 
 
 def _constant(y: PyTree) -> PyTree[Array]:

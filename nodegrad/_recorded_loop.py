@@ -177,12 +177,14 @@ def run_recording(
     if states.rows:
         empty_rows = lambda x: jnp.zeros((states.rows, *x.shape), x.dtype)
         rows = jax.tree.map(empty_rows, _to_store(states, init_state))
-    empty = jnp.zeros(max_steps, init_state.tprev.dtype)
+    # Further steps are not written down; a derivative then says so.
+    size = solve.recorded_steps
+    empty = jnp.zeros(size, init_state.tprev.dtype)
     log = StepLog(
         ends=empty if solve.stores_times else None,
         starts=empty if solve.jumps else None,
         made_jumps=empty.astype(bool) if solve.jumps else None,
-        origins=jnp.zeros(max_steps, grid.origin_dtype) if logs_origin else None,
+        origins=jnp.zeros(size, grid.origin_dtype) if logs_origin else None,
     )
     origin = jnp.asarray(RATIO, jnp.int32) if logs_origin else None
 

@@ -133,11 +133,6 @@ class AbstractStateSource(eqx.Module):
     def rows(self) -> int:
         """How many rows of stored states to allocate."""
 
-    @property
-    @abc.abstractmethod
-    def stores_times(self) -> bool:
-        """Whether the ends of steps are stored even if they can be computed again."""
-
     @abc.abstractmethod
     def row_to_write(
         self,

@@ -1,10 +1,31 @@
 """What the forward pass writes down of the accepted steps."""
 
+import math
+
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree, Real
 
 from ._grid import AbstractGrid, StepTimes
+
+
+CUT = (
+    "A derivative was asked for of a solve that took more accepted steps than its "
+    "adjoint had room to write down. Pass `max_recorded_steps=...` to the adjoint: at "
+    "least what the solve needs (`Solution.stats['num_accepted_steps']`)."
+)
+
+
+def choose_recorded_steps(max_recorded_steps: int | None, max_steps: int) -> int:
+    """How many steps there is room for; `None` stands for a number that suffices.
+
+    Almost always: memory for all of `max_steps` would be many times what a usual solve
+    needs, for each sample of a batch.
+    """
+    if max_recorded_steps is None:
+        max_recorded_steps = max(1024, 16 * math.isqrt(max_steps))
+    return min(max_recorded_steps, max_steps)
 
 
 class StepLog(eqx.Module):
@@ -53,6 +74,13 @@ class Trajectory(eqx.Module):
     lost: Bool[Array, "..."]
     first_cursors: list[Cursor]
     last_cursors: list[Cursor]
+
+    @property
+    def is_cut(self) -> Bool[Array, ""]:
+        """Whether there were more steps than could be written down."""
+        for field in jax.tree.leaves(self.log):
+            return self.num_steps > len(field)
+        return jnp.zeros_like(self.at_end)
 
     def end(self, grid: AbstractGrid, index: Int[Array, ""]) -> Real[Array, ""]:
         """Where step `index` ended; `index = -1` is the start of the solve."""

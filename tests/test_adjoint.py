@@ -175,8 +175,12 @@ def test_van_der_pol_reference_values_and_counted_evaluations():
         counts.clear()
         jax.block_until_ready(grad(y0, mu, solve, counted))
         jax.effects_barrier()
-        assert len(counts) - forward == 6 * 94
+        # Of a cheap vector field every stage is evaluated again in its pullback.
+        assert len(counts) - forward == 2 * 6 * 94
         assert stats["num_vector_field_evaluations"] == forward
+
+
+_MATRIX = jnp.diag(jnp.array([-1.0, -0.9, -0.8, -0.7]))
 
 
 def test_rejected_steps_cost_nothing_backwards():
@@ -210,17 +214,23 @@ def test_rejected_steps_cost_nothing_backwards():
         counts.clear()
         jax.block_until_ready(jax.grad(loss, has_aux=True)(y0, dt0))
         jax.effects_barrier()
-        assert len(counts) - forward == 6 * stats["num_accepted_steps"]
+        assert len(counts) - forward == 2 * 6 * stats["num_accepted_steps"]
         rejected.append(int(stats["num_rejected_steps"]))
     assert rejected[1] > rejected[0]
 
 
-def test_fewer_slots_than_steps_cost_at_most_one_extra_sweep():
+@pytest.mark.parametrize(
+    "field, pullback",
+    # What the pullback of a step evaluates. Products of matrices are not done twice.
+    [(lambda y: -y, 12), (lambda y: _MATRIX @ y, 6)],
+    ids=["elementwise", "product"],
+)
+def test_fewer_slots_than_steps_cost_at_most_one_extra_sweep(field, pullback):
     counts = []
 
     def counted(t, y, args):
         jax.debug.callback(lambda: counts.append(1))
-        return -y
+        return field(y)
 
     def loss(y0, checkpoints):
         sol = nodegrad.odesolve(
@@ -233,17 +243,17 @@ def test_fewer_slots_than_steps_cost_at_most_one_extra_sweep():
             adjoint=nodegrad.ACAAdjoint(checkpoints),
             max_steps=100,
         )
-        return sol.ys[0]
+        return jnp.sum(sol.ys[0])
 
     for checkpoints, again in ((64, 0), (8, 45 - 6), (1, 44)):
         counts.clear()
-        jax.block_until_ready(loss(jnp.array(1.0), checkpoints))
+        jax.block_until_ready(loss(jnp.ones(4), checkpoints))
         jax.effects_barrier()
         forward = len(counts)
         counts.clear()
-        jax.block_until_ready(jax.grad(loss)(jnp.array(1.0), checkpoints))
+        jax.block_until_ready(jax.grad(loss)(jnp.ones(4), checkpoints))
         jax.effects_barrier()
-        assert len(counts) - forward == 6 * (45 + again)
+        assert len(counts) - forward == pullback * 45 + 6 * again
 
 
 @pytest.mark.slow
@@ -407,3 +417,67 @@ def test_jumps_are_replayed_where_they_were():
         for checkpoints in (2, "all"):
             ours = grad(*point, solve, nodegrad.ACAAdjoint(checkpoints))
             assert relative_error(ours, expected) < 1e-12
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    "solver, adjoint",
+    [
+        (diffrax.Tsit5(), nodegrad.ACAAdjoint),
+        (nodegrad.ALF(), nodegrad.ReversibleAdjoint),
+    ],
+    ids=["aca", "reversible"],
+)
+def test_steps_that_were_not_recorded_are_not_made_up(door, solver, adjoint):
+    def loss(y0, room, throw=True):
+        sol = DOORS[door](
+            diffrax.ODETerm(lambda t, y, args: -y * jnp.roll(y, 1)),
+            solver,
+            0.0,
+            1.0,
+            0.01,
+            y0,
+            stepsize_controller=diffrax.PIDController(1e-4, 1e-4, dtmax=0.05),
+            adjoint=adjoint(max_recorded_steps=room),
+            throw=throw,
+        )
+        return jnp.sum(sol.ys), sol.stats["num_accepted_steps"]
+
+    y0 = jnp.array([1.0, 2.0])
+    value, steps = loss(y0, None)
+    steps = int(steps)
+    short, _ = loss(y0, steps - 1)
+    assert short == value
+    for derivative in (jax.grad, jax.jacfwd):
+        at = lambda *args, d=derivative: d(loss, has_aux=True)(y0, *args)[0]
+        expected, enough = at(None), at(steps)
+        assert jnp.all(enough == expected)
+        assert jnp.all(jnp.isfinite(expected))
+        with pytest.raises(Exception, match="max_recorded_steps"):
+            jax.block_until_ready(at(steps - 1))
+        assert jnp.all(jnp.isnan(at(steps - 1, False)))
+    batch = jax.vmap(lambda y0: loss(y0, steps, False)[0])
+    both = jax.grad(lambda y0s: jnp.sum(batch(y0s)))(jnp.stack([y0, 10 * y0]))
+    assert relative_error(both[0], jax.grad(loss, has_aux=True)(y0, None)[0]) < 1e-12
+    assert jnp.all(jnp.isnan(both[1]))
+
+
+def test_fixed_steps_are_recorded_without_end():
+    # Their times are known, so there is nothing to write down.
+    def loss(y0):
+        adjoint = nodegrad.ACAAdjoint(max_recorded_steps=1)
+        field = lambda t, y, args: -y
+        sol = nodegrad.odesolve(
+            field, diffrax.Euler(), 0.0, 1.0, 0.1, y0, adjoint=adjoint
+        )
+        return sol.ys[0]
+
+    assert jnp.abs(jax.grad(loss)(1.0) - 0.9**10) < 1e-15
+
+
+@pytest.mark.parametrize("adjoint", [nodegrad.ACAAdjoint, nodegrad.ReversibleAdjoint])
+def test_room_for_recorded_steps_is_a_positive_integer(adjoint):
+    with pytest.raises(ValueError, match="got 0"):
+        adjoint(max_recorded_steps=0)
+    with pytest.raises(TypeError, match="got 1.5"):
+        adjoint(max_recorded_steps=1.5)

@@ -48,6 +48,13 @@ def test_default_needs_no_more_memory_than_that_of_diffrax(max_steps):
         assert ours <= theirs
 
 
+def test_a_large_max_steps_costs_little():
+    y0, dt0 = jnp.ones(1), jnp.array(1e-3)
+    for solve in (nodegrad.odesolve, diffrax.diffeqsolve):
+        loss = _loss(solve, nodegrad.ACAAdjoint(), 40_000_000)
+        assert _temporary_bytes(loss, y0, dt0) < 2e6
+
+
 def test_memory_follows_the_checkpoints_and_not_the_rejections():
     # The number of rejections is a run-time matter: one program serves both.
     value_and_grad = jax.jit(_loss(nodegrad.odesolve, nodegrad.ACAAdjoint(32), 1024))

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .measure import Clock, compile_in_turns, Program, relative_error, time_in_turns
+from .comparison import compare, print_table
+from .measure import Clock, compile_in_turns, time_in_turns
 from .problems import loss, perceptron, Problem, uneven_lanes
-from .report import Budget, Column, fixed, Report, scientific, significant
+from .report import Budget, Report
 from .solves import (
     ACA,
     ACA_IN_DIFFRAX,
@@ -31,16 +32,6 @@ from .solves import (
 
 DTYPE = "float64"
 _METHODS = VMAP_DIFFRAX, VMAP_ACA, VMAP_ACA_IN_DIFFRAX, BATCHED_ACA
-_COLUMNS = (
-    Column("method", "method"),
-    Column("seconds", "time (ms)", significant(3, 1e3)),
-    Column("time_ratio", "ratio", fixed(2)),
-    Column("build_seconds", "build (s)", fixed(2)),
-    Column("build_ratio", "ratio", fixed(2)),
-    Column("temp_bytes", "temp (kB)", significant(3, 1e-3)),
-    Column("memory_ratio", "ratio", fixed(2)),
-    Column("difference", "diff. to first", scientific),
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,34 +64,6 @@ def run(arguments: argparse.Namespace, clock: Clock, report: Report) -> None:
     _measure_tangents(clock, report, training, seconds)
 
 
-def _table(
-    report: Report,
-    name: str,
-    programs: Mapping[str, Program],
-    seconds: Mapping[str, float],
-    results: Mapping[str, Any],
-) -> None:
-    """Prints one row for each program, with ratios to the first one."""
-    first = next(iter(programs))
-    peer = programs[first]
-    records = [
-        {
-            "method": method,
-            "seconds": seconds[method],
-            "time_ratio": seconds[method] / seconds[first],
-            "build_seconds": program.build_seconds,
-            "build_ratio": program.build_seconds / peer.build_seconds,
-            "temp_bytes": program.temp_bytes,
-            "memory_ratio": program.temp_bytes / max(peer.temp_bytes, 1),
-            "difference": relative_error(results[method], results[first])
-            if method in results
-            else None,
-        }
-        for method, program in programs.items()
-    ]
-    report.table(name, _COLUMNS, records)
-
-
 def _measure_batch(
     clock: Clock,
     report: Report,
@@ -116,9 +79,7 @@ def _measure_batch(
     }
     inputs = problem.y0, problem.args
     span = np.float64(problem.t1), np.float64(problem.t1 / steps)
-    return _measure_gradients(
-        clock, report, problem.name, makers, (inputs, span), limits, seconds
-    )
+    return compare(clock, report, problem.name, makers, (inputs, span), limits, seconds)
 
 
 def _measure_ensemble(
@@ -145,34 +106,7 @@ def _measure_ensemble(
     name = f"{models} models of that kind, 32 samples"
     span = np.float64(problem.t1), np.float64(problem.t1 / 30)
     limits = {"time": 0.30, "memory": 0.12}
-    _measure_gradients(clock, report, name, makers, (args, span), limits, seconds)
-
-
-def _measure_gradients(
-    clock: Clock,
-    report: Report,
-    name: str,
-    makers: Mapping[str, Callable[[], Callable[..., Any]]],
-    args: tuple[Any, ...],
-    limits: Mapping[str, float],
-    seconds: float,
-) -> dict[str, float]:
-    """Compiles, times and compares; enters a budget for each of `limits`."""
-    programs = compile_in_turns(clock, makers, args, 1)
-    runs = {name: partial(program.run, *args) for name, program in programs.items()}
-    times = time_in_turns(clock, runs, seconds=seconds * len(runs))
-    results = {method: run()[1] for method, run in runs.items()}
-    _table(report, name, programs, times, results)
-    peer, *others = programs
-    for method in others:
-        ratios = {
-            "time": times[method] / times[peer],
-            "memory": programs[method].temp_bytes / programs[peer].temp_bytes,
-        }
-        for kind, limit in limits.items():
-            budget = Budget(f"{kind} of {method}", name, peer, ratios[kind], limit)
-            report.budgets.append(budget)
-    return times
+    compare(clock, report, name, makers, (args, span), limits, seconds)
 
 
 def _measure_tangents(
@@ -203,7 +137,7 @@ def _measure_tangents(
         runs = {name: partial(p.run, *args) for name, p in programs.items()}
         times = time_in_turns(clock, runs, seconds=seconds * len(runs))
         name = f"tangents of {method.name}"
-        _table(report, name, programs, times, {})
+        print_table(report, name, programs, times, {})
         for kind in list(makers)[1:]:
             ratio = times[kind] / times["solve"]
             report.budgets.append(Budget(kind, name, "solve", ratio, limits[kind]))
