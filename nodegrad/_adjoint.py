@@ -129,8 +129,7 @@ class ReversibleAdjoint(RecordedAdjoint):
 
     The backward pass starts from the final state and walks back: the inverse of an
     accepted step $y_{i+1} = \Phi_i(y_i)$ is known in closed form, and takes the very
-    evaluations that the pullback of the step is built on, so that nothing is evaluated
-    twice. The recursion of cotangents is that of `nodegrad.ACAAdjoint`, and the
+    evaluations that the pullback of the step is built on. The recursion of cotangents is that of `nodegrad.ACAAdjoint`, and the
     gradient is exact for the computed solution, to the rounding that the way back
     picks up.
 
@@ -160,7 +159,8 @@ class ReversibleAdjoint(RecordedAdjoint):
     included.
 
     **Cost:** per accepted step as many evaluations and pullbacks as the step has
-    evaluations (12 of each for `Reversible(Tsit5())`; `ReversibleHeun` takes two
+    evaluations (12 of each for `Reversible(Tsit5())`, whose pullbacks evaluate cheap
+    vector fields once more, see `nodegrad.ACAAdjoint`; `ReversibleHeun` takes two
     evaluations and one pullback). Memory: no state, whatever the number of steps. With
     `resync_every=K` two states for each `K` of `max_steps`. Times: 9 bytes for each of
     `max_recorded_steps` where an error estimate chooses the steps, none with

@@ -2,7 +2,7 @@
 
 The walk carries the state after the step that it goes back over and undoes the step. If
 the visitor linearises the step, the evaluations of the inverse are the ones that are
-linearised, so that nothing is evaluated twice (`_reversal.py`).
+linearised (`_reversal.py`).
 
 What is stored is the state before every restart, and the start of the solve. There the
 reconstructed state is compared with the stored one, and then replaced by it: the
