@@ -129,9 +129,9 @@ class ReversibleAdjoint(RecordedAdjoint):
 
     The backward pass starts from the final state and walks back: the inverse of an
     accepted step $y_{i+1} = \Phi_i(y_i)$ is known in closed form, and takes the very
-    evaluations that the pullback of the step is built on. The recursion of cotangents is that of `nodegrad.ACAAdjoint`, and the
-    gradient is exact for the computed solution, to the rounding that the way back
-    picks up.
+    evaluations that the pullback of the step is built on. The recursion of cotangents
+    is that of `nodegrad.ACAAdjoint`, and the gradient is exact for the computed
+    solution, to the rounding that the way back picks up.
 
     One object serves `nodegrad.odesolve(..., adjoint=...)` and
     `diffrax.diffeqsolve(..., adjoint=...)`, with every `SaveAt`, term and event of
