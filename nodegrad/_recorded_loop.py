@@ -105,8 +105,8 @@ def _differentiable(plan: Plan, pure_run: Pure) -> Callable:
 
     @eqx.filter_custom_jvp
     def differentiable_run(loop_consts, init_state, others):
-        del others
-        return _arrays(pure_run(loop_consts, init_state))
+        out = _arrays(pure_run(loop_consts, init_state))
+        return _with_common_axes(out, _arrays((loop_consts, init_state, others)))
 
     @differentiable_run.def_jvp
     def _rule(primals, tangents):
@@ -127,6 +127,30 @@ def _differentiable(plan: Plan, pure_run: Pure) -> Callable:
         return eqx.combine(differentiable_run(*args), pure_run.static_out)
 
     return run
+
+
+@jax.custom_batching.custom_vmap
+def _with_common_axes(out: PyTree[Array], inputs: PyTree[Array]) -> PyTree[Array]:
+    """`out`, each of whose arrays has an axis for every `vmap` that `inputs` have.
+
+    The tangents of a solve have all of them, and `vmap` of a function with a rule for
+    forward mode wants the same axes for a result and for its tangent.
+    """
+    del inputs
+    return out
+
+
+@_with_common_axes.def_vmap
+def _batch_common_axes(size: int, is_batched: Any, out: PyTree, inputs: PyTree) -> Any:
+    is_out_batched, _ = is_batched
+
+    def with_axis(x, has_axis):
+        return x if has_axis else jnp.broadcast_to(x, (size, *x.shape))
+
+    out = jax.tree.map(with_axis, out, is_out_batched)
+    # There may be more `vmap`s around this one.
+    out = _with_common_axes(out, inputs)
+    return out, jax.tree.map(lambda _: True, out)
 
 
 def make_trajectory(

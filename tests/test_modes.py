@@ -212,3 +212,38 @@ def test_one_compilation_serves_changing_times_tolerances_and_parameters():
 def test_a_gradient_is_the_same_twice():
     grad = jax.jit(jax.grad(_loss(nodegrad.odesolve)))
     assert jnp.array_equal(grad(POINTS[1]), grad(POINTS[1]))
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("what", ["y0", "ts", "args"])
+def test_results_that_vmap_leaves_alone_may_have_tangents(door, what):
+    # With constant steps the times saved are the same for all samples.
+    ts = jnp.array([0.1, 0.25, 0.5])
+    ys = jnp.array([[1.0, -0.5], [0.3, 0.8], [-0.2, 0.4]])
+    axes = {"y0": (0, None, None), "ts": (None, 0, None), "args": (None, None, 0)}[what]
+    start, args = (ys, 0.7) if what == "y0" else (ys[0], 0.7)
+    times = jnp.add.outer(0.01 * jnp.arange(3.0), ts) if what == "ts" else ts
+    args = jnp.array([0.5, 0.7, 0.9]) if what == "args" else args
+
+    def loss(y0, ts, args, t1, solve, adjoint):
+        def one(y0, ts, args):
+            sol = solve(
+                diffrax.ODETerm(lambda t, y, a: -a * y * jnp.roll(y, 1)),
+                diffrax.Heun(),
+                0.0,
+                t1,
+                0.05,
+                y0,
+                args,
+                saveat=diffrax.SaveAt(ts=ts, t1=True, dense=True),
+                adjoint=adjoint,
+            )
+            return jnp.sum(sol.ys**2) + jnp.sum(sol.evaluate(0.33)) + jnp.sum(sol.ts)
+
+        return jnp.mean(jax.vmap(one, in_axes=axes)(y0, ts, args))
+
+    point = start, times, args, 0.6
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)), static_argnums=(4, 5))
+    found = gradient(*point, DOORS[door], nodegrad.ACAAdjoint())
+    expected = gradient(*point, diffrax.diffeqsolve, diffrax.DirectAdjoint())
+    assert relative_error(found, expected) < 1e-12
