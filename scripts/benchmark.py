@@ -8,12 +8,13 @@ import argparse
 from pathlib import Path
 
 import jax
-from benchmarks import gradients, modes, reversible, second_order, training
+from benchmarks import examples, gradients, modes, reversible, second_order, training
 from benchmarks.measure import describe_machine, make_clock
 from benchmarks.report import Report
 
 
 _SUBCOMMANDS = {
+    "examples": examples,
     "gradients": gradients,
     "modes": modes,
     "reversible": reversible,
