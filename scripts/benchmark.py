@@ -8,13 +8,22 @@ import argparse
 from pathlib import Path
 
 import jax
-from benchmarks import ensembles, gradients, modes, reversible, second_order, training
+from benchmarks import (
+    ensembles,
+    examples,
+    gradients,
+    modes,
+    reversible,
+    second_order,
+    training,
+)
 from benchmarks.measure import describe_machine, make_clock
 from benchmarks.report import Report
 
 
 _SUBCOMMANDS = {
     "ensembles": ensembles,
+    "examples": examples,
     "gradients": gradients,
     "modes": modes,
     "reversible": reversible,

@@ -415,7 +415,10 @@ def _check_ensemble(nest, door, method, controller):
         diffrax.diffeqsolve, diffrax.RecursiveCheckpointAdjoint(), solver, chosen
     )
     one = jax.jit(jax.grad(reference, argnums=(0, 1, 2)))
-    assert relative_error(found, _one_by_one(one, nest, points, weights)) < 1e-12
+    # In another program rounding moves the steps that an error estimate chooses.
+    tolerance = 1e-11 if controller == "pid" else 1e-12
+    expected = _one_by_one(one, nest, points, weights)
+    assert relative_error(found, expected) < tolerance
 
 
 @pytest.mark.parametrize(
