@@ -79,35 +79,40 @@ class Pure:
         """
         return batch.map_shared(self, consts, axes)(*args)
 
-    def pullback(
-        self,
-        batch: Batch,
-        consts: list[Array],
-        axes: list[Axes],
-        wrt: list[bool],
-        args: tuple,
-        spec: PyTree[bool],
-    ) -> tuple[PyTree, Callable]:
-        """The results for every solve of a batch, and their pullback.
+    def pullback(self, *args: Any) -> tuple[PyTree, Callable]:
+        """As the function `pullback`, of this."""
+        return pullback(self, *args)
 
-        The pullback takes cotangents of the results to those of `(consts, args)`. Only
-        what `wrt` and `spec` mark is differentiated. The mapping over the batch is
-        inside of the pullback. So cotangents of constants that solves share are sums
-        over these solves, computed as one product, and never exist solve by solve.
-        """
-        wanted, fixed = eqx.partition(consts, wrt)
-        args, fixed_args = eqx.partition(args, spec)
-        wanted_axes, fixed_axes = eqx.partition(axes, wrt)
 
-        def one(shared, args, fixed_args):
-            out = self(eqx.combine(*shared), *eqx.combine(args, fixed_args))
-            return eqx.filter(out, eqx.is_inexact_array)
+def pullback(
+    fn: Callable,
+    batch: Batch,
+    consts: list[Array],
+    axes: list[Axes],
+    wrt: list[bool],
+    args: tuple,
+    spec: PyTree[bool],
+) -> tuple[PyTree, Callable]:
+    """`fn(consts, *args)` for every solve of a batch, and its pullback.
 
-        def all_of_them(wanted, args):
-            shared, shared_axes = (wanted, fixed), (wanted_axes, fixed_axes)
-            return batch.map_shared(one, shared, shared_axes)(args, fixed_args)
+    The pullback takes cotangents of the results to those of `(consts, args)`. Only what
+    `wrt` and `spec` mark is differentiated. The mapping over the batch is inside of the
+    pullback. So cotangents of constants that solves share are sums over these solves,
+    computed as one product, and never exist solve by solve.
+    """
+    wanted, fixed = eqx.partition(consts, wrt)
+    args, fixed_args = eqx.partition(args, spec)
+    wanted_axes, fixed_axes = eqx.partition(axes, wrt)
 
-        return jax.vjp(all_of_them, wanted, args)
+    def one(shared, args, fixed_args):
+        out = fn(eqx.combine(*shared), *eqx.combine(args, fixed_args))
+        return eqx.filter(out, eqx.is_inexact_array)
+
+    def all_of_them(wanted, args):
+        shared, shared_axes = (wanted, fixed), (wanted_axes, fixed_axes)
+        return batch.map_shared(one, shared, shared_axes)(args, fixed_args)
+
+    return jax.vjp(all_of_them, wanted, args)
 
 
 def as_struct(tree: PyTree) -> PyTree:

@@ -8,9 +8,9 @@ $$\lambda_{k_i} = b_i \lambda + \sum_{j>i} a_{ji} \mu_j, \qquad
   (\mu_i, \Delta\lambda_\theta) = (f u)^* \lambda_{k_i}, \qquad
   \lambda_{y_0} = \sum_i \mu_i.$$
 
-Where the stages are a loop (`_stages.is_scanned`), so is this, and its body evaluates
-the vector field once more. Where they are not, JAX differentiates the stages one after
-another, with what it kept of their evaluation.
+For some vector fields (`_stages.is_scanned`) the stages are a loop, and so is this; its
+body evaluates the vector field once more. For others JAX differentiates the stages one
+after another, with what it kept of their evaluation.
 """
 
 import functools as ft
@@ -24,8 +24,9 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from ._batch import Axes, Batch
-from ._hoist import as_struct, hoist, Pure
+from ._hoist import as_struct, hoist, pullback, Pure
 from ._stages import (
+    add_weighted,
     coefficients,
     combine,
     is_scanned,
@@ -91,14 +92,11 @@ class Increment:
         every = self.returns == "all"
         return self.tableau.num_stages if every else num_inner_stages(self.tableau)
 
-    def hoist(
-        self, t0, t1, control, y0
-    ) -> "tuple[list[Array], Pure | StagedIncrement]":
+    def hoist(self, t0, t1, control, y0) -> "tuple[list[Array], StagedIncrement]":
         """The arrays that it closes over, and a function of those."""
+        del t1
         consts, product = hoist(self.product, *as_struct((t0, y0, control)))
-        if is_scanned(self.tableau, product.jaxpr):
-            return consts, StagedIncrement(self, product)
-        return hoist(self, t0, t1, control, y0)
+        return consts, StagedIncrement(self, product)
 
 
 class _Cotangents(NamedTuple):
@@ -116,7 +114,7 @@ class _Cotangents(NamedTuple):
 
 
 class StagedIncrement:
-    """A hoisted `Increment` whose stages, and whose pullback, are loops."""
+    """A hoisted `Increment`, used as a `Pure` is."""
 
     def __init__(self, increment: Increment, product: Pure):
         """`product` is the hoisted vector field of `increment`."""
@@ -124,15 +122,21 @@ class StagedIncrement:
         self.product = product
         #: What the vector field does.
         self.jaxpr = product.jaxpr
+        #: Whether derivatives take the stages in a loop.
+        self.scanned = is_scanned(increment.tableau, product.jaxpr)
 
     def __call__(self, consts: list[Array], *args: PyTree) -> PyTree:
         """The increment and the stages for these constants."""
-        return self.evaluate(Batch(), consts, [Axes(()) for _ in consts], args)
+        if self.scanned:
+            return self.evaluate(Batch(), consts, [Axes(()) for _ in consts], args)
+        product = ft.partial(self.product, consts)
+        increment = self.increment
+        return Increment(increment.tableau, product, increment.returns)(*args)
 
     def evaluate(
         self, batch: Batch, consts: list[Array], axes: list[Axes], args: tuple
     ) -> PyTree:
-        """As `Pure.evaluate`."""
+        """As `Pure.evaluate`. The stages are a loop, which compiles fast."""
         ks, _ = self._stages(batch, consts, axes, args)
         return self._results(batch, ks)
 
@@ -163,7 +167,9 @@ class StagedIncrement:
         args: tuple,
         spec: tuple,
     ) -> tuple[PyTree, Callable]:
-        """As `Pure.pullback`."""
+        """As `_hoist.pullback`."""
+        if not self.scanned:
+            return pullback(self, batch, consts, axes, wrt, args, spec)
         t0, t1, control, y0 = args
         wrt_t0, wrt_t1, wrt_control, wrt_y0 = spec
         product_spec = wrt_t0 or wrt_t1, wrt_y0, wrt_control
@@ -173,8 +179,7 @@ class StagedIncrement:
 
         def stage(cts: _Cotangents, inputs):
             index, state, ct_k, a, c = inputs
-            weigh = lambda ct, rows: ct + jnp.tensordot(a.astype(ct.dtype), rows, 1)
-            ct_k = jax.tree.map(weigh, ct_k, cts.states)
+            ct_k = jax.tree.map(ft.partial(add_weighted, a), ct_k, cts.states)
             t = stage_time(c, t0, t1)
             _, pull = self.product.pullback(
                 batch, consts, axes, wrt, (t, state, control), product_spec
@@ -212,7 +217,7 @@ class StagedIncrement:
     ) -> PyTree[Array]:
         """Those that do not come by way of later stages."""
         b = self.increment.weights
-        weigh = lambda ct: jnp.tensordot(jnp.asarray(b, ct.dtype), ct, 0)
+        weigh = lambda ct: jnp.multiply.outer(jnp.asarray(b, ct.dtype), ct)
         ct_ks = jax.tree.map(weigh, ct_increment)
         if self.increment.returns == "none":
             return ct_ks

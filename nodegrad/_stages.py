@@ -1,5 +1,6 @@
 """Explicit Butcher tableaus, and the evaluation of their stages."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -99,8 +100,7 @@ def scanned_stages(
 
     def stage(ks, inputs):
         index, a, c = inputs
-        weigh = lambda y, k: y + jnp.tensordot(a.astype(k.dtype), k, 1)
-        state = jax.tree.map(weigh, y0, ks)
+        state = jax.tree.map(functools.partial(add_weighted, a), y0, ks)
         return set_row(ks, index, product(stage_time(c, t0, t1), state)), state
 
     ks = jax.tree.map(lambda y: jnp.zeros((num, *y.shape), y.dtype), y0)
@@ -108,6 +108,13 @@ def scanned_stages(
         ks = set_row(ks, 0, k0)
     inputs = jnp.arange(first, num), a[first:], c[first:]
     return jax.lax.scan(stage, ks, inputs)
+
+
+def add_weighted(weights: Array, x: Array, rows: Array) -> Array:
+    """`x` plus the weighted sum of `rows`."""
+    # Some accelerators multiply matrices in less than the precision of their entries.
+    precision = jax.lax.Precision.HIGHEST
+    return x + jnp.tensordot(weights.astype(rows.dtype), rows, 1, precision=precision)
 
 
 def stage_time(c: Array, t0: Array, t1: Array) -> Array:

@@ -57,6 +57,7 @@ def test_pullback_is_that_of_the_stages_one_after_another(tableau, returns, dtyp
     make = lambda shared, own: Increment(tableau, product(shared, own), returns)
     consts, staged = make(shared, own[0]).hoist(*one)
     assert isinstance(staged, StagedIncrement)
+    assert staged.scanned
     assert sorted(x.shape for x in consts) == [(3,), (3,)]
     is_own = [bool(jnp.all(x == own[0])) for x in consts]
     consts = [own if mine else shared for mine in is_own]
