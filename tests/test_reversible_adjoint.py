@@ -421,8 +421,9 @@ def test_batches_match_single_solves(solver, size):
 @pytest.mark.parametrize(
     "solver, first, forward, backward",
     [
-        (nodegrad.Reversible(diffrax.Tsit5()), 0, 12, 12),
-        (nodegrad.Reversible(diffrax.Midpoint()), 0, 4, 4),
+        # Of a cheap vector field every stage is evaluated again in its pullback.
+        (nodegrad.Reversible(diffrax.Tsit5()), 0, 12, 24),
+        (nodegrad.Reversible(diffrax.Midpoint()), 0, 4, 8),
         (nodegrad.ALF(), 1, 1, 1),
         (diffrax.ReversibleHeun(), 1, 1, 2),
     ],

@@ -811,7 +811,7 @@ def test_memory_of_forward_mode_does_not_grow_with_the_number_of_steps(door, sol
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     # At most the log of the steps, and not a single state in 4000 steps.
-    assert temporary(4096) - temporary(64) <= 10 * (4096 - 64)
+    assert temporary(4096) - temporary(64) <= 10 * (1024 - 64)
 
 
 @pytest.mark.parametrize("door", DOORS)
