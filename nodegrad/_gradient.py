@@ -215,7 +215,8 @@ def refused_where(
 ) -> C:
     """`carry`, unless steps are missing: then an error, or NaN."""
     if throw:
-        return eqx.error_if(carry, jnp.any(cut), CUT)
+        # What passes a check is put on one device, so this is a number and not `carry`.
+        cut = cut | eqx.error_if(jnp.array(False), jnp.any(cut), CUT)
     return nan_where(cut, carry)
 
 

@@ -63,9 +63,8 @@ def push_forward(
     _, out = jax.jvp(fn, (wanted,), (eqx.filter(tangents, perturbed),))
     cut = trajectory.is_cut
     if plan.throw:
-        out = eqx.error_if(out, cut, CUT)
-    else:
-        out = jax.tree.map(lambda t: jnp.where(cut, jnp.nan, t), out)
+        cut = cut | eqx.error_if(jnp.array(False), cut, CUT)
+    out = jax.tree.map(lambda t: jnp.where(cut, jnp.nan, t), out)
     if plan.throw and not plan.event:
         # As `pull_back` does: the exception may have been dropped.
         scale = jnp.where(trajectory.at_end, 1, jnp.nan)

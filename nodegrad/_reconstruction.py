@@ -221,7 +221,10 @@ class ReconstructedStates(AbstractStateSource):
             lost = steps.trajectory.lost
             which = jnp.where(jnp.any(lost), 1, 0)
             failed = jnp.any(bad | lost)
-            return eqx.branched_error_if(carry, failed, which, [_UNTRUSTED, _LOST])
+            messages = [_UNTRUSTED, _LOST]
+            # What passes a check is put on one device: a number, and not `carry`.
+            no = jnp.array(False)
+            bad = bad | eqx.branched_error_if(no, failed, which, messages)
         return nan_where(bad, carry)
 
 
