@@ -50,9 +50,9 @@ class ACAAdjoint(RecordedAdjoint):
       `K = sqrt(max_steps)`. `"all"` keeps every accepted state, `max_steps` of them.
     - `max_recorded_steps`: where an error estimate chooses the steps, the times of how
       many accepted steps to keep; a derivative of a longer solve is refused. `None`
-      stands for `16 sqrt(max_steps)`, 1024 at least (with `checkpoints="all"` for
-      `max_steps`): many times what a solve usually takes, and few enough that a large
-      `max_steps` costs no memory.
+      stands for a quarter of `max_steps`, between 1024 and 131072 (with
+      `checkpoints="all"` for `max_steps`): many times what a solve usually takes, and
+      few enough that a large `max_steps` costs little.
 
     **Raises:** `TypeError` or `ValueError` for other arguments. `RuntimeError` on
     differentiating by reverse mode with `max_steps=None`, with respect to tolerances,

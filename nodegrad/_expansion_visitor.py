@@ -57,6 +57,7 @@ class Rows(eqx.Module):
 
     def write(self, node, expansion: Expansion, state: Array) -> "Rows":
         """With the row of the first time at `node`, if there is one."""
+        node = node.astype(self.nodes.dtype)
         row = jnp.searchsorted(self.nodes, node)
         is_here = self.nodes.at[row].get(mode="fill", fill_value=-1) == node
         row = jnp.where(is_here, row, len(self.nodes))

@@ -1,7 +1,5 @@
 """What the forward pass writes down of the accepted steps."""
 
-import math
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -24,7 +22,7 @@ def choose_recorded_steps(max_recorded_steps: int | None, max_steps: int) -> int
     needs, for each sample of a batch.
     """
     if max_recorded_steps is None:
-        max_recorded_steps = max(1024, 16 * math.isqrt(max_steps))
+        max_recorded_steps = min(max(1024, max_steps // 4), 2**17)
     return min(max_recorded_steps, max_steps)
 
 
