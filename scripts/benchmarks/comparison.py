@@ -58,8 +58,12 @@ def compare(
     args: tuple[Any, ...],
     limits: Mapping[str, float],
     seconds: float,
+    without_limits: tuple[str, ...] = (),
 ) -> dict[str, float]:
-    """Compiles, times and compares; enters a budget for each of `limits`."""
+    """Compiles, times and compares; enters a budget for each of `limits`.
+
+    Not for the first program, nor for those `without_limits`.
+    """
     programs = compile_in_turns(clock, makers, args, 1)
     runs = {name: partial(program.run, *args) for name, program in programs.items()}
     times = time_in_turns(clock, runs, seconds=seconds * len(runs))
@@ -69,7 +73,7 @@ def compare(
     results = {method: x for method, x in results.items() if shapes[method] == first}
     print_table(report, name, programs, times, results)
     peer, *others = programs
-    for method in others:
+    for method in [name for name in others if name not in without_limits]:
         program, reference = programs[method], programs[peer]
         ratios = {
             "time": times[method] / times[peer],

@@ -19,7 +19,7 @@ import numpy as np
 from .comparison import compare
 from .measure import Clock
 from .problems import loss, lotka_volterra, Problem
-from .report import Report
+from .report import Budget, Report
 from .solves import (
     Method,
     value_function,
@@ -84,9 +84,14 @@ def _measure(
     replay = None if shared else _gradsolve_gradient(problem, inputs)
     if replay is not None:
         gradients[_GRADSOLVE] = lambda: replay
-    compare(
-        clock, report, f"{name}: gradient", gradients, (inputs, span), limits, seconds
+    times = compare(
+        *(clock, report, f"{name}: gradient", gradients, (inputs, span)),
+        *(limits, seconds, (_GRADSOLVE,)),
     )
+    if replay is not None:
+        ratio = times[VMAP_ACA.name] / times[_GRADSOLVE]
+        what = f"time of {VMAP_ACA.name}"
+        report.budgets.append(Budget(what, name, _GRADSOLVE, ratio, 0.25))
 
 
 def _measure_alone(clock: Clock, report: Report, seconds: float) -> None:
