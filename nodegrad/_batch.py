@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree
 
 from ._compat import while_loop
-from ._tree import put, take, where, zeros_like
+from ._tree import put, set_row, take, where, zeros_like
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,7 @@ class Batch(eqx.Module):
         """`tree` with `values` in row `row` of the arrays of every solve."""
         if not self.sizes:
             return put(tree, row, values)
-        axis = len(self.sizes)
-        write = lambda buffer, x: jax.lax.dynamic_update_index_in_dim(
-            buffer, x, row, axis
-        )
-        return jax.tree.map(write, tree, values)
+        return set_row(tree, row, values, axis=len(self.sizes))
 
     def where_active(
         self, active: Bool[Array, "..."], tree: PyTree, otherwise: PyTree

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ._expansion import expand, Expansion, pull_back
-from ._gradient import refused_where
 from ._grid import StepTimes
 from ._plan import Solve
 from ._recording import Recording
 from ._state_source import BackwardStep
+from ._trajectory import refuse
 from ._tree import flatten
 
 
@@ -122,8 +122,8 @@ class ExpansionVisitor(eqx.Module):
         states, steps = self.recording.plan.states, self.recording.steps
         carry = Carry(expansion, rows)
         carry, error = states.walk(steps, self.visit, carry, linearizes=False)
-        carry = refused_where(trajectory.is_cut, carry, True, _nan_where)
         carry = states.guarded(carry, steps, error, True, _nan_where)
+        carry = _nan_where(refuse(trajectory.is_cut, True), carry)
         y0, _ = flatten(self.init_state.y, self.u.dtype)
         expansion = pull_back(carry.expansion, self._start, y0, self.u, self.curved)
         return replace(carry, expansion=expansion)

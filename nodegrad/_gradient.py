@@ -15,9 +15,9 @@ Cotangents of what solves share are summed over these inside every pullback. A s
 that took no step $i$ waits, with zero cotangents.
 """
 
-from collections.abc import Callable
+import functools as ft
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -28,11 +28,8 @@ from ._grid import pull_back_times
 from ._recording import Inputs, none_like, Outputs, Recording
 from ._save import pull_back_saves, SaveCarry, StepCotangents
 from ._state_source import BackwardStep
-from ._trajectory import CUT
+from ._trajectory import refuse
 from ._tree import add, filled_like, where, zeros_like
-
-
-C = TypeVar("C")
 
 
 class Carry(eqx.Module):
@@ -154,9 +151,26 @@ class GradientVisitor(eqx.Module):
     def nan_where(self, failed: Bool[Array, "..."], carry: Carry) -> Carry:
         """`carry`, but NaN for solves that `failed`, and in whatever they add to."""
         nan = lambda x: x * jnp.nan if eqx.is_inexact_array(x) else x
-        each = lambda x: where(failed, nan(x), x)
-        shared = lambda x: where(jnp.any(failed), nan(x), x)
-        return map_carry(each, shared, carry)
+        each = ft.partial(jax.tree.map, lambda x: where(failed, nan(x), x))
+        shared = ft.partial(jax.tree.map, lambda x: where(jnp.any(failed), nan(x), x))
+        return Carry(
+            y=each(carry.y),
+            replay_state=each(carry.replay_state),
+            start=each(carry.start),
+            size=each(carry.size),
+            anchors=each(carry.anchors),
+            saves=[
+                SaveCarry(
+                    cursor=save.cursor,
+                    at_end=shared(save.at_end),
+                    inside=shared(save.inside),
+                    ts=each(save.ts),
+                )
+                for save in carry.saves
+            ],
+            constants=shared(carry.constants),
+            statistics=shared(carry.statistics),
+        )
 
     def finish(self, carry: Carry) -> Inputs:
         """The cotangents of the inputs."""
@@ -187,39 +201,6 @@ class GradientVisitor(eqx.Module):
         )
 
 
-def map_carry(each, shared, *carries: Carry) -> Carry:
-    """Maps `each` over what belongs to one solve, `shared` over what may be shared."""
-
-    def split(carry):
-        """What may be shared, and the carry without it."""
-        sums = (
-            carry.constants,
-            carry.statistics,
-            [(save.at_end, save.inside) for save in carry.saves],
-        )
-        saves = [replace(save, at_end=None, inside=None) for save in carry.saves]
-        return sums, replace(carry, constants=None, statistics=None, saves=saves)
-
-    sums, rest = zip(*map(split, carries), strict=True)
-    constants, statistics, saves = jax.tree.map(shared, *sums)
-    out = jax.tree.map(each, *rest)
-    saves = [
-        replace(save, at_end=at_end, inside=inside)
-        for save, (at_end, inside) in zip(out.saves, saves, strict=True)
-    ]
-    return replace(out, constants=constants, statistics=statistics, saves=saves)
-
-
-def refused_where(
-    cut: Bool[Array, "..."], carry: C, throw: bool, nan_where: Callable
-) -> C:
-    """`carry`, unless steps are missing: then an error, or NaN."""
-    if throw:
-        # What passes a check is put on one device, so this is a number and not `carry`.
-        cut = cut | eqx.error_if(jnp.array(False), jnp.any(cut), CUT)
-    return nan_where(cut, carry)
-
-
 def pull_back(recording: Recording, ct: Outputs) -> Inputs:
     """The cotangents of `recording.inputs`, from those of all that the solve returned.
 
@@ -231,14 +212,12 @@ def pull_back(recording: Recording, ct: Outputs) -> Inputs:
     visitor = GradientVisitor(recording, ct, statistics)
     states, steps = recording.plan.states, recording.steps
     carry, error = states.walk(steps, visitor.visit, visitor.initial(), True)
-    throw = recording.plan.throw
-    cut = recording.batch.map(lambda trajectory: trajectory.is_cut)
-    carry = refused_where(cut(recording.trajectory), carry, throw, visitor.nan_where)
+    throw, trajectory = recording.plan.throw, recording.trajectory
     carry = states.guarded(carry, steps, error, throw, visitor.nan_where)
+    is_cut = recording.batch.map(lambda trajectory: trajectory.is_cut)
+    failed = refuse(is_cut(trajectory), throw)
     if throw and not recording.plan.event:
         # JAX drops the exception of a solve whose value is not used, as in
         # `jax.jit(jax.grad(loss))` of a loss that is linear in it.
-        at_end = recording.trajectory.at_end
-        failed = jnp.broadcast_to(~jnp.all(at_end), at_end.shape)
-        carry = visitor.nan_where(failed, carry)
-    return visitor.finish(carry)
+        failed = failed | ~jnp.all(trajectory.at_end)
+    return visitor.finish(visitor.nan_where(failed, carry))

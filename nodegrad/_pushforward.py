@@ -16,7 +16,7 @@ from ._compat import buffer_at_set, while_loop
 from ._grid import moving_end, StepTimes
 from ._output import SaveState, write_dense, write_step
 from ._recording import Inputs, moving_times, Outputs, Plan, Saved
-from ._trajectory import CUT, Trajectory
+from ._trajectory import refuse, Trajectory
 from ._tree import as_arrays
 
 
@@ -61,15 +61,11 @@ def push_forward(
         return replay(plan, inputs, trajectory, struct, moves)
 
     _, out = jax.jvp(fn, (wanted,), (eqx.filter(tangents, perturbed),))
-    cut = trajectory.is_cut
-    if plan.throw:
-        cut = cut | eqx.error_if(jnp.array(False), cut, CUT)
-    out = jax.tree.map(lambda t: jnp.where(cut, jnp.nan, t), out)
+    failed = refuse(trajectory.is_cut, plan.throw)
     if plan.throw and not plan.event:
         # As `pull_back` does: the exception may have been dropped.
-        scale = jnp.where(trajectory.at_end, 1, jnp.nan)
-        out = jax.tree.map(lambda t: t * scale.astype(t.dtype), out)
-    return out
+        failed = failed | ~trajectory.at_end
+    return jax.tree.map(lambda t: jnp.where(failed, jnp.nan, t), out)
 
 
 def replay(

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Int, PyTree, Real
 from ._grid import AbstractGrid, StepTimes
 
 
-CUT = (
+_CUT = (
     "A derivative was asked for of a solve that took more accepted steps than its "
     "adjoint had room to write down. Pass `max_recorded_steps=...` to the adjoint: at "
     "least what the solve needs (`Solution.stats['num_accepted_steps']`)."
@@ -24,6 +24,14 @@ def choose_recorded_steps(max_recorded_steps: int | None, max_steps: int) -> int
     if max_recorded_steps is None:
         max_recorded_steps = min(max(1024, max_steps // 4), 2**17)
     return min(max_recorded_steps, max_steps)
+
+
+def refuse(cut: Bool[Array, "..."], throw: bool) -> Bool[Array, "..."]:
+    """`cut`: solves without a derivative. With `throw`, an error if there are any."""
+    if throw:
+        # What passes a check is put on one device: a number, and not what solves have.
+        cut = cut | eqx.error_if(jnp.array(False), jnp.any(cut), _CUT)
+    return cut
 
 
 class StepLog(eqx.Module):
@@ -76,9 +84,10 @@ class Trajectory(eqx.Module):
     @property
     def is_cut(self) -> Bool[Array, ""]:
         """Whether there were more steps than could be written down."""
-        for field in jax.tree.leaves(self.log):
-            return self.num_steps > len(field)
-        return jnp.zeros_like(self.at_end)
+        logged = jax.tree.leaves(self.log)
+        if not logged:
+            return jnp.zeros_like(self.at_end)
+        return self.num_steps > len(logged[0])
 
     def end(self, grid: AbstractGrid, index: Int[Array, ""]) -> Real[Array, ""]:
         """Where step `index` ended; `index = -1` is the start of the solve."""

@@ -78,9 +78,9 @@ def put(tree: PyTree, row, values: PyTree) -> PyTree:
     return jax.tree.map(set_row, tree, values, is_leaf=is_buffer)
 
 
-def set_row(tree: PyTree, row, values: PyTree) -> PyTree:
+def set_row(tree: PyTree, row, values: PyTree, axis: int = 0) -> PyTree:
     """As `put`, for a row that exists: without the check of that, which costs."""
-    write = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, row, 0)
+    write = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, row, axis)
     return jax.tree.map(write, tree, values)
 
 

@@ -23,10 +23,8 @@ def _work(jaxpr: Jaxpr) -> tuple[float, float]:
     """Multiplications inside of products, and numbers computed otherwise."""
     in_products, others = 0.0, 0.0
     for eqn in jaxpr.eqns:
-        name, size = (
-            eqn.primitive.name,
-            sum(math.prod(_shape(v.aval)) for v in eqn.outvars),
-        )
+        name = eqn.primitive.name
+        size = sum(math.prod(_shape(v.aval)) for v in eqn.outvars)
         inner = [getattr(x, "jaxpr", x) for x in jaxprs_in_params(eqn.params)]
         if name in _EXPENSIVE:
             in_products = math.inf
