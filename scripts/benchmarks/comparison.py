@@ -10,7 +10,8 @@ from .measure import Clock, compile_in_turns, Program, relative_error, time_in_t
 from .report import Budget, Column, fixed, Report, scientific, significant
 
 
-_COLUMNS = (
+#: Of the entries that `measured` makes, but for the first.
+MEASURED = (
     Column("method", "method"),
     Column("seconds", "time (ms)", significant(3, 1e3)),
     Column("time_ratio", "ratio", fixed(2)),
@@ -22,17 +23,15 @@ _COLUMNS = (
 )
 
 
-def print_table(
-    report: Report,
-    name: str,
+def measured(
     programs: Mapping[str, Program],
     seconds: Mapping[str, float],
     results: Mapping[str, Any],
-) -> None:
-    """Prints one row for each program, with ratios to the first one."""
+) -> list[dict[str, Any]]:
+    """A record for each program, with ratios to the first one."""
     first = next(iter(programs))
     peer = programs[first]
-    records = [
+    return [
         {
             "method": method,
             "seconds": seconds[method],
@@ -47,7 +46,17 @@ def print_table(
         }
         for method, program in programs.items()
     ]
-    report.table(name, _COLUMNS, records)
+
+
+def budgets(
+    record: Mapping[str, Any], case: str, peer: str, limits: Mapping[str, float]
+) -> list[Budget]:
+    """What the time, memory and build of a record of `measured` have to keep to."""
+    what = f"of {record['method']}"
+    return [
+        Budget(f"{kind} {what}", case, peer, record[f"{kind}_ratio"], limit)
+        for kind, limit in limits.items()
+    ]
 
 
 def compare(
@@ -71,16 +80,10 @@ def compare(
     shapes = {method: jax.eval_shape(lambda x: x, x) for method, x in results.items()}
     first = shapes[next(iter(runs))]
     results = {method: x for method, x in results.items() if shapes[method] == first}
-    print_table(report, name, programs, times, results)
-    peer, *others = programs
-    for method in [name for name in others if name not in without_limits]:
-        program, reference = programs[method], programs[peer]
-        ratios = {
-            "time": times[method] / times[peer],
-            "memory": program.temp_bytes / max(reference.temp_bytes, 1),
-            "build": program.build_seconds / reference.build_seconds,
-        }
-        for kind, limit in limits.items():
-            budget = Budget(f"{kind} of {method}", name, peer, ratios[kind], limit)
-            report.budgets.append(budget)
+    records = measured(programs, times, results)
+    report.table(name, MEASURED, records)
+    peer, *others = records
+    for record in others:
+        if record["method"] not in without_limits:
+            report.budgets.extend(budgets(record, name, peer["method"], limits))
     return times

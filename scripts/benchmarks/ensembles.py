@@ -18,19 +18,20 @@ import numpy as np
 
 from .comparison import compare
 from .measure import Clock
-from .problems import loss, lotka_volterra, Problem
+from .problems import loss, lotka_volterra, Problem, robertson_field
 from .report import Budget, Report
 from .solves import (
+    ACA,
+    ACA_IN_DIFFRAX,
+    DIFFRAX,
+    gradient_function,
     Method,
     value_function,
-    VMAP_ACA,
-    VMAP_ACA_IN_DIFFRAX,
-    VMAP_DIFFRAX,
 )
 
 
 DTYPE = "float64"
-_METHODS = VMAP_DIFFRAX, VMAP_ACA, VMAP_ACA_IN_DIFFRAX
+_METHODS = DIFFRAX, ACA, ACA_IN_DIFFRAX
 _GRADSOLVE = "replay of gradsolve, recorded before"
 
 
@@ -80,7 +81,7 @@ def _measure(
     compare(clock, report, f"{name}: forward", values, (inputs, span), {}, seconds)
     gradients: dict[str, Callable] = {
         m.name: partial(_gradient, problem, m, shared) for m in _METHODS
-    }  # fmt: skip
+    }
     replay = None if shared else _gradsolve_gradient(problem, inputs)
     if replay is not None:
         gradients[_GRADSOLVE] = lambda: replay
@@ -89,8 +90,8 @@ def _measure(
         *(limits, seconds, (_GRADSOLVE,)),
     )
     if replay is not None:
-        ratio = times[VMAP_ACA.name] / times[_GRADSOLVE]
-        what = f"time of {VMAP_ACA.name}"
+        ratio = times[ACA.name] / times[_GRADSOLVE]
+        what = f"time of {ACA.name}"
         report.budgets.append(Budget(what, name, _GRADSOLVE, ratio, 0.25))
 
 
@@ -100,18 +101,12 @@ def _measure_alone(clock: Clock, report: Report, seconds: float) -> None:
     inputs = problem.y0, problem.args
     span = np.float64(problem.t1), np.float64(0.1)
     for method in _METHODS[1:]:
-        alone = replace(method, lanes=None)
         makers = {
-            "forward": partial(value_function, problem, alone, "adaptive"),
-            "gradient": partial(_single_gradient, problem, alone),
+            "forward": partial(value_function, problem, method, "adaptive"),
+            "gradient": partial(gradient_function, problem, method, "adaptive"),
         }
         name = f"{problem.name}, one sample: {method.name}"
         compare(clock, report, name, makers, (inputs, span), {"time": 3.5}, seconds)
-
-
-def _single_gradient(problem: Problem, method: Method) -> Callable[..., Any]:
-    value = value_function(problem, method, "adaptive")
-    return jax.value_and_grad(value, has_aux=True)
 
 
 def _ensemble(problem: Problem, lanes: int, shared: bool) -> tuple[Any, Any]:
@@ -124,11 +119,10 @@ def _ensemble(problem: Problem, lanes: int, shared: bool) -> tuple[Any, Any]:
 def _value(problem: Problem, method: Method, shared: bool) -> Callable[..., Any]:
     """`(inputs, span) -> mean square`, a new function."""
     field = lambda t, y, args: problem.vector_field(t, y, args)
-    alone = replace(method, lanes=None)
 
     def value(inputs, span):
         y0, args = inputs
-        solve = lambda y0, args: alone(problem, field, y0, args, span, "adaptive").ys
+        solve = lambda y0, args: method(problem, field, y0, args, span, "adaptive").ys
         ys = jax.vmap(solve, in_axes=(0, None if shared else 0))(y0, args)
         mean = loss(ys)
         return mean, mean
@@ -172,16 +166,16 @@ def _gradsolve_gradient(problem: Problem, inputs: Any) -> Callable[..., Any] | N
 
     `None` where it is not installed, or where its method is another one.
     """
-    stiff = isinstance(problem.solver, diffrax.AbstractImplicitSolver)
+    theirs = _ForGradsolve(problem)
+    if theirs.is_stiff:
+        return None
     try:
         import gradsolve
     except ImportError:
         return None
-    if stiff:
-        return None
     y0, args = inputs
     final = gradsolve.grad_closure(
-        _ForGradsolve(problem),
+        theirs,
         np.asarray(y0),
         np.asarray(args),
         wrt=("y0", "params"),  # pyright: ignore[reportArgumentType]
@@ -192,7 +186,7 @@ def _gradsolve_gradient(problem: Problem, inputs: Any) -> Callable[..., Any] | N
 
     def value(inputs, span):
         del span
-        return jnp.mean(jnp.square(final(*inputs))), None
+        return loss(final(*inputs)), None
 
     return jax.value_and_grad(value, has_aux=True)
 
@@ -251,14 +245,9 @@ def _epidemic() -> Problem:
 
 def _robertson() -> Problem:
     """The reactions of Robertson (1966), for an implicit solver."""
-
-    def vector_field(t, y, args):
-        del t
-        slow, fast, middle = args[0], args[1] * 1e7, args[2] * 1e4
-        first = slow * y[0] - middle * y[1] * y[2]
-        second = fast * y[1] ** 2
-        return jnp.stack([-first, first - second, second])
-
+    # So that the parameters, and their gradients, are of one magnitude.
+    units = jnp.array([1.0, 1e7, 1e4])
+    vector_field = lambda t, y, args: robertson_field(t, y, args * units)
     y0, args = jnp.array([1.0, 0.0, 0.0]), jnp.array([0.04, 3.0, 1.0])
     return Problem(
         "Robertson",

@@ -23,8 +23,10 @@ import jax.random as jr
 import jax.scipy.stats.norm as normal
 import optax
 
-from .measure import Clock, compile_in_turns, relative_error, time_in_turns
-from .report import Budget, Column, fixed, Report, scientific, significant
+from .comparison import budgets, MEASURED, measured
+from .measure import Clock, compile_in_turns, time_in_turns
+from .problems import robertson_field
+from .report import Budget, Column, Report, significant
 from .solves import ACA, ACA_IN_DIFFRAX, DIFFRAX, Method
 
 
@@ -34,15 +36,8 @@ _LIMITS = {"time": 0.9, "memory": 1.0, "build": 0.65}
 _MEDIAN_TIME = 0.5
 _COLUMNS = (
     Column("section", "example"),
-    Column("method", "method"),
-    Column("seconds", "time (ms)", significant(3, 1e3)),
-    Column("time_ratio", "ratio", fixed(2)),
-    Column("build_seconds", "build (s)", fixed(2)),
-    Column("build_ratio", "ratio", fixed(2)),
-    Column("temp_bytes", "temp (kB)", significant(3, 1e-3)),
-    Column("memory_ratio", "ratio", fixed(2)),
+    *MEASURED,
     Column("loss", "loss", significant(4)),
-    Column("difference", "gradient: diff. to first", scientific),
 )
 
 #: Either door with its adjoint: `diffeqsolve` but for that one argument.
@@ -78,9 +73,9 @@ def run(arguments: argparse.Namespace, clock: Clock, report: Report) -> None:
     )
     records: list[dict[str, Any]] = []
     for name in arguments.only or EXAMPLES:
-        measured = _measure(clock, name, methods, seconds, repeats)
-        report.budgets.extend(_budgets(measured[1]))
-        records.extend(measured)
+        found = _measure(clock, name, methods, seconds, repeats)
+        report.budgets.extend(budgets(found[1], name, DIFFRAX.name, _LIMITS))
+        records.extend(found)
     report.table("Diffrax's documentation examples", _COLUMNS, records)
     for index, method in enumerate(methods[1:], start=1):
         ratios = [r["time_ratio"] for r in records[index :: len(methods)]]
@@ -102,21 +97,16 @@ def _measure(
     runs = {method: partial(p.run, *args) for method, p in programs.items()}
     times = time_in_turns(clock, runs, seconds=seconds * len(runs))
     results = {method: run() for method, run in runs.items()}
-    peer, reference = programs[DIFFRAX.name], results[DIFFRAX.name][1]
+    gradients = {method: gradient for method, (_, gradient) in results.items()}
     return [
         {
             "section": name,
-            "method": method,
-            "seconds": times[method],
-            "time_ratio": times[method] / times[DIFFRAX.name],
-            "build_seconds": program.build_seconds,
-            "build_ratio": program.build_seconds / peer.build_seconds,
-            "temp_bytes": program.temp_bytes,
-            "memory_ratio": program.temp_bytes / max(peer.temp_bytes, 1),
-            "loss": _finite(results[method][0], f"{name}, {method}"),
-            "difference": relative_error(results[method][1], reference),
+            **record,
+            "loss": _finite(
+                results[record["method"]][0], f"{name}, {record['method']}"
+            ),
         }
-        for method, program in programs.items()
+        for record in measured(programs, times, gradients)
     ]
 
 
@@ -129,17 +119,6 @@ def _training_step(example: Example, static: Any, method: Method) -> Callable[..
         return example.loss(eqx.combine(params, static), data, solve)
 
     return jax.value_and_grad(value)
-
-
-def _budgets(record: Mapping[str, Any]) -> list[Budget]:
-    """What `record`, of Diffrax's solve with the other adjoint, has to keep to."""
-    name, method = record["section"], record["method"]
-    return [
-        Budget(
-            f"{kind} of {method}", name, DIFFRAX.name, record[f"{kind}_ratio"], limit
-        )
-        for kind, limit in _LIMITS.items()
-    ]
 
 
 def _finite(loss: jax.Array, where: str) -> float:
@@ -544,16 +523,10 @@ def robertson() -> Example:
     left = jnp.array([0.98517, 0.90552, 0.71583])
     start = jnp.array([1.0, 0.0, 0.0])
 
-    def vector_field(t, y, rates):
-        del t
-        slow = rates[0] * y[0] - rates[2] * y[1] * y[2]
-        fast = rates[1] * y[1] ** 2
-        return jnp.stack([-slow, slow - fast, fast])
-
     def loss(log_rates, data, solve):
         ts, left = data
         ys = solve(
-            diffrax.ODETerm(vector_field),
+            diffrax.ODETerm(robertson_field),
             diffrax.Kvaerno5(),
             0.0,
             ts[-1],

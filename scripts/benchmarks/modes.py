@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .comparison import compare, print_table
+from .comparison import compare, MEASURED, measured
 from .measure import Clock, compile_in_turns, time_in_turns
 from .problems import loss, perceptron, Problem, uneven_lanes
 from .report import Budget, Report
@@ -137,7 +137,7 @@ def _measure_tangents(
         runs = {name: partial(p.run, *args) for name, p in programs.items()}
         times = time_in_turns(clock, runs, seconds=seconds * len(runs))
         name = f"tangents of {method.name}"
-        print_table(report, name, programs, times, {})
+        report.table(name, MEASURED, measured(programs, times, {}))
         for kind in list(makers)[1:]:
             ratio = times[kind] / times["solve"]
             report.budgets.append(Budget(kind, name, "solve", ratio, limits[kind]))

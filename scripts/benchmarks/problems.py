@@ -141,3 +141,11 @@ def decay(size: int, max_steps: int) -> Problem:
     name = f"decay, dim {size}"
     y0 = jnp.linspace(0.5, 1.5, size)
     return Problem(name, vector_field, y0, jnp.array(0.7), 1.0, max_steps=max_steps)
+
+
+def robertson_field(t: Any, y: Any, rates: Any) -> jax.Array:
+    """The three reactions of Robertson (1966), with their rate constants."""
+    del t
+    slow = rates[0] * y[0] - rates[2] * y[1] * y[2]
+    fast = rates[1] * y[1] ** 2
+    return jnp.stack([-slow, slow - fast, fast])
