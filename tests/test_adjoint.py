@@ -419,14 +419,21 @@ def test_jumps_are_replayed_where_they_were():
             assert relative_error(ours, expected) < 1e-12
 
 
-@pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize(
-    "solver, adjoint",
+    "door, solver, adjoint",
     [
-        (diffrax.Tsit5(), nodegrad.ACAAdjoint),
-        (nodegrad.ALF(), nodegrad.ReversibleAdjoint),
+        ("native", diffrax.Tsit5(), nodegrad.ACAAdjoint),
+        pytest.param(
+            *("diffrax", diffrax.Tsit5(), nodegrad.ACAAdjoint), marks=pytest.mark.slow
+        ),
+        *(
+            pytest.param(
+                *(door, nodegrad.ALF(), nodegrad.ReversibleAdjoint),
+                marks=pytest.mark.slow,
+            )
+            for door in DOORS
+        ),
     ],
-    ids=["aca", "reversible"],
 )
 def test_steps_that_were_not_recorded_are_not_made_up(door, solver, adjoint):
     def loss(y0, room, throw=True):

@@ -214,8 +214,18 @@ def test_a_gradient_is_the_same_twice():
     assert jnp.array_equal(grad(POINTS[1]), grad(POINTS[1]))
 
 
-@pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("what", ["y0", "ts", "args"])
+@pytest.mark.parametrize(
+    "door, what",
+    [
+        ("diffrax", "y0"),
+        *(
+            pytest.param(door, what, marks=pytest.mark.slow)
+            for door in DOORS
+            for what in ("y0", "ts", "args")
+            if (door, what) != ("diffrax", "y0")
+        ),
+    ],
+)
 def test_results_that_vmap_leaves_alone_may_have_tangents(door, what):
     # With constant steps the times saved are the same for all samples.
     ts = jnp.array([0.1, 0.25, 0.5])
