@@ -1,36 +1,41 @@
-from ._adjoint import ACAAdjoint as ACAAdjoint, ReversibleAdjoint as ReversibleAdjoint
-from ._alf import ALF as ALF
-from ._blocks import HessianBlocks as HessianBlocks
-from ._curvature import value_grad_and_curvature as value_grad_and_curvature
-from ._gauss_newton import scale_by_gauss_newton as scale_by_gauss_newton
-from ._hessian_blocks import hessian_blocks as hessian_blocks
-from ._kronecker import KroneckerFactors as KroneckerFactors
-from ._low_rank import (
-    low_rank_blocks as low_rank_blocks,
-    LowRankBlocks as LowRankBlocks,
-)
-from ._odesolve import odesolve as odesolve
-from ._products import (
+from ._curvature.curvature import value_grad_and_curvature as value_grad_and_curvature
+from ._curvature.make_steps import make_steps as make_steps
+from ._curvature.products import (
     ggn_operator as ggn_operator,
     ggn_vp as ggn_vp,
     hessian_operator as hessian_operator,
     hvp as hvp,
 )
-from ._results import RESULTS as RESULTS
-from ._reversible import Reversible as Reversible
-from ._rk4 import RK4 as RK4
-from ._snopt import (
+from ._internal.results import RESULTS as RESULTS
+from ._layers.factors import KroneckerFactors as KroneckerFactors
+from ._optimize.gauss_newton import scale_by_gauss_newton as scale_by_gauss_newton
+from ._optimize.snopt import (
     scale_by_snopt as scale_by_snopt,
     snopt as snopt,
     SNOptState as SNOptState,
 )
-from ._stability import (
-    is_stable as is_stable,
-    stability_polynomial as stability_polynomial,
-)
-from ._terminal_time import (
+from ._optimize.terminal_time import (
     terminal_time as terminal_time,
     terminal_time_derivatives as terminal_time_derivatives,
 )
-from ._theorem1_blocks import theorem1_blocks as theorem1_blocks
-from ._training import make_steps as make_steps
+from ._reversible.alf import ALF as ALF
+from ._reversible.reversible import Reversible as Reversible
+from ._reversible.stability import (
+    is_stable as is_stable,
+    stability_polynomial as stability_polynomial,
+)
+from ._second_order.hessian_blocks import (
+    hessian_blocks as hessian_blocks,
+    HessianBlocks as HessianBlocks,
+)
+from ._second_order.low_rank import (
+    low_rank_blocks as low_rank_blocks,
+    LowRankBlocks as LowRankBlocks,
+)
+from ._second_order.theorem1_blocks import theorem1_blocks as theorem1_blocks
+from ._solve.adjoints import (
+    ACAAdjoint as ACAAdjoint,
+    ReversibleAdjoint as ReversibleAdjoint,
+)
+from ._solve.odesolve import odesolve as odesolve
+from ._steps.rk4 import RK4 as RK4

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from nodegrad._checkpoints import Checkpoints, choose_checkpoints
+from nodegrad._trajectory.checkpoints import Checkpoints, choose_checkpoints
 
 
 @pytest.mark.parametrize("slots", [1, 2, 4, 8])

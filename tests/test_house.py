@@ -16,7 +16,7 @@ import nodegrad
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "nodegrad"
 # The only files that may use names that other libraries do not call public.
-PRIVATE_ROOMS = {"_compat.py"}
+PRIVATE_ROOMS = {"compat.py"}
 PRIVATE = re.compile(
     r"(equinox\.internal|lineax\.internal|jax\.(extend|interpreters|core|_src))(\.|$)"
     r"|diffrax\.(\w+\.)*_"

@@ -7,9 +7,9 @@ import jax.random as jr
 import pytest
 
 import nodegrad
-from nodegrad._batch import Axes, Batch
-from nodegrad._increment import Increment, StagedIncrement
-from nodegrad._work import products_dominate
+from nodegrad._internal.batch import Axes, Batch
+from nodegrad._steps.increment import Increment, StagedIncrement
+from nodegrad._steps.work import products_dominate
 
 from .problems import relative_error
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import nodegrad
-from nodegrad._reversal import make_reversal
+from nodegrad._reversible.invertible_step import make_invertible_step
 
 from .problems import explicit_step, Field, van_der_pol
 
@@ -28,8 +28,8 @@ def _round_trip(solver, field, y0, h, n):
     """The start of `n` steps, found from their end; and the kept state there."""
     term = diffrax.ODETerm(field)
     times = jnp.arange(n + 1, dtype=y0.dtype) * h
-    reversal = make_reversal(solver, term, None)
-    parts = reversal.parts()
+    invertible_step = make_invertible_step(solver, term, None)
+    parts = invertible_step.parts()
     evaluate = lambda part, _, *args: parts[part](*args)
 
     def forward(carry, interval):
@@ -39,7 +39,7 @@ def _round_trip(solver, field, y0, h, n):
 
     def backward(carry, interval):
         t0, t1, before = interval
-        return reversal.backward(evaluate, t0, t1, before, *carry), None
+        return invertible_step.backward(evaluate, t0, t1, before, *carry), None
 
     @jax.jit
     def there_and_back(y0):
@@ -47,7 +47,7 @@ def _round_trip(solver, field, y0, h, n):
         (y1, state), _ = jax.lax.scan(forward, init, (times[:-1], times[1:]))
         before = jnp.concatenate([times[:1], times[:-2]])
         steps = times[:-1], times[1:], before
-        end = y1, reversal.replay_state(state)
+        end = y1, invertible_step.replay_state(state)
         start, _ = jax.lax.scan(backward, end, steps, reverse=True)
         return start
 
@@ -232,9 +232,9 @@ def _error(sol):
 @pytest.mark.parametrize("base", [diffrax.Midpoint(), nodegrad.RK4()], ids=name_of)
 def test_restarts_keep_a_decaying_problem_stable(base, rate):
     plain = _solve_decaying(base, rate)
-    restarted = _solve_decaying(nodegrad.Reversible(base, resync_every=10), rate)
-    assert restarted.result == nodegrad.RESULTS.successful
-    assert _error(restarted) < 2 * _error(plain)
+    resynced = _solve_decaying(nodegrad.Reversible(base, resync_every=10), rate)
+    assert resynced.result == nodegrad.RESULTS.successful
+    assert _error(resynced) < 2 * _error(plain)
     coupled = _solve_decaying(nodegrad.Reversible(base), rate)
     assert coupled.result == nodegrad.RESULTS.coupling_lost
     # It is noticed long before anything is garbage.
@@ -312,7 +312,7 @@ def test_never_returns_garbage_without_saying_so(problem, n, coupling):
         solver = nodegrad.Reversible(diffrax.Bosh3(), coupling, resync_every)
         value, failed, gradient = grad(solver, nodegrad.ReversibleAdjoint())
         if failed:
-            # With restarts only where the plain solver fares no better.
+            # With resyncs only where the plain solver fares no better.
             assert resync_every is None or plain_failed or n == 200
             continue
         if n == 2000:
@@ -323,7 +323,7 @@ def test_never_returns_garbage_without_saying_so(problem, n, coupling):
                 jnp.max(jnp.abs(exact)) + 1e-6
             )
         else:
-            # With restarts, only where the steps are too large for the problem.
+            # With resyncs, only where the steps are too large for the problem.
             assert resync_every is None or coupling == 0.9 or n == 200
 
 

@@ -1,0 +1,1 @@
+"""What every wing uses: trees, batches, closure conversion, private names."""

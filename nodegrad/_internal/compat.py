@@ -1,0 +1,121 @@
+"""Names that other libraries do not call public, and nothing else.
+
+Checked on JAX 0.10.2 and 0.12.0, Equinox 0.13.8, Diffrax 0.7.2, Lineax 0.1.1. Each is
+here because nothing public does its work.
+
+JAX:
+
+- `ad`, `batching`, `mlir`, `Primitive`, `ShapedArray`: defining a primitive, with its
+  rules for forward mode, transposition, `vmap` and lowering.
+- `eval_jaxpr`, `jaxprs_in_params`, `Jaxpr`, `ClosedJaxpr`, `Literal`, `Tracer`: turning
+  a closure into a function of what it closes over, and searching a traced function.
+
+Equinox:
+
+- `while_loop`: a loop whose buffers are written in place, also under `jax.vmap`.
+- `buffer_at_set`: such a write, where a predicate holds.
+- `nondifferentiable`, `nondifferentiable_backward`: the identity, with an error of our
+  own for a derivative (by reverse mode) that does not exist.
+- `prevbefore`: the floating point number before another one, as Diffrax computes it.
+- `ω`: arithmetic on pytrees.
+
+Lineax:
+
+- `default_floating_dtype`: the type of a Python `float`.
+
+Diffrax:
+
+- `assert_term_compatible`: whether terms fit a solver, with Diffrax's own messages.
+- `is_sde`, `is_unsafe_sde`: whether a term is driven by a Brownian motion, and by one
+  that gives the same values only for the very same times.
+- `running_adjoints`: reads the adjoint of a running `diffeqsolve` off the call stack,
+  where nothing public says which it is. (What was traced before and is cached by
+  `jax.jit` is on no stack.)
+- `use_stepsize_tol`: the placeholder in an implicit solver's root finder that stands
+  for the tolerances of the step size controller.
+- `WrapTerm`: a term in the time that runs forwards, for solves with `t1 < t0`.
+- `solver_loop`: Diffrax's solver loop, which takes the `while` loop to run as an
+  argument. With it comes the layout of the loop's state (see `recorded_loop.py`).
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from diffrax import AbstractAdjoint
+from diffrax._heuristics import is_sde as is_sde, is_unsafe_sde as is_unsafe_sde
+from diffrax._integrate import (
+    _assert_term_compatible as assert_term_compatible,
+    loop as solver_loop,
+)
+from diffrax._root_finder import use_stepsize_tol as use_stepsize_tol
+from diffrax._term import WrapTerm as WrapTerm
+from equinox.internal import (
+    buffer_at_set as buffer_at_set,
+    nondifferentiable as nondifferentiable,
+    nondifferentiable_backward as nondifferentiable_backward,
+    prevbefore as prevbefore,
+    while_loop as while_loop,
+    ω as ω,
+)
+from jax.core import (
+    eval_jaxpr as eval_jaxpr,
+    ShapedArray as ShapedArray,
+    Tracer as Tracer,
+)
+from jax.extend.core import (
+    ClosedJaxpr as ClosedJaxpr,
+    Jaxpr as Jaxpr,
+    jaxprs_in_params as jaxprs_in_params,
+    Literal as Literal,
+    Primitive as Primitive,
+)
+from jax.interpreters import ad as ad, batching as batching, mlir as mlir
+from lineax.internal import default_floating_dtype as default_floating_dtype
+
+
+__all__ = [
+    "ClosedJaxpr",
+    "Jaxpr",
+    "Literal",
+    "Primitive",
+    "ShapedArray",
+    "Tracer",
+    "WrapTerm",
+    "ad",
+    "assert_term_compatible",
+    "batching",
+    "buffer_at_set",
+    "default_floating_dtype",
+    "eval_jaxpr",
+    "is_sde",
+    "is_unsafe_sde",
+    "jaxprs_in_params",
+    "mlir",
+    "nondifferentiable",
+    "nondifferentiable_backward",
+    "prevbefore",
+    "running_adjoints",
+    "solver_loop",
+    "use_stepsize_tol",
+    "while_loop",
+    "ω",
+]
+
+
+def running_adjoints() -> Iterator[tuple[Any, bool]]:
+    """Of every `diffrax.diffeqsolve` that is being traced right now, the adjoint.
+
+    And whether that is running its loop by now, innermost solve first.
+    """
+    frame, is_looping = sys._getframe(), False
+    while frame is not None:
+        name = frame.f_code.co_name
+        if name == "loop":
+            is_adjoint = isinstance(frame.f_locals.get("self"), AbstractAdjoint)
+            is_looping = is_looping or is_adjoint
+        is_solve = name == "diffeqsolve"
+        if is_solve and frame.f_globals.get("__name__") == "diffrax._integrate":
+            yield frame.f_locals.get("adjoint"), is_looping
+            is_looping = False
+        frame = frame.f_back

@@ -1,0 +1,1 @@
+"""Layers of a model, and a product of their weights that reports statistics."""

@@ -1,0 +1,1 @@
+"""Optax transforms that use curvature, and the end time as a parameter."""

@@ -1,0 +1,1 @@
+"""The derivative of a recorded solve: tangents forward, cotangents backward."""

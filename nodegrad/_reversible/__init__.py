@@ -1,0 +1,1 @@
+"""Solvers whose steps have an algebraic inverse, and the reconstruction of states."""

@@ -1,0 +1,1 @@
+"""Second derivatives along a solve, by steps and by Theorem 1."""

@@ -1,0 +1,1 @@
+"""The ways into a solve: `odesolve` and the adjoints for `diffrax.diffeqsolve`."""

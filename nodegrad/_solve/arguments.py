@@ -1,0 +1,182 @@
+"""Arguments of `odesolve`: checked, with words for what is wrong, and converted."""
+
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, PyTree
+
+from .._internal.compat import default_floating_dtype, use_stepsize_tol
+from .._internal.tree import is_traced
+from .recorded_adjoint import AbstractRecordedAdjoint, subs_of
+
+
+def _is_term(x: Any) -> bool:
+    return isinstance(x, diffrax.AbstractTerm)
+
+
+def is_terms(terms: Any) -> bool:
+    """Whether `terms` are Diffrax terms, rather than a plain vector field."""
+    leaves = jax.tree.leaves(terms, is_leaf=_is_term)
+    return len(leaves) > 0 and all(map(_is_term, leaves))
+
+
+def check_supported(adjoint, saveat):
+    if not isinstance(adjoint, AbstractRecordedAdjoint):
+        msg = (
+            "`odesolve(adjoint=...)` takes a `nodegrad.ACAAdjoint` or a "
+            f"`nodegrad.ReversibleAdjoint`; got {adjoint}. "
+            "For Diffrax's own adjoints use `diffrax.diffeqsolve`."
+        )
+        raise TypeError(msg)
+    for name in ("solver_state", "controller_state", "made_jump"):
+        if getattr(saveat, name):
+            msg = (
+                f"`odesolve` does not return `SaveAt({name}=True)`. Use "
+                "`diffrax.diffeqsolve(..., adjoint=nodegrad.ACAAdjoint())`."
+            )
+            raise ValueError(msg)
+
+
+def as_times(t0, t1, dt0, saveat):
+    """`(t0, t1, dt0)` and the times to save at in one floating point type."""
+    times = [t0, t1, dt0, *(sub.ts for sub in subs_of(saveat))]
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(*(t for t in times if t is not None))
+    if jnp.issubdtype(dtype, jnp.integer):
+        dtype = default_floating_dtype()
+    elif not jnp.issubdtype(dtype, jnp.floating):
+        msg = f"Times must be real numbers; `t0`, `t1`, `dt0` or `ts` are {dtype}."
+        raise ValueError(msg)
+    t0, t1 = jnp.asarray(t0, dtype), jnp.asarray(t1, dtype)
+    if t0.ndim or t1.ndim:
+        msg = (
+            f"`t0` and `t1` must be scalars, also with `batched=True`; got shapes "
+            f"{t0.shape} and {t1.shape}. Put a time scale of each sample into the "
+            "vector field, or use `jax.vmap`."
+        )
+        raise ValueError(msg)
+    if dt0 is not None:
+        dt0 = jnp.asarray(dt0, dtype)
+        msg = (
+            f"`dt0` must point from `t0` to `t1`; got t0={t0}, t1={t1}, dt0={dt0}. For "
+            "a solve backwards in time it is negative."
+        )
+        dt0 = _checked(dt0, (t1 - t0) * dt0 < 0, msg)
+    return t0, t1, dt0
+
+
+def as_state(time_dtype, x):
+    """A leaf of the state in a type that the time can be added to."""
+    if not eqx.is_array_like(x):
+        msg = (
+            f"Every leaf of `y0` must be a number or an array; got {x!r}. Anything "
+            "that is not integrated belongs into `args`."
+        )
+        raise TypeError(msg)
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.asarray(x, jnp.result_type(x, time_dtype))
+
+
+def check_vector_field(terms, t0, y0, args):
+    """Compares what a plain vector field returns with the state, leaf by leaf."""
+    if type(terms) is not diffrax.ODETerm:
+        return
+    out = eqx.filter_eval_shape(terms.vector_field, t0, y0, args)
+    if jax.tree.structure(out) != jax.tree.structure(y0):
+        msg = (
+            "The vector field must return a pytree with the structure of `y0`: "
+            f"expected {jax.tree.structure(y0)}, got {jax.tree.structure(out)}."
+        )
+        raise ValueError(msg)
+    leaves, _ = jax.tree.flatten_with_path(y0)
+    for (path, y), f in zip(leaves, jax.tree.leaves(out), strict=True):
+        if jnp.broadcast_shapes((), f.shape) not in ((), y.shape):
+            msg = (
+                f"The vector field must return the shape of the state: for `y0"
+                f"{jax.tree_util.keystr(path)}` expected {y.shape}, got {f.shape}."
+            )
+            raise ValueError(msg)
+
+
+def check_ts(saveat: diffrax.SaveAt, t0, t1):
+    """Names the first time that is out of place, if the times are known by now."""
+    for sub in subs_of(saveat):
+        if sub.ts is None or any(map(is_traced, (sub.ts, t0, t1))):
+            continue
+        ts, backwards = np.asarray(sub.ts), t1 < t0
+        low, high = (t1, t0) if backwards else (t0, t1)
+        steps = np.diff(ts, prepend=ts[:1])
+        unordered = steps > 0 if backwards else steps < 0
+        bad = np.flatnonzero(unordered | (ts < low) | (ts > high))
+        if len(bad):
+            msg = (
+                "`SaveAt(ts=...)` must be ordered from `t0` to `t1` and lie between "
+                f"them; got ts[{bad[0]}] = {ts[bad[0]]} with t0 = {t0}, t1 = {t1}."
+            )
+            raise ValueError(msg)
+
+
+def check_batched(y0: PyTree):
+    sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(y0)}
+    if len(sizes) != 1 or () in sizes:
+        shapes = [jnp.shape(x) for x in jax.tree.leaves(y0)]
+        msg = (
+            "With `batched=True` every leaf of `y0` needs the same leading batch axis; "
+            f"got shapes {shapes}."
+        )
+        raise ValueError(msg)
+
+
+def _checked(x: Array, pred: Bool[Array, "..."], msg: str) -> Array:
+    """`x`; raises where `pred` is known to hold, now or at run time."""
+    if is_traced(pred):
+        return eqx.error_if(x, pred, msg)
+    if pred.any():
+        raise ValueError(msg)
+    return x
+
+
+def forwards(sub: diffrax.SubSaveAt, direction, t0, t1) -> diffrax.SubSaveAt:
+    """`sub` in the time that runs forwards from `t0` to `t1`."""
+    ts = sub.ts
+    if ts is not None:
+        ts = ts.astype(t0.dtype) * direction
+        ts = eqx.error_if(
+            ts, ts[1:] < ts[:-1], "`SaveAt(ts=...)` must be ordered from `t0` to `t1`."
+        )
+        ts = eqx.error_if(
+            ts,
+            (ts < t0) | (ts > t1),
+            "`SaveAt(ts=...)` must lie between `t0` and `t1`.",
+        )
+    fn = lambda t, y, args: sub.fn(direction * t, y, args)
+    return diffrax.SubSaveAt(t0=sub.t0, t1=sub.t1, ts=ts, steps=sub.steps, fn=fn)
+
+
+def with_tolerances(solver, controller):
+    """Gives the root finder of an implicit solver the controller's tolerances."""
+    if not isinstance(solver, diffrax.AbstractImplicitSolver):
+        return solver
+    names = [
+        name
+        for name in ("rtol", "atol", "norm")
+        if getattr(solver.root_finder, name, None) is use_stepsize_tol
+    ]
+    if not names:
+        return solver
+    if not isinstance(controller, diffrax.AbstractAdaptiveStepSizeController):
+        msg = (
+            f"`{type(solver).__name__}` takes the tolerances of its root finder from "
+            "the step size controller, and a fixed step size has none. Use "
+            "`stepsize_controller=diffrax.PIDController(rtol=..., atol=...)`, or pass "
+            "`root_finder=diffrax.VeryChord(rtol=..., atol=..., "
+            "norm=optimistix.max_norm)` to the solver."
+        )
+        raise ValueError(msg)
+    values = [getattr(controller, name) for name in names]
+    get = lambda s: [getattr(s.root_finder, name) for name in names]
+    return eqx.tree_at(get, solver, values)

@@ -1,0 +1,51 @@
+"""How much work a traced function does, and of which kind."""
+
+import math
+from typing import Any
+
+from .._internal.compat import Jaxpr, jaxprs_in_params
+
+
+# Of these the work is not counted: they are never cheap.
+_EXPENSIVE = frozenset(
+    "cholesky custom_linear_solve eig eigh fft householder_product lu qr schur svd "
+    "triangular_solve tridiagonal_solve".split()
+)
+
+
+def products_dominate(jaxpr: Jaxpr) -> bool:
+    """Whether most of the work is multiplications inside of products of matrices."""
+    in_products, others = _work(jaxpr)
+    return in_products > others
+
+
+def _work(jaxpr: Jaxpr) -> tuple[float, float]:
+    """Multiplications inside of products, and numbers computed otherwise."""
+    in_products, others = 0.0, 0.0
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        size = sum(math.prod(_shape(v.aval)) for v in eqn.outvars)
+        inner = [getattr(x, "jaxpr", x) for x in jaxprs_in_params(eqn.params)]
+        if name in _EXPENSIVE:
+            in_products = math.inf
+        elif name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            shape = _shape(eqn.invars[0].aval)
+            in_products += size * math.prod(shape[i] for i in contracted)
+        elif name == "conv_general_dilated":
+            kernel = _shape(eqn.invars[1].aval)
+            outputs = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+            in_products += size * math.prod(kernel) / outputs
+        elif inner:
+            for part in inner:
+                more_in_products, more_others = _work(part)
+                times = eqn.params.get("length", 1)
+                in_products += times * more_in_products
+                others += times * more_others
+        else:
+            others += size
+    return in_products, others
+
+
+def _shape(aval: Any) -> tuple[int, ...]:
+    return getattr(aval, "shape", ())
