@@ -264,12 +264,18 @@ def test_adaptive_steps_and_the_door_of_diffrax():
         assert relative_error(results[0][2][key][:2], factors[:2]) < 3e-2
 
 
+@pytest.mark.parametrize("is_cached", [False, True])
 @pytest.mark.parametrize("solver", [nodegrad.ALF(), diffrax.ReversibleHeun()], ids=str)
-def test_evaluations_before_the_first_step_do_not_count(solver):
+def test_evaluations_before_the_first_step_do_not_count(solver, is_cached):
     def loss(model, x, target):
         def one_sample(x, target):
             y0 = model.encode(x)
-            terms = diffrax.ODETerm(model.field)
+            field = lambda t, y, args: model.field(t, y, args)
+            if is_cached:
+                field = jax.jit(field)
+                # Traced here, outside of the solve, which then finds it in the cache.
+                field(jnp.array(0.0), y0, None)
+            terms = diffrax.ODETerm(field)
             adjoint = nodegrad.ReversibleAdjoint()
             sol = diffrax.diffeqsolve(
                 terms, solver, 0.0, 1.0, 1 / STEPS, y0, adjoint=adjoint, max_steps=512

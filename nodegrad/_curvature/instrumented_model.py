@@ -136,11 +136,14 @@ class InstrumentedConv(eqx.Module):
         return getattr(self.conv, name)
 
 
-def _is_preparation(key: str) -> bool:
-    """Whether a running solve only prepares itself; raises if nobody sweeps back."""
-    prepares = False
-    for adjoint, is_looping in running_adjoints():
-        prepares = prepares or not is_looping
+def _check_adjoints(key: str) -> None:
+    """Raises if a layer is used inside a solve whose adjoint takes no statistics.
+
+    The call stack decides about this message alone. Evaluations that initialise a
+    solver or a step size need no check: their results have cotangents of zero, and uses
+    with such cotangents are not counted.
+    """
+    for adjoint in running_adjoints():
         if not isinstance(adjoint, AbstractRecordedAdjoint):
             msg = (
                 f"The curvature of {key} is asked for, which is used inside a "
@@ -150,7 +153,6 @@ def _is_preparation(key: str) -> bool:
                 "`value_grad_and_curvature(..., layers=...)`."
             )
             raise ValueError(msg)
-    return prepares
 
 
 def _layer_product(layer: Any, conv: Any, weight: Array, x: Array, out_shape) -> Array:
@@ -173,9 +175,7 @@ def _layer_product(layer: Any, conv: Any, weight: Array, x: Array, out_shape) ->
         out_shape=tuple(out_shape),
         dtype=dtype,
     )
-    if _is_preparation(layer.key):
-        # What a solver evaluates before its first step is no use of its own.
-        return use.apply(weight, x)
+    _check_adjoints(layer.key)
     return layer_product(use, weight, x, layer.probe.offset, layer.probe.statistics)
 
 

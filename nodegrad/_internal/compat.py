@@ -29,8 +29,8 @@ Diffrax:
 - `is_sde`, `is_unsafe_sde`: whether a term is driven by a Brownian motion, and by one
   that gives the same values only for the very same times.
 - `running_adjoints`: reads the adjoint of a running `diffeqsolve` off the call stack,
-  where nothing public says which it is. (What was traced before and is cached by
-  `jax.jit` is on no stack.)
+  for an error message; no number depends on it. (A function that `jax.jit` traced
+  before and has in its cache does not run again, so it raises nothing.)
 - `use_stepsize_tol`: the placeholder in an implicit solver's root finder that stands
   for the tolerances of the step size controller.
 - `WrapTerm`: a term in the time that runs forwards, for solves with `t1 < t0`.
@@ -42,7 +42,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from diffrax import AbstractAdjoint
 from diffrax._heuristics import is_sde as is_sde, is_unsafe_sde as is_unsafe_sde
 from diffrax._integrate import (
     _assert_term_compatible as assert_term_compatible,
@@ -103,19 +102,11 @@ __all__ = [
 ]
 
 
-def running_adjoints() -> Iterator[tuple[Any, bool]]:
-    """Of every `diffrax.diffeqsolve` that is being traced right now, the adjoint.
-
-    And whether that is running its loop by now, innermost solve first.
-    """
-    frame, is_looping = sys._getframe(), False
+def running_adjoints() -> Iterator[Any]:
+    """Yields the adjoint of every `diffrax.diffeqsolve` on the call stack."""
+    frame = sys._getframe()
     while frame is not None:
-        name = frame.f_code.co_name
-        if name == "loop":
-            is_adjoint = isinstance(frame.f_locals.get("self"), AbstractAdjoint)
-            is_looping = is_looping or is_adjoint
-        is_solve = name == "diffeqsolve"
+        is_solve = frame.f_code.co_name == "diffeqsolve"
         if is_solve and frame.f_globals.get("__name__") == "diffrax._integrate":
-            yield frame.f_locals.get("adjoint"), is_looping
-            is_looping = False
+            yield frame.f_locals.get("adjoint")
         frame = frame.f_back

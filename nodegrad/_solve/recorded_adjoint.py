@@ -62,7 +62,7 @@ class AbstractRecordedAdjoint(diffrax.AbstractAdjoint):
         max_steps, throw, passed_solver_state, passed_controller_state, **kwargs,
     ):  # fmt: skip
         """Diffrax's loop, recorded. Called by `diffrax.diffeqsolve`."""
-        del passed_solver_state, passed_controller_state
+        del passed_controller_state
         step = make_step(
             solver, terms, args, init_state.tprev, init_state.tnext, init_state.y
         )
@@ -73,7 +73,7 @@ class AbstractRecordedAdjoint(diffrax.AbstractAdjoint):
             saveat=saveat,
             terms=terms,
             args=args,
-            init_state=_started(step, init_state),
+            init_state=_started(step, init_state, passed_solver_state),
             max_steps=max_steps,
             inner_while_loop=ft.partial(while_loop, kind="lax"),
             **kwargs,
@@ -175,7 +175,7 @@ class _StepSolver(DelegatingSolver):
         return self.stepper.advance(t0, t1, y0, solver_state, made_jump)
 
 
-def _started(step: AbstractStep, init_state: Any) -> Any:
+def _started(step: AbstractStep, init_state: Any, passed_solver_state: bool) -> Any:
     """Diffrax's initial state with the solver state that `step` wants.
 
     Diffrax evaluates the first stage inside its loop; we do it once, before. And a jump
@@ -183,7 +183,7 @@ def _started(step: AbstractStep, init_state: Any) -> Any:
     """
     if init_state.made_jump is True:
         init_state = replace(init_state, made_jump=jnp.array(True))
-    if not isinstance(step, RungeKuttaStep):
+    if passed_solver_state and not isinstance(step, RungeKuttaStep):
         return init_state
     solver_state = step.start(init_state.tprev, init_state.tnext, init_state.y)
     return replace(init_state, solver_state=solver_state)
