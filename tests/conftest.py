@@ -1,19 +1,38 @@
-import os
 from pathlib import Path
 
 import jax
 import pytest
 
 
-# The tests mostly compile, and half of that time would go into a new way of putting
-# elementwise operations together, which can be turned off in this version.
-if jax.__version_info__ < (0, 11):
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {flags}"
-
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks most rows of long matrices, so that `scripts/test` and CI run a part.
+
+    `@pytest.mark.rows(test=1, ci=3)` keeps one row for `scripts/test`, marks two slow
+    and the others exhaustive. The rows that are kept lie evenly in the matrix.
+    """
+    matrices = {}
+    for item in items:
+        if item.get_closest_marker("rows") is not None:
+            matrices.setdefault((item.path, item.originalname), []).append(item)
+    for rows in matrices.values():
+        kept = rows[0].get_closest_marker("rows").kwargs
+        for_ci = _evenly(rows, kept["ci"])
+        for_test = _evenly(for_ci, kept["test"])
+        for row in rows:
+            if row not in for_ci:
+                row.add_marker(pytest.mark.exhaustive)
+            elif row not in for_test:
+                row.add_marker(pytest.mark.slow)
+
+
+def _evenly(rows: list, num: int) -> list:
+    return [rows[i * len(rows) // num] for i in range(num)]
 
 
 # Linux gives a process 65530 memory maps, and a compiled program takes several.

@@ -75,7 +75,7 @@ def _fit(name, door, start, throw):
     return sol.value, sol.result
 
 
-@pytest.mark.slow
+@pytest.mark.rows(test=0, ci=3)
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("name", _FITTERS)
 def test_optimistix_fits_a_solve(name, door):
@@ -83,7 +83,7 @@ def test_optimistix_fits_a_solve(name, door):
     assert relative_error(found, _TRUTH) < 1e-6
 
 
-@pytest.mark.slow
+@pytest.mark.rows(test=0, ci=3)
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("name", _FITTERS)
 def test_optimistix_fits_many_starts_and_a_failed_one_poisons_none(name, door):

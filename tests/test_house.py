@@ -120,6 +120,20 @@ def _circle(edges: dict[str, set[str]]) -> list[str] | None:
     return next((circle for circle in circles if circle is not None), None)
 
 
+def _floors(edges: dict[str, set[str]]) -> dict[str, int]:
+    """How many others stand below each module, one on another."""
+    floors = {}
+
+    def floor(module):
+        if module not in floors:
+            floors[module] = 1 + max(map(floor, edges[module]), default=-1)
+        return floors[module]
+
+    for module in edges:
+        floor(module)
+    return floors
+
+
 def _private_names(tree: ast.Module) -> set[str]:
     """Names of other libraries that are not public, as imported or as attributes."""
     names, aliases = set(), {}
@@ -160,6 +174,8 @@ def _false_abstract_names(tree: ast.Module) -> set[str]:
 
 MODULES = _modules(PACKAGE)
 TREES = _parsed(MODULES)
+# The package itself and its wings.
+TOP = {name for name, path in MODULES.items() if path.name == "__init__.py"}
 
 
 # The guards.
@@ -187,6 +203,28 @@ def test_imports_point_one_way():
     edges = _edges(PACKAGE)
     assert _circle(edges) is None
     assert _circle(_wings(edges)) is None
+
+
+def test_wings_are_few_and_small():
+    rooms = {}
+    for module in MODULES:
+        if module.count(".") == 2:
+            rooms.setdefault(module.split(".")[1], []).append(module)
+    assert len(rooms) <= 10
+    assert not {wing: len(names) for wing, names in rooms.items() if len(names) > 7}
+    # Nothing lies beside the wings.
+    assert {module.count(".") for module in MODULES if module not in TOP} == {2}
+
+
+def test_wings_say_in_one_line_what_they_are():
+    for wing in TOP - {"nodegrad"}:
+        assert len(ast.get_docstring(TREES[wing]).splitlines()) == 1, wing
+        assert len(TREES[wing].body) == 1, wing
+
+
+def test_the_house_has_eight_floors():
+    wings = {wing: to for wing, to in _wings(_edges(PACKAGE)).items() if "." in wing}
+    assert max(_floors(wings).values()) < 8
 
 
 def test_imports_stand_at_the_top():
@@ -237,8 +275,9 @@ def test_public_names_are_documented(name):
     thing = getattr(nodegrad, name)
     doc = inspect.getdoc(thing)
     assert doc is not None
-    if name != "RESULTS":
+    if callable(thing) and name != "RESULTS":
         assert "**Arguments:**" in doc
+    if inspect.isfunction(thing):
         assert "**Cost:**" in doc
 
 
@@ -308,6 +347,11 @@ def test_a_circle_of_wings_is_found(tmp_path):
     edges = _edges(_package(tmp_path, files))
     assert _circle(edges) is None
     assert _circle(_wings(edges)) == ["house._low", "house._mid", "house._low"]
+
+
+def test_floors_are_counted(tmp_path):
+    floors = _floors(_wings(_edges(_package(tmp_path, FOREST))))
+    assert floors == {"house._low": 0, "house._mid": 1, "house._top": 1, "house": 2}
 
 
 def test_namesakes_are_all_measured():

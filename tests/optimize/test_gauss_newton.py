@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 
 import nodegrad
 
-from .problems import relative_error
+from ..problems import relative_error
 
 
 def _tree(key, *lead):

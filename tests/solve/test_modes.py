@@ -7,7 +7,7 @@ import pytest
 
 import nodegrad
 
-from .problems import accepted_grid, relative_error, unrolled, van_der_pol
+from ..problems import accepted_grid, relative_error, unrolled, van_der_pol
 
 
 DOORS = {"native": nodegrad.odesolve, "diffrax": diffrax.diffeqsolve}
@@ -214,12 +214,13 @@ def test_a_gradient_is_the_same_twice():
     assert jnp.array_equal(grad(POINTS[1]), grad(POINTS[1]))
 
 
+@pytest.mark.rows(test=0, ci=2)
 @pytest.mark.parametrize(
     "door, what",
     [
         ("diffrax", "y0"),
         *(
-            pytest.param(door, what, marks=pytest.mark.slow)
+            pytest.param(door, what)
             for door in DOORS
             for what in ("y0", "ts", "args")
             if (door, what) != ("diffrax", "y0")

@@ -8,7 +8,7 @@ import pytest
 
 import nodegrad
 
-from .problems import Field, relative_error
+from ..problems import Field, relative_error
 
 
 def _temporary_bytes(fn, *args):

@@ -16,7 +16,7 @@ import pytest
 import nodegrad
 from nodegrad import KroneckerFactors
 
-from .problems import relative_error
+from ..problems import relative_error
 
 
 @pytest.fixture(autouse=True)

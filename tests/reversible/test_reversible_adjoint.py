@@ -8,8 +8,8 @@ import pytest
 
 import nodegrad
 
-from .matrix import DOORS, value_and_grad
-from .problems import explicit_step, Field, relative_error, van_der_pol
+from ..matrix import DOORS, value_and_grad
+from ..problems import explicit_step, Field, relative_error, van_der_pol
 
 
 RCA = diffrax.RecursiveCheckpointAdjoint()
@@ -65,6 +65,7 @@ def _leapfrog_recursion(damping, resync_every, h, n):
     return run
 
 
+@pytest.mark.rows(test=4, ci=7)
 @pytest.mark.parametrize(
     "door, solver",
     [
@@ -111,7 +112,7 @@ def test_gradient_is_that_of_the_recursion(door, solver):
 # Against Diffrax's default adjoint, on the same solver.
 
 
-@pytest.mark.slow
+@pytest.mark.rows(test=1, ci=4)
 @pytest.mark.parametrize(
     "door, solver, controller, saveat, backwards",
     [
@@ -175,7 +176,7 @@ def test_matches_diffrax_for_semi_implicit_euler():
         assert relative_error(ours, expected) < 1e-12
 
 
-@pytest.mark.slow
+@pytest.mark.rows(test=0, ci=2)
 @pytest.mark.parametrize("made_jump", [None, True])
 @pytest.mark.parametrize(
     "solver",
@@ -213,6 +214,7 @@ def test_continues_where_another_solve_ended(solver, made_jump):
     assert relative_error(grad(*point, nodegrad.ReversibleAdjoint()), expected) < 1e-12
 
 
+@pytest.mark.rows(test=1, ci=3)
 @pytest.mark.parametrize("solver", [COUPLED, RESTARTED, LEAPFROG], ids=repr)
 def test_gradients_of_times_are_those_of_differences(solver):
     # The last step is shorter than the others, and a save is inside of one.
@@ -265,6 +267,7 @@ def test_one_compilation_serves_changing_times():
     assert not jnp.allclose(few, many)
 
 
+@pytest.mark.rows(test=1, ci=3)
 @pytest.mark.parametrize("solver", [COUPLED, RESTARTED, LEAPFROG], ids=repr)
 def test_nothing_happens_between_equal_times(solver):
     def loss(y0, t1):
@@ -350,7 +353,7 @@ def _pendulum_loss(solve, solver, controller=None, **kwargs):
     return loss
 
 
-@pytest.mark.slow
+@pytest.mark.rows(test=0, ci=2)
 @pytest.mark.parametrize(
     "door, solver",
     [("native", COUPLED), ("diffrax", RESTARTED), ("native", LEAPFROG)],
@@ -367,7 +370,7 @@ def test_second_derivatives_are_exact(door, solver):
     assert relative_error(hvp, expected @ v) < 1e-10
 
 
-@pytest.mark.slow
+@pytest.mark.rows(test=0, ci=2)
 @pytest.mark.parametrize(
     "solver, size",
     [
@@ -418,6 +421,7 @@ def test_batches_match_single_solves(solver, size):
 # What it costs.
 
 
+@pytest.mark.rows(test=2, ci=4)
 @pytest.mark.parametrize(
     "solver, first, forward, backward",
     [
@@ -462,6 +466,7 @@ def test_evaluations_are_those_stated(solver, first, forward, backward):
         assert len(counts) - before == n * backward
 
 
+@pytest.mark.rows(test=1, ci=2)
 @pytest.mark.parametrize(
     "door, solver",
     [

@@ -17,9 +17,9 @@ from jax.flatten_util import ravel_pytree
 
 import nodegrad
 
-from .matrix import DOORS
-from .problems import accepted_grid, Field, relative_error, unrolled, van_der_pol
-from .tangents import (
+from ..matrix import DOORS
+from ..problems import accepted_grid, Field, relative_error, unrolled, van_der_pol
+from ..tangents import (
     CONTROLLERS,
     flat,
     inputs,

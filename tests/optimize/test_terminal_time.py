@@ -11,7 +11,7 @@ import pytest
 
 import nodegrad
 
-from .problems import Field, relative_error
+from ..problems import Field, relative_error
 
 
 PICK = lambda p: p["t1"]

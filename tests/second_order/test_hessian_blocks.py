@@ -21,7 +21,7 @@ from jax.flatten_util import ravel_pytree
 
 import nodegrad
 
-from .problems import accepted_grid, explicit_step, relative_error
+from ..problems import accepted_grid, explicit_step, relative_error
 
 
 PID = diffrax.PIDController(1e-4, 1e-5)
@@ -155,6 +155,7 @@ def _grid(field, solver, y0, controller, dt0=None):
     return accepted_grid(field, solver, 0.0, 1.0, y0, NETWORK, controller, dt0)
 
 
+@pytest.mark.rows(test=1, ci=2)
 @pytest.mark.parametrize("running", [False, True])
 @pytest.mark.parametrize("name", ["Tsit5", "RK4"])
 def test_discrete_is_the_hessian_of_the_accepted_grid(name, running):
@@ -409,6 +410,7 @@ def test_hessian_blocks_converge_to_theorem1_at_the_order_of_the_solver():
 # Properties.
 
 
+@pytest.mark.rows(test=1, ci=2)
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("blocks_of", BOTH_WITH_BACKSOLVE)
 def test_blocks_are_symmetric_and_gauss_newton_is_semidefinite(exact, blocks_of):
@@ -597,7 +599,7 @@ SOLVERS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.rows(test=0, ci=3)
 @pytest.mark.parametrize("name", SOLVERS)
 def test_every_kind_of_solver_and_memory(name):
     """Against `jax.hessian` through nodegrad's own gradient, which others check."""

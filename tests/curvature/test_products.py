@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 
 import nodegrad
 
-from .problems import accepted_grid, relative_error, unrolled, van_der_pol
+from ..problems import accepted_grid, relative_error, unrolled, van_der_pol
 
 
 DOORS = {"native": nodegrad.odesolve, "diffrax": diffrax.diffeqsolve}

@@ -13,7 +13,7 @@ import pytest
 import nodegrad
 from nodegrad import KroneckerFactors
 
-from .problems import relative_error
+from ..problems import relative_error
 
 
 SAMPLES = 8.0

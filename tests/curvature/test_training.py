@@ -10,7 +10,7 @@ import pytest
 
 import nodegrad
 
-from .problems import relative_error
+from ..problems import relative_error
 
 
 X = jr.normal(jr.PRNGKey(1), (6, 2), jnp.float32)

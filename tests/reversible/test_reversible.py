@@ -10,7 +10,7 @@ import pytest
 import nodegrad
 from nodegrad._reversible.invertible_step import make_invertible_step
 
-from .problems import explicit_step, Field, van_der_pol
+from ..problems import explicit_step, Field, van_der_pol
 
 
 RK_SOLVERS = [

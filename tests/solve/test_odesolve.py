@@ -11,7 +11,7 @@ import pytest
 import nodegrad
 from nodegrad._solve.loop import nearly
 
-from .problems import Field, forced_pair, PAIR_ARGS, PAIR_Y0, relative_error
+from ..problems import Field, forced_pair, PAIR_ARGS, PAIR_Y0, relative_error
 
 
 PID = diffrax.PIDController(1e-6, 1e-8)

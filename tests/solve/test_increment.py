@@ -11,7 +11,7 @@ from nodegrad._internal.batch import Axes, Batch
 from nodegrad._steps.increment import Increment, StagedIncrement
 from nodegrad._steps.work import products_dominate
 
-from .problems import relative_error
+from ..problems import relative_error
 
 
 TABLEAUS = {
@@ -47,15 +47,16 @@ def _arguments(dtype):
     return t0, t0 + h, control, {"a": state(), "b": state()}
 
 
+@pytest.mark.rows(test=1, ci=3)
 @pytest.mark.parametrize(
     "tableau, returns, dtype",
     [
         ("tsit5", "all", jnp.float64),
         ("heun", "none", jnp.float64),
         ("rk4", "first", jnp.float32),
-        pytest.param("tsit5", "none", jnp.float32, marks=pytest.mark.slow),
-        pytest.param("dopri8", "all", jnp.float64, marks=pytest.mark.slow),
-        pytest.param("rk4", "all", jnp.float64, marks=pytest.mark.slow),
+        pytest.param("tsit5", "none", jnp.float32),
+        pytest.param("dopri8", "all", jnp.float64),
+        pytest.param("rk4", "all", jnp.float64),
     ],
 )
 def test_pullback_is_that_of_the_stages_one_after_another(tableau, returns, dtype):

@@ -10,14 +10,14 @@ import pytest
 
 import nodegrad
 
-from .matrix import DOORS
-from .problems import relative_error
+from ..matrix import DOORS
+from ..problems import relative_error
 
 
 RCA = diffrax.RecursiveCheckpointAdjoint()
 
 
-@pytest.mark.slow
+@pytest.mark.rows(test=0, ci=2)
 @pytest.mark.parametrize(
     "door, solver, control",
     [
@@ -74,7 +74,7 @@ def _noises():
     return dict(additive=additive, general=general, diagonal=diagonal)
 
 
-@pytest.mark.slow
+@pytest.mark.rows(test=0, ci=2)
 @pytest.mark.parametrize(
     "solver, noise",
     [
@@ -136,7 +136,7 @@ def test_refuses_base_solvers_of_another_calculus(base):
         nodegrad.odesolve(terms, nodegrad.ALF(), 0.0, 1.0, 0.1, jnp.array(1.0))
 
 
-@pytest.mark.slow
+@pytest.mark.rows(test=0, ci=2)
 @pytest.mark.parametrize(
     "diffusion, solution, order",
     [

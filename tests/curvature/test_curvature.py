@@ -13,7 +13,7 @@ import pytest
 import nodegrad
 from nodegrad import value_grad_and_curvature
 
-from .problems import explicit_step, relative_error
+from ..problems import explicit_step, relative_error
 
 
 SIZE, WIDTH, BATCH, STEPS = 3, 4, 5, 6
@@ -131,6 +131,7 @@ def factors_by_hand(reduction):
     return out
 
 
+@pytest.mark.rows(test=1, ci=3)
 @pytest.mark.parametrize("reduction", ["integral", "expand", "reduce"])
 def test_factors_inside_a_solve_match_outer_products_by_hand(reduction):
     _, _, curvature = curvature_of(reduction=reduction)
@@ -158,7 +159,7 @@ def test_factors_outside_a_solve_match_outer_products_by_hand():
         assert relative_error(curvature[key].output_factor, g.T @ g) < 1e-12
 
 
-@pytest.mark.slow
+@pytest.mark.rows(test=0, ci=1)
 @pytest.mark.parametrize("reduction", ["integral", "reduce"])
 def test_batched_vmap_and_loop_agree(reduction):
     expected = curvature_of("loop", reduction, steps=3)
@@ -222,7 +223,7 @@ def fine_factors():
     return curvature_of(solver=diffrax.Tsit5(), steps=80)[2]
 
 
-@pytest.mark.slow
+@pytest.mark.rows(test=0, ci=3)
 @pytest.mark.parametrize("name", _SOLVERS)
 def test_factors_do_not_depend_on_the_solver(name):
     solver, adjoint = _SOLVERS[name]
@@ -264,6 +265,7 @@ def test_adaptive_steps_and_the_door_of_diffrax():
         assert relative_error(results[0][2][key][:2], factors[:2]) < 3e-2
 
 
+@pytest.mark.rows(test=1, ci=2)
 @pytest.mark.parametrize("is_cached", [False, True])
 @pytest.mark.parametrize("solver", [nodegrad.ALF(), diffrax.ReversibleHeun()], ids=str)
 def test_evaluations_before_the_first_step_do_not_count(solver, is_cached):
@@ -498,7 +500,7 @@ def test_trace_of_the_jacobian_uses_the_layer_again(mode):
     assert relative_error(added, len(y0) * b) < 1e-10
 
 
-@pytest.mark.slow
+@pytest.mark.rows(test=0, ci=2)
 @pytest.mark.parametrize("padding", [1, "SAME"])
 @pytest.mark.parametrize("inside", [True, False])
 def test_convolution_matches_its_patches(inside, padding):
