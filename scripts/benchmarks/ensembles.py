@@ -1,8 +1,8 @@
 """Ensembles of small mechanistic equations: many samples, each at its own step.
 
 Lorenz, Lotka-Volterra, an epidemic with ten compartments and, with an implicit solver,
-Robertson's reactions. Compared with `jax.vmap` of Diffrax's default adjoint, and with
-the replay of `gradsolve` where that is installed.
+Robertson's reactions and a network of twenty reactions. Compared with `jax.vmap` of
+Diffrax's default adjoint, and with the replay of `gradsolve` where that is installed.
 """
 
 import argparse
@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace, clock: Clock, report: Report) -> None:
     for lanes in [1] if arguments.quick else [1, 128]:
         limits = {"build": 0.5}
         _measure(clock, report, _robertson(), lanes, False, limits, seconds)
+    _measure(clock, report, _reactions(), 1, False, {"build": 0.5}, seconds)
 
 
 def _measure(
@@ -255,6 +256,39 @@ def _robertson() -> Problem:
         y0,
         args,
         100.0,
+        1e-8,
+        pinned=False,
+        solver=diffrax.Kvaerno5(),
+    )
+
+
+def _reactions() -> Problem:
+    """Twenty reactions of ten species, written out as code generators do."""
+    species, reactions = 10, 20
+    # Reaction `i` turns two species into two others, at rates that span three decades.
+    ends = [
+        (i % 10, (3 * i + 1) % 10, (i + 2) % 10, (7 * i + 4) % 10) for i in range(20)
+    ]
+
+    def vector_field(t, y, args):
+        del t
+        slopes = [jnp.zeros(())] * species
+        for i, (left, other, right, last) in enumerate(ends):
+            rate = args[i] * y[left] * y[other]
+            for reactant in (left, other):
+                slopes[reactant] = slopes[reactant] - rate
+            for product in (right, last):
+                slopes[product] = slopes[product] + rate
+        return jnp.stack(slopes)
+
+    y0 = jnp.linspace(0.2, 1.0, species)
+    args = jnp.logspace(-1.0, 2.0, reactions)
+    return Problem(
+        "twenty reactions",
+        vector_field,
+        y0,
+        args,
+        5.0,
         1e-8,
         pinned=False,
         solver=diffrax.Kvaerno5(),
