@@ -74,7 +74,9 @@ def _solve(field: Callable[..., Any], y0: Any, t1: Any, rtol: float) -> Any:
     )
 
 
-def _shuffled(arrays: Batch, size: int) -> Callable[[int], Iterator[Batch]]:
+def shuffled(arrays: Batch, size: int) -> Callable[[int], Iterator[Batch]]:
+    """A function from a seed to endless batches of `size` samples, shuffled."""
+
     def batches(seed: int) -> Iterator[Batch]:
         rng, count = np.random.default_rng(seed), len(arrays[0])
         while True:
@@ -86,7 +88,8 @@ def _shuffled(arrays: Batch, size: int) -> Callable[[int], Iterator[Batch]]:
     return batches
 
 
-def _cross_entropy(outputs: Any, x: Any, labels: Any) -> Any:
+def cross_entropy(outputs: Any, x: Any, labels: Any) -> Any:
+    """The loss of every sample, from its logits."""
     del x
     return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
 
@@ -96,7 +99,8 @@ def _logits(model: Any, x: Any, labels: Any) -> Any:
     return model(x)
 
 
-def _accuracy(outputs: Any, x: Any, labels: Any) -> Any:
+def accuracy(outputs: Any, x: Any, labels: Any) -> Any:
+    """The share of samples whose largest logit is that of their label."""
     del x
     return jnp.mean((jnp.argmax(outputs, axis=1) == labels).astype(jnp.float32))
 
@@ -138,22 +142,31 @@ class ImageNODE(eqx.Module):
         return jax.vmap(self.decode)(self.solution(images).ys[:, 0])
 
 
-def digits(iterations: int) -> Task:
-    """Handwritten digits, 8 x 8."""
+def split_digits(seed: int = 0) -> list[np.ndarray]:
+    """Training images, test images, training labels and test labels.
+
+    Images have shape `(1, 8, 8)` and grey values in [0, 1]. Every class is split in the
+    same proportion.
+    """
     data: Any = load_digits()
     images = (data.images[:, None] / 16).astype(np.float32)
     labels = data.target.astype(np.int32)
     split = train_test_split(
-        images, labels, test_size=360, random_state=0, stratify=labels
+        images, labels, test_size=360, random_state=seed, stratify=labels
     )
-    x, x_test, y, y_test = map(np.asarray, split)
+    return [np.asarray(x) for x in split]
+
+
+def digits(iterations: int) -> Task:
+    """Handwritten digits, 8 x 8."""
+    x, x_test, y, y_test = split_digits()
     return Task(
         name="digits",
         make_model=ImageNODE,
-        loss=_cross_entropy,
+        loss=cross_entropy,
         predict=_logits,
-        metric=_accuracy,
-        batches=_shuffled((x, y), 128),
+        metric=accuracy,
+        batches=shuffled((x, y), 128),
         test=(x_test, y_test),
         steps=lambda model, batch: model.solution(batch[0]).stats,
         iterations=iterations,
@@ -222,10 +235,10 @@ def words(iterations: int, folder: Path, every: int = 12, size: int = 32) -> Tas
     return Task(
         name="words",
         make_model=lambda key: ODERNN(key, 9, size, 25),
-        loss=_cross_entropy,
+        loss=cross_entropy,
         predict=_logits,
-        metric=_accuracy,
-        batches=_shuffled((x, y), 128),
+        metric=accuracy,
+        batches=shuffled((x, y), 128),
         test=(x_test, y_test),
         steps=lambda model, batch: model.run(batch[0])[1],
         iterations=iterations,
