@@ -1,3 +1,16 @@
+"""Exact, memory-lean first and second derivatives through ODE, CDE and SDE solves.
+
+nodegrad differentiates the accepted steps of a solve, each of them once. It works with
+released Diffrax, Equinox and Optax. There are three ways in:
+
+- Functions: `odesolve` solves an equation; `hessian_blocks`, `hvp` and `ggn_vp` return
+  its second derivatives.
+- Diffrax classes: pass `ACAAdjoint()` or `ReversibleAdjoint()` as the `adjoint` of
+  `diffrax.diffeqsolve`, and `Reversible(...)`, `ALF(...)` or `RK4()` as its `solver`.
+- An Optax transformation: `scale_by_snopt` divides gradients by the curvature that
+  `value_grad_and_curvature` returns for the layers of a model.
+"""
+
 from ._curvature.curvature import value_grad_and_curvature as value_grad_and_curvature
 from ._curvature.make_steps import make_steps as make_steps
 from ._curvature.products import (
@@ -39,3 +52,7 @@ from ._solve.adjoints import (
 )
 from ._solve.odesolve import odesolve as odesolve
 from ._steps.rk4 import RK4 as RK4
+
+
+# The version in `pyproject.toml`; `tests/test_house.py` compares them.
+__version__ = "0.1.0"

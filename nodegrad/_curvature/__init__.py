@@ -1,1 +1,1 @@
-"""Curvature of a loss: products with it, and Kronecker factors of its layers."""
+"""Products with the curvature of a loss, and Kronecker factors of its layers."""

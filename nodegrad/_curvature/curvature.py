@@ -1,4 +1,9 @@
-"""Loss, gradient and Kronecker-factored curvature in one go."""
+"""`value_grad_and_curvature`: loss, gradient and Kronecker factors of every layer.
+
+A backward pass through an instrumented model (`instrumented_model.py`) returns sums of
+outer products as cotangents of probes. This module chooses the cotangents of outputs to
+pull back, and makes `KroneckerFactors` of those of the probes.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +15,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, PyTree
 
 from .._layers.factors import KroneckerFactors
+from .._layers.layer_product import Statistics
 from .._layers.layers import Layer, layers_of, Leaves
 from .instrumented_model import Instrumentation, instrumented, Probe, zero_probe
 
@@ -30,68 +36,84 @@ def value_grad_and_curvature(
     layers: Callable[[str], bool] | None = None,
     has_aux: bool = False,
 ) -> Callable[..., tuple[Any, PyTree, dict[str, KroneckerFactors]]]:
-    r"""A function for loss, gradient and the Kronecker factors of every layer.
+    r"""Makes a function for loss, gradient and the Kronecker factors of every layer.
 
-    For any model whose `eqx.nn.Linear`, `eqx.nn.Conv*`, `eqx.nn.GRUCell` and
-    `eqx.nn.LSTMCell` are used inside of vector fields solved by nodegrad, outside of
-    them, or both, and in whatever way: several times, in `jax.vmap`, `jax.lax.scan`,
-    `jax.checkpoint`, under `jax.jvp` or `jax.vjp` in the vector field.
+    The model may use its `eqx.nn.Linear`, `eqx.nn.Conv*`, `eqx.nn.GRUCell` and
+    `eqx.nn.LSTMCell` inside of vector fields solved by nodegrad, outside of them, or
+    both. Layers may be used several times, in `jax.vmap`, `jax.lax.scan` and
+    `jax.checkpoint`, and under `jax.jvp` or `jax.vjp` in the vector field.
+
+    **Example:** the last input of a layer is the one of its bias. So the last entry of
+    the input factor is the number of samples times the length of the solve.
 
     ```python
-    def loss(model, x, labels):  # one number for each sample
-        return optax.softmax_cross_entropy_with_integer_labels(model(x), labels)
+    import diffrax
+    import equinox as eqx
+    import jax
+    import jax.numpy as jnp
+    import nodegrad
 
-    value, grads, curvature = value_grad_and_curvature(loss)(model, x, labels)
+    def loss(model, y0):  # one number for each sample
+        field, tsit5 = lambda t, y, args: jnp.tanh(model(y)), diffrax.Tsit5()
+        sol = nodegrad.odesolve(field, tsit5, 0.0, 2.0, 0.1, y0, batched=True)
+        return jnp.sum(sol.ys**2, axis=(1, 2))
+
+    model, y0 = eqx.nn.MLP(3, 3, 8, 1, key=jax.random.PRNGKey(0)), jnp.ones((5, 3))
+    value, grads, curvature = nodegrad.value_grad_and_curvature(loss)(model, y0)
+    print(curvature[".layers[0]"].input_factor[-1, -1].round(3))  # 10.0
     ```
 
-    With $a$ the inputs of a layer (and a one for its bias) and $g$ the gradients with
-    respect to its outputs, for a sample's own loss, the factors are
+    **Definition:** with $a$ the inputs of a layer (and a one for its bias) and $g$ the
+    gradients of a sample's own loss with respect to its outputs, the factors are
 
-    $$A = \sum_b \int a\, a^\top dt, \qquad B = \sum_b \int g\, g^\top dt$$
+    $$A = \sum_b \int a\, a^\top dt, \qquad B = \sum_b \int g\, g^\top dt,$$
 
-    over time and all samples $b$. The integrals are taken by the trapezoidal rule over
-    the accepted steps, from the states and cotangents at their ends, never from the
-    stages of the solver: they have a limit for small steps, which does not depend on
-    the solver. A use outside of a solve counts as one unit of time, and uses (positions
-    of a convolution, several solves) are summed.
+    summed over all samples $b$. The integrals are trapezoidal sums over the accepted
+    steps, of the states and cotangents at the ends of the steps. The stages of the
+    solver do not enter, so the factors have a limit for small steps that does not
+    depend on the solver. A use of a layer outside of a solve counts as one unit of
+    time. All uses (positions of a convolution, several solves) are summed.
 
     **Arguments:**
 
     - `loss`: `loss(model, *args)` returns the losses of the samples of a batch, an
-      array of shape `(batch,)`; or their mean, a scalar, if you say of how many with
-      `batch_size`. What it returns is called a loss here even if a regulariser is in
-      it.
+      array of shape `(batch,)`. It may return their mean instead, a scalar, if
+      `batch_size` is given. A regulariser counts as a part of the loss.
     - `predict`: for `kind="ggn"`: `predict(model, *args)` returns the outputs of the
-      model, an array of shape `(batch, ...)`, and `loss(outputs, *args)` the losses,
-      `(batch,)`, each a function of its sample's output: any, twice differentiable.
-    - `kind`: where the gradients $g$ come from. `"empirical_fisher"`: from the losses.
-      `"ggn"`: from random or all columns of a square root of the Hessian $H_b$ of the
-      losses with respect to the outputs, so that the curvature is that of the
-      generalised Gauss-Newton matrix, $\sum_b J_b^\top H_b J_b$; it does not vanish
+      model, an array of shape `(batch, ...)`, and `loss(outputs, *args)` the losses, of
+      shape `(batch,)`. Each loss is a twice differentiable function of the output of
+      its sample.
+    - `kind`: where the gradients $g$ come from. `"empirical_fisher"`: the losses.
+      `"ggn"`: random columns, or all columns, of a square root of the Hessian $H_b$ of
+      each loss with respect to the outputs. The curvature is then that of the
+      generalised Gauss-Newton matrix, $\sum_b J_b^\top H_b J_b$. It does not vanish
       where the model fits the data.
-    - `reduction`: what becomes of inputs that share the layer, along time above all.
-      `"integral"`: $A$ and $B$ as above (the paper's). `"expand"`: as if they were
-      independent: $A$ is their mean, and $B = \sum g\, g^\top h^2$ over steps of size
-      $h$ (it vanishes with the step size). `"reduce"`: $a$ is averaged and $g$
+    - `reduction`: how to combine inputs that share the layer, above all along time.
+      `"integral"`: $A$ and $B$ as above, as in the paper. `"expand"`: as if the inputs
+      were independent: $A$ is their mean, and $B = \sum g\, g^\top h^2$ over steps of
+      size $h$ (it vanishes with the step size). `"reduce"`: $a$ is averaged and $g$
       integrated over time, and over the positions of a convolution, before the outer
-      products; exact if one of them is constant.
-    - `num_draws`: for `kind="ggn"`, how many random draws (Rademacher) to take of the
-      columns, or `"exact"` for all of them, as many as a sample's output has entries.
-      For `kind="empirical_fisher"`, how many draws to take for the `moments`.
-    - `moments`: whether to return `draws`, gradients with random signs of the samples,
-      from which SNOpt takes second moments (EKFAC).
-    - `batch_size`: see `loss`.
-    - `layers`: which layers to take, by their path.
-    - `has_aux`: whether `loss` (or `predict`, where there is one) returns a pair, of
-      which the second is handed on.
+      products; this is exact if one of them is constant.
+    - `num_draws`: for `kind="ggn"`, the number of random combinations of columns (with
+      Rademacher weights), or `"exact"` for all columns, one for each entry of a
+      sample's output. For `kind="empirical_fisher"`, the number of draws for `moments`.
+    - `moments`: whether to return `draws`, gradients with a random sign for each
+      sample, from which SNOpt computes second moments (EKFAC).
+    - `batch_size`: the number of samples, required if `loss` returns a scalar.
+    - `layers`: which layers to include, by their path. `None` means all.
+    - `has_aux`: whether `loss` (or `predict`, if given) returns a pair, whose second
+      item is auxiliary output.
 
     **Returns:**
 
-    A function `(model, *args, key=None) -> (value, grads, curvature)`, with the mean of
-    the losses (or the pair of it and the auxiliary output), its gradient with respect
-    to the inexact arrays of the model, and a dictionary from the path of a layer
-    (`jax.tree_util.keystr`) to its `nodegrad.KroneckerFactors`. Whatever is random
-    takes a `key`. Value and gradient are those without the curvature.
+    A function `(model, *args, key=None) -> (value, grads, curvature)`:
+
+    - `value`: the mean of the losses, or the pair of it and the auxiliary output.
+    - `grads`: the gradient of the mean with respect to the inexact arrays of the model.
+    - `curvature`: a dictionary from the path of a layer (`jax.tree_util.keystr`) to its
+      `nodegrad.KroneckerFactors`.
+
+    `value` and `grads` are the same as without curvature. Random draws need a `key`.
 
     **Raises:** `ValueError` or `TypeError` for options and shapes that do not fit
     together; for layers inside a stochastic differential equation, or inside a
@@ -103,16 +125,17 @@ def value_grad_and_curvature(
     the factors. Under `jax.vmap` around a solve, one copy of them for each sample (use
     `odesolve(..., batched=True)`), or with `reduction="reduce"` two vectors.
 
-    **When not to use it:** in every iteration: curvature changes slowly (see
-    `nodegrad.make_steps`). A layer that is never called has zero factors; one whose
-    input is shared by the whole batch (a hypernetwork, say) counts as one use. No
-    layers here, and without curvature: convolutions with groups, transposed ones, and
-    subclasses of `eqx.nn.Conv` with a call of their own. The model that `loss` gets has
-    leaves besides the parameters, which are zero: a penalty that reads *all* leaves has
-    to be a sum that has neither a value nor a slope at zero, such as a sum of squares
-    (better: `optax.add_decayed_weights`). Nor can it be put together by
-    `eqx.combine` of parts with `None`: pass the whole model, and freeze in the
-    optimiser.
+    **When not to use it:** in every iteration: curvature changes slowly, see
+    `nodegrad.make_steps`. A layer that is never called has zero factors, and one whose
+    input is shared by the whole batch (as in a hypernetwork) counts as one use.
+    Convolutions with groups, transposed ones, and subclasses of `eqx.nn.Conv` that
+    override `__call__` have no curvature.
+
+    **Restrictions on `loss`:** the model that it receives has more leaves than the
+    parameters; the others are zero. A penalty over *all* leaves must be a sum of terms
+    with value and slope zero at zero, such as squares (better:
+    `optax.add_decayed_weights`). `eqx.combine` of parts with `None` does not work:
+    pass the whole model, and freeze parameters in the optimiser.
 
     ??? cite "Reference"
 
@@ -125,7 +148,9 @@ def value_grad_and_curvature(
     _check_options(kind, reduction, num_draws, predict, batch_size)
     run = loss if predict is None else predict
 
-    def value_grad_and_curvature_fn(model, *args, key=None):
+    def value_grad_and_curvature_fn(
+        model: PyTree, *args: Any, key: Array | None = None
+    ) -> tuple[Any, PyTree, dict[str, KroneckerFactors]]:
         diff, static = eqx.partition(model, eqx.is_inexact_array)
         found = [x for x in layers_of(diff) if layers is None or layers(x.key)]
         if not found:
@@ -139,10 +164,10 @@ def value_grad_and_curvature(
         samples = _num_samples(shape, batch_size, predict, moments)
         dtypes = Leaves(diff).dtypes
         probes = {x.key: zero_probe(x, dtypes[x.weight]) for x in found}
-        of_probes = tuple((key, probe.inputs.dtype) for key, probe in probes.items())
+        of_probes = tuple((key, probe.offset.dtype) for key, probe in probes.items())
         instrumentation = Instrumentation(reduction, samples, of_probes)
 
-        def outputs(diff__probes):
+        def outputs(diff__probes: tuple[PyTree, dict[str, Probe]]) -> tuple[Any, Any]:
             diff, probes = diff__probes
             out = run(
                 instrumented(eqx.combine(diff, static), probes, instrumentation), *args
@@ -150,28 +175,38 @@ def value_grad_and_curvature(
             return out if has_aux else (out, None)
 
         if predict is None and not moments:
-            # One backward pass serves both.
+            # The columns are those of the gradient: one backward pass serves both.
             losses, pull, aux = eqx.filter_vjp(outputs, (diff, probes), has_aux=True)
+            # The sum of the losses, so that $g$ is the gradient of a sample's own loss.
             ct = jnp.full_like(losses, samples if losses.ndim == 0 else 1)
-            ((summed, statistics),) = pull(ct)
+            ((summed, ct_probes),) = pull(ct)
             drawn = None
         else:
+            # The gradient needs a backward pass without probes, and every column one
+            # with probes. `drawn` are the gradients of columns.
             plain = lambda diff: outputs((diff, probes))
             out, pull, aux = eqx.filter_vjp(plain, diff, has_aux=True)
             of_outputs = None if predict is None else lambda out: loss(out, *args)
             losses, ct, columns = _columns(of_outputs, out, num_draws, moments, key)
             (summed,) = pull(ct)
             _, pull, _ = eqx.filter_vjp(outputs, (diff, probes), has_aux=True)
-            drawn, statistics = _pull_columns(pull, columns)
+            drawn, ct_probes = _pull_columns(pull, columns)
         value = jnp.mean(losses)
         grads = jax.tree.map(lambda g: g / samples, summed)
-        curvature = _factors(found, statistics, drawn, samples, reduction, moments)
+        curvature = _factors(found, ct_probes, drawn, samples, reduction, moments)
         return ((value, aux) if has_aux else value), grads, curvature
 
     return value_grad_and_curvature_fn
 
 
-def _check_options(kind, reduction, num_draws, predict, batch_size) -> None:
+def _check_options(
+    kind: str,
+    reduction: str,
+    num_draws: int | str,
+    predict: Callable[..., Any] | None,
+    batch_size: int | None,
+) -> None:
+    """Raises `ValueError` for options that are unknown or do not fit together."""
     for name, value, known in (
         ("kind", kind, _KINDS),
         ("reduction", reduction, _REDUCTIONS),
@@ -198,8 +233,13 @@ def _check_options(kind, reduction, num_draws, predict, batch_size) -> None:
         raise ValueError(msg)
 
 
-def _num_samples(shape, batch_size, predict, moments) -> int:
-    """How many samples there are, from what `loss` or `predict` returns."""
+def _num_samples(
+    shape: Any, batch_size: int | None, predict: Callable | None, moments: bool
+) -> int:
+    """Returns the number of samples, from the shape of the user's `loss` or `predict`.
+
+    Results of these functions that are not arrays raise: so `shape` is `Any`.
+    """
     what = "loss" if predict is None else "predict"
     if not hasattr(shape, "shape") or not jnp.issubdtype(shape.dtype, jnp.floating):
         msg = f"`{what}` must return an array of real numbers; got {shape}."
@@ -209,8 +249,8 @@ def _num_samples(shape, batch_size, predict, moments) -> int:
         if batch_size is None or moments:
             msg = (
                 "`loss` returned a scalar. Return an array of shape `(batch,)`, the "
-                "losses of the samples; or pass `batch_size`, the number of samples "
-                "that it is the mean of (not with `moments=True`)."
+                "losses of the samples; or their mean, and pass `batch_size`, the "
+                "number of samples (not with `moments=True`)."
             )
             raise ValueError(msg)
         return batch_size
@@ -224,26 +264,36 @@ def _num_samples(shape, batch_size, predict, moments) -> int:
     return shape[0]
 
 
-def _signs(key: Any, num: Any, like: Array) -> Array:
-    """`num` arrays of random signs."""
+def _signs(key: Array | None, num: int, like: Array) -> Float[Array, "num ..."]:
+    """Returns `num` arrays of random signs in the shape of `like`."""
     if key is None:
         msg = (
-            "This takes random draws: pass `key`, as in `fn(model, *args, "
+            "The curvature needs random draws: pass `key`, as in `fn(model, *args, "
             "key=jax.random.PRNGKey(0))`."
         )
         raise ValueError(msg)
     return jr.rademacher(key, (num, *like.shape), like.dtype)
 
 
-def _columns(of_outputs, out: Array, num_draws, moments: bool, key):
-    r"""`(losses, their gradients, columns)` with respect to the outputs `out`.
+def _columns(
+    of_outputs: Callable[[Array], Array] | None,
+    out: Float[Array, "batch ..."],
+    num_draws: Any,
+    moments: bool,
+    key: Array | None,
+) -> tuple[Float[Array, " batch"], Float[Array, "batch ..."], Array]:
+    r"""Returns `(losses, gradient, columns)` for the outputs `out` of the model.
 
-    Columns are $y_{bk}$ with $\sum_k y_{bk} y_{bk}^\top = H_b$, or so on average. For
-    the empirical Fisher (`of_outputs` is `None`) the outputs are the losses, and the
-    columns random signs.
+    `gradient` is that of the sum of losses. `columns` are cotangents $y_{bk}$ to pull
+    back, of shape `(columns, batch, ...)`. $\sum_k y_{bk} y_{bk}^\top$ is the Hessian
+    $H_b$, exactly or in expectation.
+
+    `of_outputs` are the losses as a function of `out`, or `None` for the empirical
+    Fisher: then `out` are the losses, and the columns random signs.
     """
     if of_outputs is None:
         columns = _signs(key, num_draws, out)
+        # Of n independent draws each has 1 / n of the sum of squares.
         columns = columns / jnp.sqrt(len(columns)).astype(out.dtype)
         return out, jnp.ones_like(out), columns
     losses, pull = jax.vjp(of_outputs, out)
@@ -253,10 +303,13 @@ def _columns(of_outputs, out: Array, num_draws, moments: bool, key):
             f"({len(out)},); got shape {losses.shape}."
         )
         raise ValueError(msg)
+    # (batch, size, size)
     root = _hessian_root(of_outputs, out)
     if num_draws == "exact":
         columns = jnp.moveaxis(root, -1, 0)
         if moments:
+            # One sign for each column and sample. Outer products do not change, and in
+            # the squares of `draws` the samples' cross terms vanish in expectation.
             columns = columns * _signs(key, len(columns), columns[0, :, :1])
     else:
         columns = jnp.einsum("bij,kbj->kbi", root, _signs(key, num_draws, root[:, 0]))
@@ -264,60 +317,80 @@ def _columns(of_outputs, out: Array, num_draws, moments: bool, key):
     return losses, *pull(jnp.ones_like(losses)), columns.reshape(-1, *out.shape)
 
 
-def _hessian_root(of_outputs, out: Array) -> Float[Array, "batch size size"]:
-    """A square root of the Hessian of every loss with respect to its output."""
+def _hessian_root(
+    of_outputs: Callable[[Array], Array], out: Float[Array, "batch ..."]
+) -> Float[Array, "batch size size"]:
+    """Returns `R` with `R @ R.T` the Hessian of each loss in its `size` outputs.
+
+    Negative eigenvalues are replaced by (almost) zero.
+    """
     gradient = jax.grad(lambda out: jnp.sum(of_outputs(out)))
     batch, size = len(out), out[0].size
     units = jnp.eye(size, dtype=out.dtype).reshape(size, 1, *out.shape[1:])
 
-    def row(unit):
+    # Each loss depends on its own output only. So one tangent gives the same row of the
+    # Hessians of all samples.
+    def row(unit: Float[Array, "1 ..."]) -> Float[Array, "batch size"]:
         tangent = jnp.broadcast_to(unit, out.shape)
         return jax.jvp(gradient, (out,), (tangent,))[1].reshape(batch, size)
 
     hessian = jnp.moveaxis(jax.vmap(row)(units), 0, 1)
     values, vectors = jnp.linalg.eigh(hessian)
-    # A column of zeros would be no use of anything, and not be counted.
+    # Keep columns non-zero: a use whose cotangents are all zero is not counted (see
+    # `layer_product.py`).
     least = jnp.finfo(values.dtype).tiny
     return vectors * jnp.sqrt(jnp.maximum(values, least))[:, None, :]
 
 
-def _pull_columns(pull: Callable, columns: Array):
-    """Gradients, stacked, and statistics of several cotangents, one at a time."""
+def _pull_columns(
+    pull: Callable[[Array], tuple[tuple[PyTree, dict[str, Probe]]]],
+    columns: Float[Array, "columns batch ..."],
+) -> tuple[PyTree, dict[str, Probe]]:
+    """Returns stacked gradients, and statistics, of `columns`, one pass at a time."""
     num = len(columns)
     if num == 1:
-        ((drawn, statistics),) = pull(columns[0])
-        return jax.tree.map(lambda x: x[None], drawn), statistics
-    drawn, statistics = jax.lax.map(lambda ct: pull(ct)[0], columns)
-    mean, total = (lambda x: jnp.mean(x, 0)), (lambda x: jnp.sum(x, 0))
-    statistics = {
-        key: Probe(
-            offset=total(probe.offset),
-            inputs=mean(probe.inputs),
-            outputs=total(probe.outputs),
-            count=mean(probe.count),
-            x_sum=total(probe.x_sum),
-            g_sum=total(probe.g_sum),
+        ((drawn, ct_probes),) = pull(columns[0])
+        return jax.tree.map(lambda x: x[None], drawn), ct_probes
+    drawn, ct_probes = jax.lax.map(lambda ct: pull(ct)[0], columns)
+
+    def combined(probe: Probe) -> Probe:
+        # All columns have the same inputs, which count once.
+        mean, total = (lambda x: jnp.mean(x, 0)), (lambda x: jnp.sum(x, 0))
+        of_columns = probe.statistics
+        statistics = Statistics(
+            inputs=mean(of_columns.inputs),
+            outputs=total(of_columns.outputs),
+            count=mean(of_columns.count),
+            x_sum=total(of_columns.x_sum),
+            g_sum=total(of_columns.g_sum),
         )
-        for key, probe in statistics.items()
-    }
-    return drawn, statistics
+        return Probe(offset=total(probe.offset), statistics=statistics)
+
+    return drawn, {key: combined(probe) for key, probe in ct_probes.items()}
 
 
 def _factors(
-    layers: list[Layer], statistics, drawn, samples: int, reduction: str, moments: bool
+    layers: list[Layer],
+    ct_probes: dict[str, Probe],
+    drawn: PyTree[Array] | None,
+    samples: int,
+    reduction: str,
+    moments: bool,
 ) -> dict[str, KroneckerFactors]:
+    """Returns factors; `drawn` are gradients with a leading axis, for `moments`."""
     matrices = [None] * len(layers)
     if moments:
         of_one = lambda grads: [Leaves(grads).matrix(layer) for layer in layers]
         matrices = jax.vmap(of_one)(drawn)
     out = {}
     for layer, draws in zip(layers, matrices, strict=True):
-        probe = statistics[layer.key]
-        inputs, count = probe.inputs, probe.count
+        statistics = ct_probes[layer.key].statistics
+        inputs, count = statistics.inputs, statistics.count
         if reduction == "expand":
+            # The mean over uses, times the number of samples: factors are sums.
             inputs = (
                 inputs * (samples / jnp.where(count > 0, count, 1))[..., None, None]
             )
         weight = jnp.full_like(count, samples)
-        out[layer.key] = KroneckerFactors(inputs, probe.outputs, weight, draws)
+        out[layer.key] = KroneckerFactors(inputs, statistics.outputs, weight, draws)
     return out

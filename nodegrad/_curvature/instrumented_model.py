@@ -1,8 +1,10 @@
-"""Models whose layers can be asked for their curvature.
+"""Instrumented models: every layer multiplies by its weight with `layer_product`.
 
-`instrumented` replaces the weight of every layer by an object whose `@` is a
-`layer_product`. `eqx.nn.Linear`, `eqx.nn.GRUCell` and `eqx.nn.LSTMCell` multiply with
-their weights by `@`. Convolutions are replaced as a whole. Nothing else changes.
+`instrumented` replaces the weight of a layer by an `InstrumentedMatrix`, an object
+whose `@` is a `layer_product`. `eqx.nn.Linear`, `eqx.nn.GRUCell` and `eqx.nn.LSTMCell`
+multiply by their weights with `@`, so their code runs unchanged. An `eqx.nn.Conv`
+passes its weight to JAX, so it is replaced by an `InstrumentedConv`. All other leaves
+stay as they are.
 """
 
 from typing import Any
@@ -10,11 +12,11 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .._internal.compat import running_adjoints
 from .._internal.dtypes import at_least_float32
-from .._layers.layer_product import layer_product, Use
+from .._layers.layer_product import layer_product, Statistics, Use
 from .._layers.layers import is_module, Layer, layers_of
 from .._solve.recorded_adjoint import AbstractRecordedAdjoint
 
@@ -27,23 +29,22 @@ _UNSEEN = (
 
 
 class Probe(eqx.Module):
-    """Zeros, one for each statistic of a layer, and `offset`."""
+    """The probes of a layer: arrays of zeros, see `layer_product.py`.
 
-    offset: Array
-    inputs: Array
-    outputs: Array
-    count: Array
-    x_sum: Array
-    g_sum: Array
+    Reverse mode returns the statistics of the layer as the cotangent of `statistics`;
+    that of `offset` is zero. Each array has the stack axes of the layer in front.
+    """
 
-    @property
-    def statistics(self) -> list[Array]:
-        """The probes that have a cotangent."""
-        return [self.inputs, self.outputs, self.count, self.x_sum, self.g_sum]
+    offset: Float[Array, "*stack"]
+    statistics: Statistics[Array]
 
 
 class Instrumentation(eqx.Module):
-    """What is the same for all layers: see `Use`."""
+    """Options that all layers share.
+
+    - `reduction`, `samples`: see `Use` in `layer_product.py`.
+    - `dtypes`: the dtype of the probes of each layer, by key.
+    """
 
     reduction: str = eqx.field(static=True)
     samples: int = eqx.field(static=True)
@@ -51,65 +52,70 @@ class Instrumentation(eqx.Module):
 
 
 def zero_probe(layer: Layer, dtype: Any) -> Probe:
-    """The probe of a layer whose weight has type `dtype`."""
+    """Returns the probes of a layer whose weight has the dtype `dtype`."""
+    # `d_in` counts the input of the bias.
     *stack, d_out, d_in = layer.shape
     zeros = lambda *shape: jnp.zeros((*stack, *shape), at_least_float32(dtype))
-    return Probe(
-        offset=zeros(),
+    statistics = Statistics(
         inputs=zeros(d_in, d_in),
         outputs=zeros(d_out, d_out),
         count=zeros(),
         x_sum=zeros(d_in),
         g_sum=zeros(d_out),
     )
+    return Probe(offset=zeros(), statistics=statistics)
 
 
 class InstrumentedMatrix(eqx.Module):
-    """A matrix that multiplies vectors."""
+    """A weight that can be multiplied by vectors, and used in no other way.
 
-    weight: Array
+    Other uses would be missing in the statistics, so they raise.
+    """
+
+    weight: Float[Array, "*stack d_out d_in"]
     probe: Probe
     instrumentation: Instrumentation
     key: str = eqx.field(static=True)
     has_bias: bool = eqx.field(static=True)
 
     def __matmul__(self, x: Array) -> Array:
-        """The product with a vector, or with the columns of a matrix."""
+        """Returns the product with a vector, or with the columns of a matrix."""
         out_shape = (self.weight.shape[0], *x.shape[1:])
         return _layer_product(self, None, self.weight, x, out_shape)
 
-    def __jax_array__(self):
-        """Refuses: that would be a use that nobody sees."""
+    def __jax_array__(self) -> Array:
+        """Raises: this use of the weight cannot be recorded."""
         raise TypeError(_UNSEEN.format(key=self.key))
 
-    def __getitem__(self, index):
-        """Refuses, likewise."""
+    def __getitem__(self, index: Any) -> Array:
+        """Raises, like `__jax_array__`."""
         raise TypeError(_UNSEEN.format(key=self.key))
 
-    def __getattr__(self, name: str):
-        """Refuses, likewise: nothing else that an array has is here."""
+    def __getattr__(self, name: str) -> Any:
+        """Raises: other attributes of an array would be uses, too."""
+        # Python and Equinox look for private and special names on every object.
         if name.startswith("_"):
             raise AttributeError(name)
         raise AttributeError(_UNSEEN.format(key=self.__dict__.get("key", "a layer")))
 
     @property
-    def shape(self):
-        """That of the weight."""
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
         return self.weight.shape
 
     @property
-    def ndim(self):
-        """That of the weight."""
+    def ndim(self) -> int:
+        """The ndim of the weight."""
         return self.weight.ndim
 
     @property
-    def dtype(self):
-        """That of the weight."""
+    def dtype(self) -> Any:
+        """The dtype of the weight."""
         return self.weight.dtype
 
 
 class InstrumentedConv(eqx.Module):
-    """A convolution."""
+    """Behaves like the `eqx.nn.Conv` inside it, but multiplies with `layer_product`."""
 
     conv: eqx.nn.Conv
     probe: Probe
@@ -118,19 +124,21 @@ class InstrumentedConv(eqx.Module):
 
     @property
     def has_bias(self) -> bool:
-        """Whether there is a bias."""
+        """Whether the convolution has a bias."""
         return self.conv.bias is not None
 
     def __call__(self, x: Array, *, key: Any = None) -> Array:
-        """As the convolution."""
+        """Returns `self.conv(x)`."""
         del key
+        # The structure keeps the settings (padding, strides) as static data.
         structure = jax.tree.structure(self.conv)
         out = jax.eval_shape(self.conv, x)
         h = _layer_product(self, structure, self.conv.weight, x, out.shape)
         return h if self.conv.bias is None else h + self.conv.bias
 
-    def __getattr__(self, name: str):
-        """What else a convolution has."""
+    def __getattr__(self, name: str) -> Any:
+        """Returns other attributes of the convolution."""
+        # `conv` itself is missing while the object is being built.
         if name == "conv" or name.startswith("_"):
             raise AttributeError(name)
         return getattr(self.conv, name)
@@ -146,7 +154,7 @@ def _check_adjoints(key: str) -> None:
     for adjoint in running_adjoints():
         if not isinstance(adjoint, AbstractRecordedAdjoint):
             msg = (
-                f"The curvature of {key} is asked for, which is used inside a "
+                f"The curvature of {key} is asked for, but it is used inside a "
                 f"`diffrax.diffeqsolve` with adjoint={adjoint}. Statistics of its "
                 "stages would depend on the solver. Use `adjoint=nodegrad.ACAAdjoint()`"
                 ", `nodegrad.odesolve`, or leave this layer out with "
@@ -155,14 +163,25 @@ def _check_adjoints(key: str) -> None:
             raise ValueError(msg)
 
 
-def _layer_product(layer: Any, conv: Any, weight: Array, x: Array, out_shape) -> Array:
-    dtype = layer.probe.inputs.dtype
+def _layer_product(
+    layer: InstrumentedMatrix | InstrumentedConv,
+    conv: Any,
+    weight: Array,
+    x: Array,
+    out_shape: tuple[int, ...],
+) -> Array:
+    """Returns the product of `weight` and `x`, of shape `out_shape`.
+
+    `conv` is the tree structure of a convolution, or `None` for a matrix.
+    """
+    # The statistics are cotangents of the probes, and have their dtype.
+    dtype = layer.probe.offset.dtype
     if dtype != dict(layer.instrumentation.dtypes)[layer.key]:
         msg = (
             f"The curvature of {layer.key} is asked for, but the model was cast to "
-            f"{dtype} inside of the loss, and its statistics with it. Cast the model "
-            "before (statistics of bfloat16 are summed in float32), or cast the inputs "
-            "of its layers."
+            f"{dtype} inside of the loss, and the statistics were cast with it. Cast "
+            "the model before (statistics of bfloat16 are summed in float32), or cast "
+            "the inputs of its layers."
         )
         raise TypeError(msg)
     use = Use(
@@ -182,10 +201,15 @@ def _layer_product(layer: Any, conv: Any, weight: Array, x: Array, out_shape) ->
 def instrumented(
     model: PyTree, probes: dict[str, Probe], instrumentation: Instrumentation
 ) -> PyTree:
-    """`model`, with a layer_product in every layer that there is a probe for."""
+    """Returns `model` with a `layer_product` in every layer that `probes` has a key of.
+
+    The result has the leaves of `model` and of `probes`, so JAX differentiates both.
+    """
     by_path = {layer.weight: layer for layer in layers_of(model)}
 
-    def replaced(path, module):
+    def replaced(path: Any, module: Any) -> Any:
+        # `path` is a key path of JAX. Leaves that are not modules are returned as they
+        # are; a cell has two layers, and any other module one.
         prefix = jax.tree_util.keystr(path)
         for name in ("weight", "weight_ih", "weight_hh"):
             layer = by_path.get(f"{prefix}.{name}")

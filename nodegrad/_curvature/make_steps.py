@@ -1,4 +1,4 @@
-"""Training with curvature that is refreshed now and then."""
+"""`make_steps`: two training steps, with and without new curvature."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,19 +6,20 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, PyTree
 
 from .curvature import value_grad_and_curvature
 
 
 class Steps(NamedTuple):
-    """Two ways of taking the same step, see `nodegrad.make_steps`.
+    """The two training steps that `nodegrad.make_steps` returns.
 
-    - `step`: with the gradient alone.
-    - `refresh`: with the gradient and new curvature.
+    - `step`: updates with the gradient alone.
+    - `refresh`: updates with the gradient and with new curvature.
     """
 
-    step: Callable
-    refresh: Callable
+    step: Callable[..., tuple[PyTree, PyTree, Any]]
+    refresh: Callable[..., tuple[PyTree, PyTree, Any]]
 
 
 def make_steps(
@@ -28,43 +29,52 @@ def make_steps(
     predict: Callable[..., Any] | None = None,
     **options: Any,
 ) -> Steps:
-    r"""Two jitted training steps: an ordinary one, and one that refreshes curvature.
+    r"""Makes two jitted training steps: an ordinary one, and one with new curvature.
 
-    Whether there is a `curvature` must be known when a step is compiled, and so these
-    are two programs, between which a counter in Python chooses. An iteration in between
-    refreshes then pays for nothing but its gradient and two small rotations.
+    Whether a step gets a `curvature` has to be known when it is compiled. So these are
+    two programs, and a counter in Python chooses between them. An ordinary step costs
+    a gradient and the update alone.
 
     ```python
-    step, refresh = nodegrad.make_steps(optim, loss)
+    import equinox as eqx
+    import jax
+    import nodegrad
+
+    x = jax.numpy.linspace(-1, 1, 9)[:, None]
+    loss = lambda model, x: ((jax.vmap(model)(x) - 2 * x - 1) ** 2)[:, 0]
+    model, optim = eqx.nn.Linear(1, 1, key=jax.random.PRNGKey(0)), nodegrad.snopt(0.3)
+    step, refresh = nodegrad.make_steps(optim, loss, moments=True)
     opt_state = optim.init(eqx.filter(model, eqx.is_inexact_array))
-    for i, (x, y) in enumerate(batches):
-        run = refresh if i % 100 == 0 else step
-        model, opt_state, value = run(model, opt_state, x, y)
+    for i in range(200):
+        run = refresh if i % 20 == 0 else step
+        model, opt_state, value = run(model, opt_state, x, key=jax.random.PRNGKey(i))
+    print(value < 0.5)  # True
     ```
 
     **Arguments:**
 
-    - `optim`: any optax optimiser, presumably with `nodegrad.scale_by_snopt` in it. Its
-      `update` gets the extra arguments `value` and `grad`, and `curvature` when
-      refreshed.
+    - `optim`: an optax optimiser, usually with `nodegrad.scale_by_snopt` in it. Its
+      `update` gets the extra arguments `value` and `grad`, and in `refresh` also
+      `curvature`.
     - `loss`, `predict`, `options`: as in `nodegrad.value_grad_and_curvature`.
 
     **Returns:** `Steps(step, refresh)`, two functions
     `(model, opt_state, *args, key=None) -> (model, opt_state, value)`. With `has_aux`
-    the `value` is a pair. Only `refresh` uses the `key`, if what it does is random.
+    the `value` is a pair. Only `refresh` uses the `key`, for random draws.
 
     **Raises:** as `nodegrad.value_grad_and_curvature`.
 
     **Cost:** `step`: a gradient and an update. `refresh`: see
     `nodegrad.value_grad_and_curvature`. Each is compiled once.
 
-    **When not to use it:** for anything more than this loop: gradient accumulation,
-    several devices, your own metrics. Then write your two steps; each is five lines.
+    **When not to use it:** for more than this loop: gradient accumulation, several
+    devices, your own metrics. Then write both steps yourself, of five lines each.
     """
     has_aux = options.get("has_aux", False)
     curvature_fn = value_grad_and_curvature(loss, predict=predict, **options)
 
-    def mean_loss(model, args):
+    def mean_loss(model: PyTree, args: tuple[Any, ...]) -> tuple[Array, Any]:
+        # `aux` is `None` unless `has_aux`.
         aux = None
         if predict is None:
             out = loss(model, *args)
@@ -75,7 +85,10 @@ def make_steps(
             losses = loss(outputs, *args)
         return jnp.mean(losses), aux
 
-    def update(model, opt_state, value, grads, **extra):
+    def update(
+        model: PyTree, opt_state: PyTree, value: Any, grads: PyTree, **extra: Any
+    ) -> tuple[PyTree, PyTree, Any]:
+        # Optimisers without extra arguments ignore them.
         params = eqx.filter(model, eqx.is_inexact_array)
         number, _ = value if has_aux else (value, None)
         updates, opt_state = optax.with_extra_args_support(optim).update(
@@ -84,7 +97,10 @@ def make_steps(
         return eqx.apply_updates(model, updates), opt_state, value
 
     @eqx.filter_jit
-    def step(model, opt_state, *args, key=None):
+    def step(
+        model: PyTree, opt_state: PyTree, *args: Any, key: Array | None = None
+    ) -> tuple[PyTree, PyTree, Any]:
+        # It has the arguments of `refresh`, so that one call serves both.
         del key
         (value, aux), grads = eqx.filter_value_and_grad(mean_loss, has_aux=True)(
             model, args
@@ -93,7 +109,9 @@ def make_steps(
         return update(model, opt_state, value, grads)
 
     @eqx.filter_jit
-    def refresh(model, opt_state, *args, key=None):
+    def refresh(
+        model: PyTree, opt_state: PyTree, *args: Any, key: Array | None = None
+    ) -> tuple[PyTree, PyTree, Any]:
         value, grads, curvature = curvature_fn(model, *args, key=key)
         return update(model, opt_state, value, grads, curvature=curvature)
 

@@ -1,7 +1,7 @@
 """Matrix-free products with the Hessian and the Gauss-Newton matrix of any loss."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -18,15 +18,17 @@ _FOREIGN = (
     "A second-order product met something that JAX cannot differentiate by forward "
     "mode over reverse mode: a `jax.custom_vjp` inside the loss or a vector field (it "
     "has first derivatives only; give it a `jax.custom_jvp` instead), or a "
-    "differential equation solve. If it is a solve, it was made "
-    "with an adjoint which allows first derivatives only, such as "
+    "differential equation solve. If it is a solve, its adjoint allows first "
+    "derivatives only, such as "
     "`diffrax.RecursiveCheckpointAdjoint` (Diffrax's default), "
     "`diffrax.BacksolveAdjoint`, or `diffrax.ForwardMode`. Pass "
     "`adjoint=nodegrad.ACAAdjoint()` (or `nodegrad.ReversibleAdjoint()`) to every "
     "`diffeqsolve` inside the loss, or solve by `nodegrad.odesolve`."
 )
 
-# How JAX says that a rule for one mode of differentiation met another mode.
+# Parts of the messages by which JAX and Equinox say that a rule for one mode of
+# differentiation met another mode. There is no exception class for this. Checked on the
+# versions that `compat.py` lists; a message that is not known passes unchanged.
 _SYMPTOMS = (
     "can't apply forward-mode autodiff (jvp) to a custom_vjp function",
     "can't apply forward-mode differentiation (jvp) to a custom_vjp function",
@@ -38,21 +40,34 @@ _SYMPTOMS = (
 def hvp(
     loss: Callable[[PyTree], Array], params: PyTree, v: PyTree[Array]
 ) -> PyTree[Array]:
-    r"""The product $\nabla^2 L(\theta)\, v$ of a Hessian with a vector.
+    r"""Returns the product $\nabla^2 L(\theta)\, v$ of a Hessian with a vector.
 
-    Forward mode over reverse mode: the derivative of $\nabla L(\theta + \epsilon v)$ in
-    $\epsilon$, with the step sizes of every solve held constant. The Hessian itself is
-    never formed.
+    It uses forward mode over reverse mode: the derivative of
+    $\nabla L(\theta + \epsilon v)$ with respect to $\epsilon$, with the step sizes of
+    every solve held constant. The Hessian itself is never formed.
+
+    ```python
+    import diffrax
+    import jax.numpy as jnp
+    import nodegrad
+
+    def loss(rate):
+        field, dopri5 = lambda t, y, args: -rate * y, diffrax.Dopri5()
+        sol = nodegrad.odesolve(field, dopri5, 0.0, 1.0, 0.1, jnp.array(1.0))
+        return sol.ys[-1]  # exp(-rate)
+
+    print(nodegrad.hvp(loss, jnp.array(2.0), jnp.array(1.0)).round(4))  # 0.1353
+    ```
 
     **Arguments:**
 
-    - `loss`: a function of `params` alone that returns a real scalar. It may hold any
-      number of solves by `nodegrad.odesolve`, or by `diffrax.diffeqsolve` with an
+    - `loss`: a function of `params` alone that returns a real scalar. It may contain
+      any number of solves by `nodegrad.odesolve`, or by `diffrax.diffeqsolve` with an
       adjoint of nodegrad's, adaptive or not, batched or not.
     - `params`: $\theta$, any pytree, for example an Equinox module. Its floating point
       arrays are differentiated; all other leaves are constants.
-    - `v`: what to multiply. A pytree like `params`, or like its gradient, with `None`
-      for leaves that are constants.
+    - `v`: the vector, a pytree like `params`, or like its gradient, with `None` for
+      leaves that are constants.
 
     **Returns:** the product, a pytree like the gradient: `None` stands for the leaves
     of `params` that are not floating point arrays.
@@ -64,9 +79,9 @@ def hvp(
     **Cost:** two to three and a half gradients, and two to three times the memory of
     one. Independent of the number of parameters otherwise.
 
-    **When not to use it:** for all of a Hessian with respect to few parameters,
-    `jax.hessian(loss)` or `nodegrad.hessian_blocks` do it in one pass. For a
-    curvature that is positive semidefinite far from a minimum, `nodegrad.ggn_vp`.
+    **When not to use it:** for the whole Hessian with respect to few parameters:
+    `jax.hessian(loss)` or `nodegrad.hessian_blocks` compute it in one pass. For a
+    curvature that is positive semidefinite far from a minimum: `nodegrad.ggn_vp`.
 
     ??? cite "Reference"
 
@@ -84,22 +99,37 @@ def ggn_vp(
     params: PyTree,
     v: PyTree[Array],
 ) -> PyTree[Array]:
-    r"""The product of the generalised Gauss-Newton matrix with a vector.
+    r"""Returns the product of the generalised Gauss-Newton matrix with a vector.
 
     For a loss $\ell(g(\theta))$ with $J = \partial g / \partial \theta$, this is
 
     $$G v = J^\top \nabla^2 \ell(g(\theta))\, J v,$$
 
-    the Hessian without the curvature of $g$. It is symmetric, and positive semidefinite
-    if $\ell$ is convex. For a sum of squares it is the matrix of the Gauss-Newton and
-    Levenberg-Marquardt methods; for the negative log-likelihood of an exponential
-    family in its natural parameters, the Fisher information.
+    the Hessian without the curvature of $g$. $G$ is symmetric, and positive
+    semidefinite if $\ell$ is convex. For a sum of squares, $G$ is the matrix of the
+    Gauss-Newton and Levenberg-Marquardt methods. For the negative log-likelihood of an
+    exponential family in its natural parameters, $G$ is the Fisher information.
+
+    ```python
+    import diffrax
+    import jax.numpy as jnp
+    import nodegrad
+
+    def outputs(rate):
+        field, dopri5 = lambda t, y, args: -rate * y, diffrax.Dopri5()
+        return nodegrad.odesolve(field, dopri5, 0.0, 1.0, 0.1, jnp.array(1.0)).ys
+
+    loss = lambda ys: 0.5 * jnp.sum((ys - 0.1) ** 2)
+    rate, v = jnp.array(2.0), jnp.array(1.0)
+    # (d/drate exp(-rate))^2
+    print(nodegrad.ggn_vp(outputs, loss, rate, v).round(4))  # 0.0183
+    ```
 
     **Arguments:**
 
-    - `outputs`: $g$, a function of `params` alone, to any pytree of arrays. As for
-      `nodegrad.hvp`, it may hold any number of solves.
-    - `loss`: $\ell$, from what `outputs` returns to a real scalar.
+    - `outputs`: $g$, a function of `params` alone that returns a pytree of arrays. As
+      for `nodegrad.hvp`, it may contain any number of solves.
+    - `loss`: $\ell$, a function of the result of `outputs` that returns a real scalar.
     - `params`, `v`: as for `nodegrad.hvp`.
 
     **Returns:** the product, as `nodegrad.hvp`.
@@ -109,8 +139,8 @@ def ggn_vp(
     **Cost:** about one and a half gradients: one forward pass, one pushforward of $v$
     through the accepted steps, one pullback.
 
-    **When not to use it:** where the outputs are far from the data and $g$ is strongly
-    curved, $G$ is far from the Hessian: `nodegrad.hvp`.
+    **When not to use it:** if the outputs are far from the data and $g$ is strongly
+    curved. There $G$ differs from the Hessian much: see `nodegrad.hvp`.
 
     ??? cite "Reference"
 
@@ -120,7 +150,7 @@ def ggn_vp(
     params, static = _split(params)
     v = _direction(params, v)
 
-    def differentiable_outputs(p):
+    def differentiable_outputs(p: PyTree[Array]) -> tuple[PyTree[Array], PyTree]:
         out = outputs(eqx.combine(p, static))
         out, constant = eqx.partition(out, eqx.is_inexact_array)
         if not jax.tree.leaves(out):
@@ -128,7 +158,7 @@ def ggn_vp(
             raise ValueError(msg)
         return out, constant
 
-    def product(p, v):
+    def product(p: PyTree[Array], v: PyTree[Array]) -> PyTree[Array]:
         # One forward pass serves the pushforward and the pullback.
         out, push, constant = jax.linearize(differentiable_outputs, p, has_aux=True)
         # Jv
@@ -146,11 +176,24 @@ def ggn_vp(
 def hessian_operator(
     loss: Callable[[PyTree], Array], params: PyTree
 ) -> lx.FunctionLinearOperator:
-    r"""The Hessian $\nabla^2 L(\theta)$ as a linear operator of Lineax.
+    r"""Returns the Hessian $\nabla^2 L(\theta)$ as a linear operator of Lineax.
 
-    Its `mv` is `nodegrad.hvp`, and it is tagged as symmetric. For example
-    `lineax.linear_solve(hessian_operator(loss, params), gradient, lineax.GMRES(...))`
-    is the step of Newton's method.
+    Its `mv` is `nodegrad.hvp`, and it is tagged as symmetric. A linear solve with it
+    gives the step of Newton's method:
+
+    ```python
+    import jax
+    import jax.numpy as jnp
+    import lineax as lx
+    import nodegrad
+
+    loss = lambda p: p[0] ** 2 + p[0] * p[1] + 2 * p[1] ** 2 - 7 * p[1]
+    params = jnp.array([3.0, 4.0])
+    operator = nodegrad.hessian_operator(loss, params)
+    solver = lx.GMRES(rtol=1e-6, atol=1e-6)
+    step = lx.linear_solve(operator, jax.grad(loss)(params), solver).value
+    print((params - step).round(3))  # [-1. 2.]
+    ```
 
     **Arguments:**
 
@@ -163,9 +206,10 @@ def hessian_operator(
 
     **Cost:** that of `nodegrad.hvp` for each product. The loss is traced once.
 
-    **When not to use it:** if a solver wants the operator to be definite, which a
-    Hessian need not be: `nodegrad.ggn_operator`, or wrap a Hessian that is known to be
-    in `lineax.TaggedLinearOperator(..., lineax.positive_semidefinite_tag)`.
+    **When not to use it:** if a solver requires a definite operator, because a Hessian
+    may be indefinite. Take `nodegrad.ggn_operator`. If the Hessian is known to be
+    definite, wrap the operator in
+    `lineax.TaggedLinearOperator(..., lineax.positive_semidefinite_tag)`.
     """
     inexact, _ = _split(params)
     structure = jax.eval_shape(lambda: inexact)
@@ -179,17 +223,32 @@ def ggn_operator(
     loss: Callable[[PyTree], Array],
     params: PyTree,
 ) -> lx.FunctionLinearOperator:
-    r"""The generalised Gauss-Newton matrix as a linear operator of Lineax.
+    r"""Returns the generalised Gauss-Newton matrix as a linear operator of Lineax.
 
     Its `mv` is `nodegrad.ggn_vp`, and it is tagged as positive semidefinite, as
-    `lineax.CG` demands. (Lineax does not know that of a sum: with damping, wrap
+    `lineax.CG` requires. (Lineax does not infer the tag for sums. With damping, wrap
     `ggn_operator(...) + damping * lineax.IdentityLinearOperator(...)` in
     `lineax.TaggedLinearOperator(..., lineax.positive_semidefinite_tag)`.)
+
+    ```python
+    import jax
+    import jax.numpy as jnp
+    import lineax as lx
+    import nodegrad
+
+    outputs = lambda p: jnp.array([p[0] + p[1], p[0] - 2 * p[1], p[1]])
+    loss = lambda out: jnp.sum((out - jnp.array([3.0, -3.0, 2.0])) ** 2)
+    p = jnp.zeros(2)
+    operator = nodegrad.ggn_operator(outputs, loss, p)
+    gradient = jax.grad(lambda p: loss(outputs(p)))(p)
+    step = lx.linear_solve(operator, gradient, lx.CG(rtol=1e-6, atol=1e-6)).value
+    print((p - step).round(3))  # [1. 2.]
+    ```
 
     **Arguments:**
 
     - `outputs`, `loss`, `params`: as for `nodegrad.ggn_vp`. `loss` has to be convex in
-      the outputs, since the operator says that it is positive semidefinite.
+      the outputs; otherwise the tag of the operator is wrong.
 
     **Returns:** a `lineax.FunctionLinearOperator` on pytrees like the gradient.
 
@@ -210,7 +269,10 @@ def ggn_operator(
 
 
 def _split(params: PyTree) -> tuple[PyTree, PyTree]:
-    """What of `params` is differentiated, and the rest."""
+    """Returns the floating point arrays of `params`, and all other leaves.
+
+    Raises if there are no such arrays, or if one is complex.
+    """
     inexact, static = eqx.partition(params, eqx.is_inexact_array)
     leaves = jax.tree.leaves(inexact)
     if not leaves:
@@ -230,7 +292,10 @@ def _split(params: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def _direction(params: PyTree[Array], v: PyTree) -> PyTree[Array]:
-    """The leaves of `v` that belong to `params`, compared with them."""
+    """Returns the floating point arrays of `v`.
+
+    Raises unless they have the structure, the shapes and the dtypes of `params`.
+    """
     v = eqx.filter(v, eqx.is_inexact_array)
     expected, received = jax.tree.structure(params), jax.tree.structure(v)
     if expected != received:
@@ -252,11 +317,13 @@ def _direction(params: PyTree[Array], v: PyTree) -> PyTree[Array]:
 
 
 def _second_order(product: Callable, params: PyTree, v: PyTree) -> PyTree[Array]:
-    """`product(params, v)`, with a word on what cannot be differentiated twice."""
+    """Returns `product(params, v)`; errors of JAX explain which adjoints to use."""
     with _first_order_adjoints_explained():
+        # Constants are traced inside of `jax.jit` (or a loop), and nowhere else.
         if not is_traced(jnp.zeros(())):
             return product(params, v)
-        # Inside of `jax.jit` JAX would only notice when it compiles.
+        # Inside of `jax.jit`, JAX raises its error during compilation, which is outside
+        # of this function. So the traced product is searched here.
         closed, struct = jax.make_jaxpr(product, return_shape=True)(params, v)
         if _has_unusable_rule(closed.jaxpr):
             raise TypeError(_FOREIGN)
@@ -265,9 +332,11 @@ def _second_order(product: Callable, params: PyTree, v: PyTree) -> PyTree[Array]
         return jax.tree.unflatten(jax.tree.structure(struct), out)
 
 
-def _has_unusable_rule(jaxpr: Any) -> bool:
-    """Whether a `jax.custom_vjp` was differentiated by forward mode anywhere in it."""
+def _has_unusable_rule(jaxpr: Jaxpr) -> bool:
+    """Returns whether forward mode met a `jax.custom_vjp` anywhere in `jaxpr`."""
     for eqn in jaxpr.eqns:
+        # JAX's forward mode turns the call of a `jax.custom_vjp` into this primitive.
+        # Reverse mode would have transposed it, so it should not be left.
         if eqn.primitive.name == "custom_lin":
             return True
         for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
@@ -281,8 +350,8 @@ def _is_jaxpr(x: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _first_order_adjoints_explained():
-    """Adds to the errors of JAX what they mean for a solve, and the way out."""
+def _first_order_adjoints_explained() -> Iterator[None]:
+    """Replaces JAX's errors about missing rules by one that says what to do."""
     try:
         yield
     except (TypeError, ValueError, RuntimeError) as error:

@@ -1,1 +1,1 @@
-"""What every wing uses: trees, batches, closure conversion, private names."""
+"""Used by all sub-packages: trees, batches, closure conversion, private names."""

@@ -1,11 +1,11 @@
-"""Doing to a batch of solves what is written for one.
+"""Applies functions that are written for one solve to a batch of solves.
 
-A recorded solve that is mapped by `jax.vmap` keeps a stack of *levels*, one for every
-`vmap`, outermost first. What belongs to one solve (its state, its step times) has an
-axis for every level. What solves share (parameters, save times) has an axis only for
-the levels that it differs in: an ensemble of models over a batch of samples has one set
-of parameters for each model. `Axes` says which levels an array has axes for; these come
-first in its shape, in the order of the levels.
+A recorded solve under `jax.vmap` keeps a stack of *levels*, one for every `vmap`,
+outermost first. An array that belongs to one solve (its state, its step times) has an
+axis for every level. An array that solves share (parameters, save times) has axes only
+for the levels in which it differs: an ensemble of models over a batch of samples has
+one set of parameters for each model. `Axes` says for which levels an array has axes.
+These come first in its shape, in the order of the levels.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,10 @@ from .tree import put, set_row, take, where, zeros_like
 
 @dataclass(frozen=True)
 class Axes:
-    """For every level, whether an array has an axis for it. A leaf of pytrees."""
+    """Says for every level whether an array has an axis for it.
+
+    It is a leaf of pytrees, so a pytree of arrays has a pytree of `Axes`.
+    """
 
     batched: tuple[bool, ...]
 
@@ -31,13 +34,16 @@ class Axes:
 class Batch(eqx.Module):
     """The levels that solves are mapped over; none for a single solve.
 
+    The methods avoid `jax.vmap` for a single solve. Its loops then write their buffers
+    in place, and no array is selected by a mask.
+
     - `sizes`: the size of every level, outermost first.
     """
 
     sizes: tuple[int, ...] = eqx.field(static=True, default=())
 
     def map(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """`fn` over arguments that have all axes; results have all axes."""
+        """Maps `fn`: its arguments and results then have all batch axes."""
         for _ in self.sizes:
             fn = jax.vmap(fn)
         return fn
@@ -45,14 +51,14 @@ class Batch(eqx.Module):
     def map_shared(
         self, fn: Callable[..., Any], shared: PyTree[Array], axes: PyTree[Axes]
     ) -> Callable[..., Any]:
-        """`fn(shared, *args)` as a function of `args`, which have all axes.
+        """Maps `fn(shared, *args)`; returns a function of `args` with all batch axes.
 
-        `axes` are those of the leaves of `shared`, in the same order.
+        `axes` has an `Axes` for every leaf of `shared`, in the same order.
         """
         leaves, structure = jax.tree.flatten(shared)
         levels_of = jax.tree.leaves(axes)
 
-        def from_leaves(leaves, args):
+        def from_leaves(leaves: list[Array], args: tuple[PyTree, ...]) -> Any:
             return fn(jax.tree.unflatten(structure, leaves), *args)
 
         # The innermost level is mapped first: its axis is the last one of every array.
@@ -62,7 +68,8 @@ class Batch(eqx.Module):
         return lambda *args: from_leaves(leaves, args)
 
     def expand(self, x: Array, axes: Axes, to: Axes) -> Array:
-        """`x` with the axes `to`, repeated along those that it does not have."""
+        """Broadcasts `x` from `axes` to `to`, which includes all of `axes`."""
+        # Position in the shape of `x` of the axis of the level at hand.
         axis = 0
         for size, has, wants in zip(self.sizes, axes.batched, to.batched, strict=True):
             if wants and not has:
@@ -72,13 +79,16 @@ class Batch(eqx.Module):
         return x
 
     def total(self, x: Array, axes: Axes, to: Axes) -> Array:
-        """`x` with the axes `to`, summed over those of its axes that are not there."""
+        """Sums `x` over the axes that are not in `to`: the transpose of `expand`."""
         pairs = [b for b in zip(axes.batched, to.batched, strict=True) if b[0]]
         away = tuple(i for i, (_, wanted) in enumerate(pairs) if not wanted)
         return jnp.sum(x, axis=away) if away else x
 
     def total_over_batch(self, tree: PyTree[Array], axes: PyTree[Axes]) -> PyTree:
-        """Arrays that have all axes, summed to the axes of what they belong to."""
+        """Sums arrays with all batch axes to `axes`; `None` in `tree` stays `None`.
+
+        So cotangents for each solve become those of arrays that solves share.
+        """
         return jax.tree.map(
             lambda a, x: None if x is None else self.total(x, self.all_axes, a),
             axes,
@@ -87,7 +97,7 @@ class Batch(eqx.Module):
 
     @property
     def all_axes(self) -> Axes:
-        """The axes of what belongs to one solve."""
+        """The axes of an array that belongs to one solve: all."""
         return Axes((True,) * len(self.sizes))
 
     def while_loop(
@@ -99,14 +109,18 @@ class Batch(eqx.Module):
     ) -> Any:
         """Runs `body` while any solve is active.
 
-        `body` has to leave alone what belongs to inactive solves.
+        `is_active` returns an array with the batch axes, or a scalar. `body` must not
+        change what belongs to inactive solves. `buffers` selects the arrays of the
+        carry that are written row by row.
         """
+        # Equinox's loop writes `buffers` in place. In a batch `put` writes the same row
+        # for all solves, so JAX's loop needs no such help.
         if not self.sizes:
             return while_loop(is_active, body, init, buffers=buffers, kind="lax")
         return jax.lax.while_loop(lambda c: jnp.any(is_active(c)), body, init)
 
     def take(self, tree: PyTree, row: Int[Array, ""]) -> PyTree:
-        """Row `row` of the arrays of every solve."""
+        """Reads row `row` of arrays `(*batch, rows, ...)`."""
         if not self.sizes:
             return take(tree, row)
         axis = len(self.sizes)
@@ -114,7 +128,7 @@ class Batch(eqx.Module):
         return jax.tree.map(read, tree)
 
     def put(self, tree: PyTree, row: Int[Array, ""], values: PyTree) -> PyTree:
-        """`tree` with `values` in row `row` of the arrays of every solve."""
+        """Writes `values` to row `row` of arrays `(*batch, rows, ...)`."""
         if not self.sizes:
             return put(tree, row, values)
         return set_row(tree, row, values, axis=len(self.sizes))
@@ -122,34 +136,43 @@ class Batch(eqx.Module):
     def where_active(
         self, active: Bool[Array, "..."], tree: PyTree, otherwise: PyTree
     ) -> PyTree:
-        """`tree`, but `otherwise` for solves that are not active."""
+        """Selects `tree` for active solves and `otherwise` for the others.
+
+        A single solve is active whenever this is called.
+        """
         return where(active, tree, otherwise) if self.sizes else tree
 
     def mask_inactive(self, active: Bool[Array, "..."], tree: PyTree) -> PyTree:
-        """`tree`, but zero for solves that are not active."""
+        """Replaces the numbers of inactive solves by zeros."""
         return self.where_active(active, tree, zeros_like(tree))
 
     def fill_from_valid(self, invalid: Bool[Array, "..."], tree: PyTree) -> PyTree:
-        """Replaces the numbers of `invalid` solves by those of a valid one.
+        """Replaces the numbers of `invalid` solves by those of a valid solve.
 
-        The cotangents of such a solve are zero, but zero times NaN would be NaN.
+        The cotangents of such a solve are zero, but 0 * NaN is NaN. If all solves are
+        invalid, nothing is replaced.
         """
         return _filled(invalid, tree) if self.sizes else tree
 
     def fill_shared_from_valid(
         self, invalid: Bool[Array, "..."], x: Array, axes: Axes
     ) -> Array:
-        """The same for an array with fewer axes, where all its solves are invalid."""
+        """Does the same to an array that solves share, with the given axes.
+
+        A row is replaced if all solves that share it are invalid.
+        """
         if not any(axes.batched):
             return x
         away = tuple(i for i, has in enumerate(axes.batched) if not has)
         return _filled(jnp.all(invalid, axis=away), x)
 
 
-def _filled(invalid: Bool[Array, "..."], tree: PyTree) -> PyTree:
+def _filled(invalid: Bool[Array, "..."], tree: PyTree[Array]) -> PyTree[Array]:
+    """Replaces the rows of arrays `(*invalid.shape, ...)` that are `invalid`."""
+    # The first valid solve, in the flattened batch.
     donor = jnp.argmin(jnp.ravel(invalid))
 
-    def fill(x):
+    def fill(x: Array) -> Array:
         flat = jnp.reshape(x, (invalid.size, *x.shape[invalid.ndim :]))
         return where(invalid, jnp.broadcast_to(flat[donor], x.shape), x)
 

@@ -1,4 +1,4 @@
-"""Turning a closure into a pure function of everything it closes over."""
+"""Turns a closure into a pure function of everything that it closes over."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,24 +13,26 @@ from .compat import eval_jaxpr, Jaxpr
 
 
 def _is_dynamic(x: Any) -> bool:
+    """Whether a leaf is an argument of the trace: an array, or the shape of one."""
     return eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
 
 
-def closure_convert(fn: Callable, *examples: PyTree) -> "tuple[list[Array], Pure]":
-    """Splits `fn` into the arrays it closes over and a function of those.
+def closure_convert(
+    fn: Callable[..., PyTree], *examples: PyTree
+) -> "tuple[list[Array], Pure]":
+    """Splits `fn` into the arrays that it closes over and a function of those.
 
-    A `jax.custom_vjp` rule must not close over traced values, and a gradient with
-    respect to an array that a vector field merely closes over would be lost. Both are
-    cured by tracing `fn` once: whatever it uses that is not an argument turns up as a
-    constant of the trace, be it a leaf of `args`, of the terms, or of a closure.
-    (`equinox.filter_closure_convert` does the same, but refuses to run inside
-    `shard_map`.)
+    A custom derivative rule must not close over traced values, and would lose the
+    gradient by an array that a vector field closes over. So `fn` is traced once. Every
+    array that it uses and that is not an argument becomes a constant of the trace,
+    whether it is a leaf of `args`, of the terms, or of a closure.
+    (`equinox.filter_closure_convert` does the same, but raises inside `shard_map`.)
 
     **Arguments:**
 
     - `fn`: the function to split; its arguments and results are pytrees.
-    - `examples`: arguments (or their `jax.ShapeDtypeStruct`s) to trace it with.
-      Leaves that are not arrays are fixed to the values given here.
+    - `examples`: arguments to trace it with, or their `jax.ShapeDtypeStruct`s. Leaves
+      that are not arrays are fixed to the values given here.
 
     **Returns:**
 
@@ -39,7 +41,8 @@ def closure_convert(fn: Callable, *examples: PyTree) -> "tuple[list[Array], Pure
     dynamic, static = eqx.partition(examples, _is_dynamic)
     static_out = None
 
-    def traced(dynamic):
+    def traced(dynamic: PyTree[Array]) -> PyTree[Array]:
+        # A jaxpr returns arrays only; the rest of the result leaves by this variable.
         nonlocal static_out
         out = fn(*eqx.combine(dynamic, static))
         arrays, static_out = eqx.partition(out, eqx.is_array)
@@ -51,64 +54,72 @@ def closure_convert(fn: Callable, *examples: PyTree) -> "tuple[list[Array], Pure
 
 
 class Pure:
-    """The function of constants and arguments that `closure_convert` returns."""
+    """A traced function of constants and arguments; see `closure_convert`."""
 
     def __init__(self, jaxpr: Jaxpr, out_tree: Any, static_out: PyTree):
-        """`jaxpr` has one constant for each of those hoisted.
+        """Stores what `closure_convert` found.
 
-        `static_out` are the results that are no arrays.
+        `jaxpr` has a variable for each constant. `out_tree` is the structure of the
+        arrays in the result, `static_out` the rest of the result.
         """
         self.jaxpr = jaxpr
         self._out_tree = out_tree
         self.static_out = static_out
 
     def __call__(self, consts: list[Array], *args: PyTree) -> PyTree:
-        """The result for these constants."""
+        """Returns the result for these constants. `args` have the traced structure."""
         leaves = jax.tree.leaves(eqx.filter(args, eqx.is_array))
         out = eval_jaxpr(self.jaxpr, consts, *leaves)
-        # Results that are constant come back as NumPy scalars.
+        # `eval_jaxpr` returns constant results as NumPy scalars.
         arrays = jax.tree.unflatten(self._out_tree, map(jnp.asarray, out))
         return eqx.combine(arrays, self.static_out)
 
     def evaluate(
-        self, batch: Batch, consts: list[Array], axes: list[Axes], args: tuple
+        self,
+        batch: Batch,
+        consts: list[Array],
+        axes: list[Axes],
+        args: tuple[PyTree, ...],
     ) -> PyTree:
-        """The results for every solve of a batch.
+        """Returns the results for every solve of a batch.
 
-        `axes` are those of `consts`; `args` belong to one solve each.
+        `axes` are the axes of `consts`. `args` and results have all batch axes.
         """
         return batch.map_shared(self, consts, axes)(*args)
 
     def pullback(self, *args: Any) -> tuple[PyTree, Callable]:
-        """As the function `pullback`, of this."""
+        """Calls the function `pullback` with this `Pure` as `fn`."""
         return pullback(self, *args)
 
 
 def pullback(
-    fn: Callable,
+    fn: Callable[..., PyTree],
     batch: Batch,
     consts: list[Array],
     axes: list[Axes],
     wrt: list[bool],
-    args: tuple,
+    args: tuple[PyTree, ...],
     spec: PyTree[bool],
 ) -> tuple[PyTree, Callable]:
-    """`fn(consts, *args)` for every solve of a batch, and its pullback.
+    """Returns `fn(consts, *args)` for every solve of a batch, and its pullback.
 
-    The pullback takes cotangents of the results to those of `(consts, args)`. Only what
-    `wrt` and `spec` mark is differentiated. The mapping over the batch is inside of the
-    pullback. So cotangents of constants that solves share are sums over these solves,
-    computed as one product, and never exist solve by solve.
+    Only inexact arrays are returned. The pullback takes their cotangents to those of
+    `(consts, args)`, with `None` for what `wrt` and `spec` do not mark.
     """
     wanted, fixed = eqx.partition(consts, wrt)
     args, fixed_args = eqx.partition(args, spec)
     wanted_axes, fixed_axes = eqx.partition(axes, wrt)
 
-    def one(shared, args, fixed_args):
+    def one(
+        shared: tuple[list[Any], list[Any]], args: PyTree, fixed_args: PyTree
+    ) -> PyTree[Array]:
         out = fn(eqx.combine(*shared), *eqx.combine(args, fixed_args))
         return eqx.filter(out, eqx.is_inexact_array)
 
-    def all_of_them(wanted, args):
+    # The mapping over the batch is inside the function that is differentiated. So the
+    # cotangent of a constant that solves share is one sum over these solves (for a
+    # matrix, one matrix product), and is never stored for each solve.
+    def all_of_them(wanted: list[Any], args: PyTree) -> PyTree[Array]:
         shared, shared_axes = (wanted, fixed), (wanted_axes, fixed_axes)
         return batch.map_shared(one, shared, shared_axes)(args, fixed_args)
 
@@ -116,9 +127,9 @@ def pullback(
 
 
 def as_struct(tree: PyTree) -> PyTree:
-    """Shapes and dtypes of the numbers in `tree`."""
+    """Replaces the numbers and arrays in `tree` by their shapes and dtypes."""
 
-    def struct(x):
+    def struct(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
 
     return jax.tree.map(

@@ -1,21 +1,21 @@
-"""Names that other libraries do not call public, and nothing else.
+"""Imports the names of other libraries that are not public; no other file does.
 
-Checked on JAX 0.10.2 and 0.12.0, Equinox 0.13.8, Diffrax 0.7.2, Lineax 0.1.1. Each is
-here because nothing public does its work.
+Checked on JAX 0.10.2 and 0.12.0, Equinox 0.13.8, Diffrax 0.7.2, Lineax 0.1.1. There is
+no public name that does the same as any of these.
 
 JAX:
 
 - `ad`, `batching`, `mlir`, `Primitive`, `ShapedArray`: defining a primitive, with its
   rules for forward mode, transposition, `vmap` and lowering.
-- `eval_jaxpr`, `jaxprs_in_params`, `Jaxpr`, `ClosedJaxpr`, `Literal`, `Tracer`: turning
-  a closure into a function of what it closes over, and searching a traced function.
+- `eval_jaxpr`, `jaxprs_in_params`, `Jaxpr`, `ClosedJaxpr`, `Literal`, `Tracer`:
+  converting closures, and searching a traced function.
 
 Equinox:
 
 - `while_loop`: a loop whose buffers are written in place, also under `jax.vmap`.
 - `buffer_at_set`: such a write, where a predicate holds.
-- `nondifferentiable`, `nondifferentiable_backward`: the identity, with an error of our
-  own for a derivative (by reverse mode) that does not exist.
+- `nondifferentiable`, `nondifferentiable_backward`: the identity, which raises with a
+  given message if it is differentiated at all, or in reverse mode.
 - `prevbefore`: the floating point number before another one, as Diffrax computes it.
 - `ω`: arithmetic on pytrees.
 
@@ -33,7 +33,7 @@ Diffrax:
   before and has in its cache does not run again, so it raises nothing.)
 - `use_stepsize_tol`: the placeholder in an implicit solver's root finder that stands
   for the tolerances of the step size controller.
-- `WrapTerm`: a term in the time that runs forwards, for solves with `t1 < t0`.
+- `WrapTerm`: a term as a function of reversed time, for solves with `t1 < t0`.
 - `solver_loop`: Diffrax's solver loop, which takes the `while` loop to run as an
   argument. With it comes the layout of the loop's state (see `recorded_loop.py`).
 """
@@ -104,6 +104,8 @@ __all__ = [
 
 def running_adjoints() -> Iterator[Any]:
     """Yields the adjoint of every `diffrax.diffeqsolve` on the call stack."""
+    # Diffrax has no public record of the running solve. These names of a function and
+    # of its module are those of Diffrax 0.7.2.
     frame = sys._getframe()
     while frame is not None:
         is_solve = frame.f_code.co_name == "diffeqsolve"

@@ -1,4 +1,4 @@
-"""Types of the numbers of an array."""
+"""Tests the dtypes of arrays."""
 
 from typing import Any
 

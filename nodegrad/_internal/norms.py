@@ -1,25 +1,30 @@
-"""How large states are, as a whole and number by number.
+"""Norms of states, as a whole and entry by entry.
 
-The components of a state may have very different scales, so that one of them can be
-garbage without the norm of all taking notice; hence the relative sizes.
+The entries of a state may have very different scales. Then an entry can be wrong by
+many times its size with hardly any effect on the norm of the state. So there are also
+sizes relative to a scale for each entry.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 
-# A component smaller than this many units of rounding of the largest one is noise.
+# In `ratios`, an entry of the scale is at least this many units of rounding of the
+# largest entry. Less would let rounding errors of entries near zero appear as large
+# ratios; more would hide errors of small entries.
 _ROUNDING = 1e3
 
 
 def size(tree: PyTree[Array]) -> Array:
-    """The root mean square of all numbers in `tree`."""
+    """Returns the root mean square of all entries of `tree`, a scalar."""
     top = _top(tree)
-    # Squares of large and of small numbers are out of range before the numbers are.
+    # Entries are divided by the largest one: the square of a large or small number may
+    # overflow or underflow where the number does not.
     safe = jnp.where(top == 0, 1, top)
     scaled = jax.tree.map(lambda x: x / safe.astype(_real(x)), tree)
     count = max(1, sum(x.size for x in jax.tree.leaves(tree)))
@@ -27,16 +32,17 @@ def size(tree: PyTree[Array]) -> Array:
 
 
 def magnitudes(*trees: PyTree[Array]) -> PyTree[Array]:
-    """The largest absolute values, number by number."""
+    """Returns the largest absolute values among the `trees`, entry by entry."""
     largest = lambda *xs: functools.reduce(jnp.maximum, map(jnp.abs, xs))
     return jax.tree.map(largest, *trees)
 
 
 def ratios(tree: PyTree[Array], scale: PyTree[Array]) -> PyTree[Array]:
-    """`tree` divided by `scale` number by number, where that is more than noise."""
+    """Divides `tree` by `scale`, entry by entry; `_ROUNDING` bounds the scale below."""
     top = _top(scale)
 
-    def ratio(x, s):
+    def ratio(x: Array, s: Array) -> Array:
+        # 0 / 0, where all of the scale is zero, is 0.
         floor = _ROUNDING * jnp.finfo(s.dtype).eps * top
         return jnp.where(x == 0, 0, x / jnp.maximum(s, floor.astype(s.dtype)))
 
@@ -44,24 +50,26 @@ def ratios(tree: PyTree[Array], scale: PyTree[Array]) -> PyTree[Array]:
 
 
 def relative_size(tree: PyTree[Array], scale: PyTree[Array]) -> Array:
-    """The root mean square of the `ratios`."""
+    """Returns the root mean square of the `ratios`, a scalar."""
     return size(ratios(tree, scale))
 
 
 def dot(x: PyTree[Array], y: PyTree[Array]) -> Array:
-    """The real inner product of two trees."""
+    """Returns the real inner product of two trees, which may be complex."""
     products = jax.tree.map(lambda a, b: jnp.sum(jnp.real(jnp.conj(a) * b)), x, y)
     return _reduced(jnp.add, products)
 
 
 def _top(tree: PyTree[Array]) -> Array:
-    """The largest absolute value of all."""
+    """Returns the largest absolute value in `tree`; 0 if `tree` is empty."""
     tops = jax.tree.map(lambda x: jnp.max(jnp.abs(x), initial=0), tree)
     return _reduced(jnp.maximum, tops)
 
 
-def _reduced(combine, numbers: PyTree[Array]) -> Array:
-    """One of real numbers of several types, in the widest of them."""
+def _reduced(
+    combine: Callable[[Array, Array], Array], numbers: PyTree[Float[Array, ""]]
+) -> Float[Array, ""]:
+    """Combines real scalars of several dtypes into one, of the widest dtype."""
     leaves = jax.tree.leaves(numbers)
     dtypes = [x.dtype for x in leaves] or [jnp.finfo(float).dtype]
     dtype: Any = max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
@@ -71,4 +79,5 @@ def _reduced(combine, numbers: PyTree[Array]) -> Array:
 
 
 def _real(x: Array) -> Any:
+    """Returns the dtype of the real part of `x`."""
     return jnp.finfo(x.dtype).dtype

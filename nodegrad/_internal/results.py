@@ -1,4 +1,4 @@
-"""How a solve can end, beyond what Diffrax distinguishes."""
+"""Adds ways in which a solve can end to those of Diffrax."""
 
 from typing import Any
 
@@ -7,19 +7,32 @@ import jax
 
 
 class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
-    """`diffrax.RESULTS`, and the endings that `nodegrad.odesolve` tells apart.
+    """The items of `diffrax.RESULTS`, and those that only `nodegrad.odesolve` reports.
 
-    The messages refer to `Solution.stats["time_reached"]`: the time up to which the
-    solution was computed, and so the start of the step that failed.
+    `Solution.result` is one of these items. The messages refer to
+    `Solution.stats["time_reached"]`: the time up to which the solution was computed,
+    that is the start of the step that failed.
+
+    **Example:**
+
+    ```python
+    import jax.numpy as jnp
+    import nodegrad
+
+    field = lambda t, y, args: jnp.log(y)  # NaN for negative `y`
+    y0 = jnp.array(0.5)
+    sol = nodegrad.odesolve(field, nodegrad.RK4(), 0.0, 3.0, 0.1, y0, throw=False)
+    print(sol.result == nodegrad.RESULTS.vector_field_not_finite)  # True
+    ```
     """
 
     vector_field_not_finite = (
         "The vector field returned a NaN or an infinity (or made the state overflow), "
-        "however small the step. `stats['time_reached']` is the start of the step in "
-        "which that was met and `stats['num_accepted_steps']` its number; `ys` is "
-        "finite up to there. This is no matter of tolerances: look for a division by "
-        "zero, a logarithm or root of a negative number, a solution that blows up in "
-        "finite time, or NaNs in `y0` or `args`."
+        "however small the step. The step started at `stats['time_reached']`, and "
+        "`stats['num_accepted_steps']` is its number; `ys` is finite up to that time. "
+        "Other tolerances do not help: look for a division by zero, a logarithm or "
+        "root of a negative number, a solution that blows up in finite time, or NaNs "
+        "in `y0` or `args`."
     )
     step_too_small = (
         "The step size fell below the spacing of floating point numbers. The solution "
@@ -29,23 +42,26 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     )
     coupling_lost = (
         "The two copies of the solution that a reversible solver carries have come "
-        "apart (`stats['coupling_distance']` is how far), so that neither is a "
-        "solution any more. The problem decays faster than the solver allows "
-        "(`nodegrad.is_stable`). Pass `resync_every=10` or so to the solver, take "
-        "smaller steps, a smaller `coupling_parameter` or (of `ALF`) `damping`, or use "
-        "a plain solver with `nodegrad.ACAAdjoint()`."
+        "apart, by `stats['coupling_distance']`, and neither is a solution any more. "
+        "The problem decays faster than the solver allows (`nodegrad.is_stable`). Pass "
+        "`resync_every=10` or so to the solver, take smaller steps, take a smaller "
+        "`coupling_parameter` or (for `ALF`) `damping`, or use a plain solver with "
+        "`nodegrad.ACAAdjoint()`."
     )
 
 
-# What a solver's own `step` can say of that, in the words of Diffrax.
+# A solver's `step` must return an item of `diffrax.RESULTS`. This one stands for a lost
+# coupling, until `with_coupling_lost` replaces it.
 COUPLING_LOST: Any = diffrax.RESULTS.nonlinear_divergence
 
 _Item = type(diffrax.RESULTS.successful)
 
 
 class _Result(_Item):  # pyright: ignore[reportGeneralTypeIssues]
-    """An item of `RESULTS` that compares with those of `diffrax.RESULTS` as well."""
+    """An item of `RESULTS` that can be compared with items of `diffrax.RESULTS`."""
 
+    # Equinox compares items of one enumeration only, and users compare results with
+    # `diffrax.RESULTS.successful`.
     def __eq__(self, other: Any):
         return _Item.__eq__(self, promoted(other))
 
@@ -54,7 +70,7 @@ class _Result(_Item):  # pyright: ignore[reportGeneralTypeIssues]
 
 
 def promoted(item: Any) -> Any:
-    """`item` of `diffrax.RESULTS` as one of `RESULTS`; items of ours as they are."""
+    """Turns an item of `diffrax.RESULTS` into one of `RESULTS`; others stay."""
     if item is diffrax.RESULTS.successful:
         # The common case, for which `promote` would compile an indexing operation.
         return RESULTS.successful
@@ -62,14 +78,15 @@ def promoted(item: Any) -> Any:
 
 
 def coupling_stats(solver_state: Any) -> dict[str, Any]:
-    """What a solver that couples two copies has to say of them."""
+    """Returns the distance of the two copies, if the solver couples two copies."""
+    # `distance` and `lost` are attributes of the states of `Reversible` and `ALF`.
     if not hasattr(solver_state, "distance"):
         return {}
     return {"coupling_distance": jax.lax.stop_gradient(solver_state.distance)}
 
 
 def with_coupling_lost(result: Any, solver_state: Any) -> Any:
-    """`result` of a solve, with its true name if the coupling was lost."""
+    """Replaces a failure in `result` by `coupling_lost` if the coupling was lost."""
     if not hasattr(solver_state, "lost"):
         return result
     result = promoted(result)
@@ -78,5 +95,5 @@ def with_coupling_lost(result: Any, solver_state: Any) -> Any:
 
 
 def comparable(result: Any) -> Any:
-    """`result` as an item that compares with those of `diffrax.RESULTS` as well."""
+    """Turns `result` into an item that compares with those of `diffrax.RESULTS`."""
     return _Result(result._value, result._enumeration)  # pyright: ignore[reportCallIssue]

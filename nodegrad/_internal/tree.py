@@ -1,4 +1,4 @@
-"""Arithmetic on pytrees."""
+"""Elementwise arithmetic, rows and flattening of pytrees of arrays."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,25 +7,28 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from .compat import Tracer
 
 
 def as_arrays(tree: PyTree) -> PyTree:
-    """Every number and NumPy array of `tree` as a JAX array."""
+    """Turns every number and NumPy array of `tree` into a JAX array."""
     return jax.tree.map(lambda x: jnp.asarray(x) if eqx.is_array_like(x) else x, tree)
 
 
 def add(left: PyTree, right: PyTree) -> PyTree:
-    """`left + right`, leaf by leaf."""
+    """Returns `left + right`, leaf by leaf."""
     return jax.tree.map(jnp.add, left, right)
 
 
 def where(pred: Array, yes: PyTree, no: PyTree) -> PyTree:
-    """`yes if pred else no` leaf by leaf; `pred` lines up with the leading axes."""
+    """Returns `yes` where `pred` holds and `no` elsewhere, leaf by leaf.
 
-    def select(a, b):
+    The axes of `pred` are the first axes of every leaf.
+    """
+
+    def select(a: Any, b: Any) -> Array:
         a = jnp.asarray(a)
         return jnp.where(
             jnp.reshape(pred, pred.shape + (1,) * (a.ndim - pred.ndim)), a, b
@@ -35,12 +38,13 @@ def where(pred: Array, yes: PyTree, no: PyTree) -> PyTree:
 
 
 def zeros_like(tree: PyTree) -> PyTree:
-    """Zeros in the shape of `tree` (arrays or shapes)."""
+    """Returns zeros of the shapes and dtypes in `tree`, which may hold no arrays."""
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
 
 
 def filled_like(cotangent: PyTree, primal: PyTree) -> PyTree:
-    """`cotangent` with its absent (`None`) leaves made explicit zeros."""
+    """Replaces the leaves of `cotangent` that are `None` by zeros like `primal`."""
+    # `cotangent` comes second, so that its `None` is a value and not a missing subtree.
     return jax.tree.map(
         lambda x, ct: jnp.zeros_like(x) if ct is None else ct,
         eqx.filter(primal, eqx.is_inexact_array),
@@ -58,44 +62,57 @@ def all_finite(tree: PyTree) -> Array:
 
 
 def is_traced(x: Any) -> bool:
-    """Whether the value of `x` is not known yet."""
+    """Whether `x` is a tracer, whose value is not known during tracing."""
     return isinstance(x, Tracer)
 
 
 def is_buffer(x: Any) -> bool:
-    """Whether `x` is an array or a loop buffer."""
+    """Whether `x` is an array or a buffer of an Equinox loop."""
+    # A buffer is a pytree, and must not be flattened into the array inside it.
     return hasattr(x, "at")
 
 
-def take(tree: PyTree, row) -> PyTree:
-    """Row `row` of every array of `tree`."""
+def take(tree: PyTree, row: Int[Array, ""]) -> PyTree:
+    """Reads row `row` along the first axis of every array of `tree`."""
     return jax.tree.map(lambda x: x[row], tree, is_leaf=is_buffer)
 
 
-def put(tree: PyTree, row, values: PyTree) -> PyTree:
-    """`tree` with `values` in row `row` of its arrays."""
+def put(tree: PyTree, row: Int[Array, ""], values: PyTree) -> PyTree:
+    """Writes `values` to row `row` along the first axis of the arrays of `tree`."""
     set_row = lambda buffer, x: buffer.at[row].set(x)
     return jax.tree.map(set_row, tree, values, is_leaf=is_buffer)
 
 
-def set_row(tree: PyTree, row, values: PyTree, axis: int = 0) -> PyTree:
-    """As `put`, for a row that exists: without the check of that, which costs."""
+def set_row(
+    tree: PyTree, row: int | Int[Array, ""], values: PyTree, axis: int = 0
+) -> PyTree:
+    """Writes `values` to row `row` along `axis`. The row must exist.
+
+    `put` drops a write to a row that does not exist. The check for that costs time, and
+    is left out here.
+    """
     write = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, row, axis)
     return jax.tree.map(write, tree, values)
 
 
 def inexact_spec(tree: PyTree) -> PyTree[bool]:
-    """Which leaves of `tree` are inexact arrays."""
+    """Says for every leaf of `tree` whether it is an inexact array."""
     return jax.tree.map(eqx.is_inexact_array, tree)
 
 
-def flatten(tree: PyTree, dtype) -> tuple[Array, Callable[[Array], PyTree]]:
-    """The inexact arrays of `tree` as one vector of type `dtype`, and the way back."""
+def flatten(
+    tree: PyTree, dtype: Any
+) -> tuple[Float[Array, " size"], Callable[[Float[Array, " size"]], PyTree]]:
+    """Concatenates the inexact arrays of `tree` to one vector of the given dtype.
+
+    Returns the vector and a function from such a vector to a tree like `tree`. The
+    other leaves of that tree are those of `tree`.
+    """
     inexact, rest = eqx.partition(tree, eqx.is_inexact_array)
     leaves, structure = jax.tree.flatten(inexact)
     ends = np.cumsum([x.size for x in leaves], dtype=int)
 
-    def unflatten(vector):
+    def unflatten(vector: Float[Array, " size"]) -> PyTree:
         parts = jnp.split(vector, ends[:-1])
         new = [
             jnp.reshape(part, x.shape).astype(x.dtype)
@@ -103,5 +120,6 @@ def flatten(tree: PyTree, dtype) -> tuple[Array, Callable[[Array], PyTree]]:
         ]
         return eqx.combine(jax.tree.unflatten(structure, new), rest)
 
+    # The empty vector is for a tree without inexact arrays.
     flat = [jnp.ravel(x).astype(dtype) for x in leaves]
     return jnp.concatenate([jnp.zeros(0, dtype), *flat]), unflatten

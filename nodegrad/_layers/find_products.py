@@ -1,21 +1,31 @@
-"""Finding the uses of layers in a traced function."""
+"""Finds the layer products in a traced function, and the constants they depend on.
+
+`closure_convert` turns a vector field into a jaxpr, whose constants contain the probes
+of layers. To collect the statistics of a layer, a solve must know which of the
+constants are its probes.
+"""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import PyTree
 
 from .._internal.closure_convert import closure_convert
 from .._internal.compat import Jaxpr, jaxprs_in_params, Literal
-from .layer_product import layer_product_p, Use
+from .layer_product import layer_product_p, Statistics, Use
 
 
-# Where a layer's probes are among the constants of a function, in the order of `Probe`.
-Slots = tuple[int, ...]
+class Slots(NamedTuple):
+    """The positions of a layer's probes in the list of constants of a function."""
 
-# What may happen to a probe between a model and its use, say in a `jax.lax.scan` over
-# stacked layers.
+    offset: int
+    statistics: Statistics[int]
+
+
+# Primitives that may lie between a constant and its use as a probe, by name: `jax.vmap`
+# and `jax.lax.scan` over stacked layers add them, casts and sharding do. Each has its
+# operand first and one result. Checked on JAX 0.10.2 and 0.12.0.
 _STRUCTURAL = frozenset(
     "broadcast_in_dim convert_element_type copy dynamic_slice gather pvary reshape "
     "slice squeeze transpose".split()
@@ -23,25 +33,29 @@ _STRUCTURAL = frozenset(
 
 
 def find_products(jaxpr: Jaxpr) -> list[tuple[Slots, Use]]:
-    """Every use of a layer, with the constants that its probes are."""
-    found: list[tuple[tuple[int | None, ...], Use]] = []
+    """Returns every use of a layer in `jaxpr`, with the constants that are its probes.
+
+    Raises `ValueError` if a probe is computed from constants, instead of being one.
+    """
+    found: list[tuple[list[int | None], Use]] = []
     _walk(jaxpr, {v: i for i, v in enumerate(jaxpr.constvars)}, found)
     out = []
     for slots, use in found:
-        known = tuple(slot for slot in slots if slot is not None)
+        known = [slot for slot in slots if slot is not None]
         if len(known) != len(slots):
             msg = (
                 f"The layer {use.key} inside a vector field was computed from other "
-                "arrays before it was used, so its curvature cannot be told. Leave it "
-                "out with `value_grad_and_curvature(..., layers=...)`."
+                "arrays before it was used, so its curvature is not available. Leave "
+                "it out with `value_grad_and_curvature(..., layers=...)`."
             )
             raise ValueError(msg)
-        out.append((known, use))
+        offset, *statistics = known
+        out.append((Slots(offset, Statistics(*statistics)), use))
     return out
 
 
 def has_products(jaxpr: Jaxpr) -> bool:
-    """Whether a layer is used anywhere in `jaxpr`."""
+    """Returns whether `jaxpr` contains a layer product, at any depth."""
     for eqn in jaxpr.eqns:
         if eqn.primitive is layer_product_p:
             return True
@@ -51,23 +65,37 @@ def has_products(jaxpr: Jaxpr) -> bool:
     return False
 
 
-def _walk(jaxpr: Jaxpr, roots: dict[Any, int], found: list) -> dict[Any, int]:
-    """Follows constants, by `roots`, to layer products; returns where all go."""
-    root = lambda v: None if isinstance(v, Literal) else roots.get(v)
+def _walk(
+    jaxpr: Jaxpr, roots: dict[Any, int], found: list[tuple[list[int | None], Use]]
+) -> dict[Any, int]:
+    """Finds layer products in `jaxpr`, and appends them to `found`.
+
+    `roots` maps a variable to the number of the constant that it is a copy of (or a
+    slice, or a cast). It is extended by the variables of this jaxpr, and returned.
+    Keys are `Any`, because JAX has no public type of variables.
+    """
+
+    def root(v: Any) -> int | None:
+        # Literals are not hashable.
+        return None if isinstance(v, Literal) else roots.get(v)
+
     for eqn in jaxpr.eqns:
         if eqn.primitive is layer_product_p:
+            # The operands are `weight, x, offset, *probes`.
             _, _, *probes = eqn.invars
-            found.append((tuple(map(root, probes)), eqn.params["use"]))
+            found.append(([root(v) for v in probes], eqn.params["use"]))
         elif eqn.primitive.name in _STRUCTURAL:
             source = root(eqn.invars[0])
             if source is not None:
                 roots[eqn.outvars[0]] = source
         for inner in jaxprs_in_params(eqn.params):
             inner = getattr(inner, "jaxpr", inner)
-            # Of all primitives with a body the last operands are its arguments.
+            # The arguments of a body are the last operands of its equation: `cond` has
+            # an index in front of them.
             outer = eqn.invars[len(eqn.invars) - len(inner.invars) :]
             pairs = zip(inner.invars, map(root, outer), strict=True)
             reached = _walk(inner, {v: i for v, i in pairs if i is not None}, found)
+            # The body may return a probe, for example to the next step of a `scan`.
             if len(inner.outvars) == len(eqn.outvars):
                 for v, out in zip(inner.outvars, eqn.outvars, strict=True):
                     if not isinstance(v, Literal) and v in reached:
@@ -75,10 +103,10 @@ def _walk(jaxpr: Jaxpr, roots: dict[Any, int], found: list) -> dict[Any, int]:
     return roots
 
 
-def without_statistics(fn: Callable, *args: PyTree) -> PyTree:
-    """`fn(*args)`, from which no statistics are collected."""
+def without_statistics(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
+    """Returns `fn(*args)`; its layers report no statistics in reverse mode."""
     consts, pure = closure_convert(fn, *args)
     for slots, _ in find_products(pure.jaxpr):
-        for slot in slots:
+        for slot in jax.tree.leaves(slots):
             consts[slot] = jax.lax.stop_gradient(consts[slot])
     return pure(consts, *args)

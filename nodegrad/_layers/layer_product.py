@@ -1,38 +1,83 @@
-r"""The product of a weight and an input, which can be asked for its curvature.
+r"""The linear part of a layer, as a primitive that reports statistics in reverse mode.
 
-`layer_product` is the linear part $h = W * x$ of a layer (a product, or a convolution).
-It also depends on *probes*: arrays of zeros that it does not use. What comes back in
-reverse mode as the "gradient" of a probe is no derivative but a statistic of the use:
-$\sum x x^\top$, $\sum g g^\top$ (with $g$ the cotangent of $h$), how many they are, and
-$\sum x$, $\sum g$. Like any cotangent, statistics add up over all uses of a layer, and
-under `vmap`, `scan`, `cond` and `jit`.
+`layer_product` computes $h = W * x$, the linear part of a layer (a matrix product or a
+convolution). It also takes five *probes*: arrays of zeros that do not change $h$. The
+cotangents of the probes are not derivatives, but statistics of this use of the layer
+(see `Statistics`): $\sum x x^\top$, $\sum g g^\top$, the number of terms, $\sum x$ and
+$\sum g$, where $g$ is the cotangent of $h$. Like all cotangents they are summed over
+the uses of a layer, also under `vmap`, `scan`, `cond` and `jit`.
 
-Their weight is set by the value of the probe `offset`: `offset - 1`; or, where that is
-zero as everywhere outside of a sweep, one. But then a use whose cotangents are zero
-throughout has none, sample by sample: JAX may well pull zeros back through a branch
-that leads nowhere.
+The sums run over *rows*. A use of a layer has one row for each vector that the weight
+is multiplied by:
 
-Being a primitive, `layer_product` survives forward and reverse mode *inside* a vector
-field, as in the trace of its Jacobian (continuous normalising flows): the products with
-tangents, $W * \dot x$, and with cotangents, $W^\top * \bar h$, are layer products of
-the same probes. In a transposed use the roles are swapped, and neither is shifted by
-the bias.
+| use | `x` | rows of `x` | rows of `g` |
+|---|---|---|---|
+| `W @ x`, a vector | `(d_in,)` | `(1, d_in)` | `(1, d_out)` |
+| `W @ x`, the columns of a matrix | `(d_in, n)` | `(n, d_in)` | `(n, d_out)` |
+| a convolution | `(channels, *space)` | `(positions, d_in)` | `(positions, d_out)` |
+
+In a convolution a row of `x` is a patch: `d_in = channels * prod(kernel_size)`. If the
+layer has a bias, each row of `x` gets one more entry, the input of the bias.
+
+One more argument, `offset`, sets the weight of a use in these sums. The backward sweep
+of a solve sets it to `1 + weight`, with the weights of a quadrature rule in time.
+Everywhere else it is zero, like the probes. There a use has weight one; or zero if its
+cotangents (under `vmap`: those of one sample) are all zero, because JAX also evaluates
+pullbacks of values that do not influence the loss, and these do not count as uses.
+
+`layer_product` is a primitive, so that forward and reverse mode also work *inside* a
+vector field, for example in the trace of its Jacobian (continuous normalising flows).
+The products with tangents, $W * \dot x$, and with cotangents, $W^\top * \bar h$, are
+layer products with the same probes. In the latter $x$ and $g$ change places. The input
+of the bias is zero in both.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from .._internal.compat import ad, batching, mlir, Primitive, ShapedArray
 
 
+T = TypeVar("T")
+# In the rules of the primitives. A tangent or a cotangent is an array or JAX's symbolic
+# zero, `ad.Zero`, and what a transpose is taken of is an `ad.UndefinedPrimal`: `Any`.
+Aval = ShapedArray
+Arrays = Sequence[Array]
+# The batch axis of each argument, or `None` if it has none.
+Dims = Sequence[int | None]
+
+
+class Statistics(NamedTuple, Generic[T]):
+    r"""The statistics of a layer; also their probes, or the positions of these.
+
+    - `inputs`: $\sum x x^\top$, of shape `(d_in, d_in)`.
+    - `outputs`: $\sum g g^\top$, of shape `(d_out, d_out)`.
+    - `count`: the number of rows, a scalar.
+    - `x_sum`: $\sum x$, of shape `(d_in,)`.
+    - `g_sum`: $\sum g$, of shape `(d_out,)`.
+
+    `d_in` counts the input of the bias, which comes last.
+    """
+
+    inputs: T
+    outputs: T
+    count: T
+    x_sum: T
+    g_sum: T
+
+
 class Level(NamedTuple):
-    """One `vmap` around a use: its size, and what has an axis for it."""
+    """One `vmap` around a use: its size, and which arguments have an axis for it.
+
+    The sweep of a solve gives every sample its own `offset`, but samples share the
+    probes, so that their statistics are summed.
+    """
 
     size: int
     weight: bool
@@ -43,15 +88,17 @@ class Level(NamedTuple):
 
 @dataclass(frozen=True)
 class Use:
-    """All that is static about a use of a layer.
+    """The static description of one use of a layer.
 
     - `key`: the layer's name.
     - `conv`: the tree structure of an `eqx.nn.Conv`, or `None` for a matrix.
     - `one`: the input that belongs to the bias: 1, 0, or `None` if there is no bias.
-    - `reduction`: what becomes of inputs that share the layer, see
+    - `reduction`: how the rows of one use are combined, see
       `nodegrad.value_grad_and_curvature`.
     - `samples`: how many samples there are in the batch.
-    - `shape`, `out_shape`, `dtype`: of `x`, of `h`, and of the statistics.
+    - `shape`, `out_shape`: the shapes of `x` and of `h`, without levels. A transposed
+      use takes an array of `out_shape` to one of `shape`.
+    - `dtype`: the dtype of the statistics.
     - `transposed`: whether this is a product with the transpose.
     - `levels`: the `vmap`s around it, outermost first.
     """
@@ -69,37 +116,45 @@ class Use:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The leading axes of the result."""
+        """The leading axes of the result: it has one for each level."""
         return tuple(level.size for level in self.levels)
 
     @property
     def linear(self) -> "Use":
-        """The use of a tangent."""
+        """The use of a tangent of `x`: the input of the bias is constant."""
         return replace(self, one=None if self.one is None else 0.0)
 
     @property
     def transpose(self) -> "Use":
-        """The use of a cotangent, which has an axis for every level."""
+        """The use of a cotangent of `h`, which has an axis for every level."""
         levels = tuple(level._replace(x=True) for level in self.levels)
         return replace(self.linear, transposed=not self.transposed, levels=levels)
 
     def apply(self, weight: Array, x: Array) -> Array:
-        r"""$W * x$, or $W^\top * x$, of everything in the batch."""
+        r"""Returns $W * x$ or $W^\top * x$, with an axis for every level in front."""
         fn = self._apply
+        # The innermost `vmap` is applied first.
         for size, w, x_, *_ in reversed(self.levels):
             fn = _over(fn, size, (w, x_))
         return fn(weight, x)
 
     def _apply(self, weight: Array, x: Array) -> Array:
-        forward = lambda x: _forward(self.conv, weight, x)
+        """The product without levels."""
+
+        def forward(x: Array) -> Array:
+            return _forward(self.conv, weight, x)
+
         if not self.transposed:
             return forward(x)
         example = jax.ShapeDtypeStruct(self.shape, x.dtype)
         (out,) = jax.linear_transpose(forward, example)(x)
         return out
 
-    def statistics(self, x: Array, ct: Array, offset: Array) -> tuple[Array, ...]:
-        """The five statistics, summed over levels where the probes have no axis."""
+    def statistics(self, x: Array, ct: Array, offset: Array) -> Statistics[Array]:
+        """The statistics, summed over the levels for which the probes have no axis.
+
+        `ct` is the cotangent of the result of `apply`, and has an axis for every level.
+        """
         fn = self._statistics
         for size, _, x_, offset_, probes in reversed(self.levels):
             fn = _over(fn, size, (x_, True, offset_))
@@ -107,27 +162,35 @@ class Use:
                 fn = _summed(fn)
         return fn(x, ct, offset)
 
-    def _statistics(self, x: Array, ct: Array, offset: Array) -> tuple[Array, ...]:
+    def _statistics(self, x: Array, ct: Array, offset: Array) -> Statistics[Array]:
+        """The statistics without levels."""
+        # Cotangents of zero are not a use, see above.
         is_used = jnp.any(ct != 0).astype(offset.dtype)
         weight = jnp.where(offset == 0, is_used, offset - 1)
+        # Of W^T * x the argument is a cotangent of h, and `ct` belongs to the inputs.
         x, g = (ct, x) if self.transposed else (x, ct)
+        # (rows, d_in), (rows, d_out), in the dtype of sums.
         x, g = self._patches(x).astype(self.dtype), _rows(g).astype(self.dtype)
         if self.one is not None:
             x = jnp.concatenate([x, jnp.full_like(x[:, :1], self.one)], axis=1)
         x_sum, g_sum = jnp.sum(x, axis=0), jnp.sum(g, axis=0)
         if self.reduction == "reduce":
+            # The rows share the weight: average x and sum g before the outer products.
             mean = x_sum / len(x)
             inputs, outputs = jnp.outer(mean, mean), jnp.outer(g_sum, g_sum)
         else:
             inputs, outputs = x.T @ x, g.T @ g
         count = jnp.asarray(len(x), self.dtype)
-        return tuple(weight * s for s in (inputs, outputs, count, x_sum, g_sum))
+        statistics = Statistics(inputs, outputs, count, x_sum, g_sum)
+        return jax.tree.map(lambda s: weight * s, statistics)
 
-    def _patches(self, x: Array) -> Array:
-        """What the rows of the weight are multiplied with: `(positions, d_in)`."""
+    def _patches(self, x: Array) -> Float[Array, "rows d_in"]:
+        """The rows of `x`, without the input of the bias."""
         if self.conv is None:
             return _rows(x)
-        # A convolution with the unit weights picks their entries from `x`.
+        # Convolve with weights that have a single one each: output channel i is the
+        # i-th entry of every patch. Padding, strides and dilation are those of the
+        # layer, because it is the layer that is called.
         conv = jax.tree.unflatten(self.conv, [None] * self.conv.num_leaves)
         shape = conv.in_channels, *conv.kernel_size
         size = math.prod(shape)
@@ -136,6 +199,7 @@ class Use:
 
 
 def _forward(conv: Any, weight: Array, x: Array) -> Array:
+    """`W * x`; `conv` is as in `Use`. A bias is replaced by zeros."""
     if conv is None:
         return weight @ x
     leaves = [weight]
@@ -145,17 +209,18 @@ def _forward(conv: Any, weight: Array, x: Array) -> Array:
     return jax.tree.unflatten(conv, leaves)(x)
 
 
-def _rows(x: Array) -> Array:
-    """`(d, *positions)` as `(positions, d)`."""
+def _rows(x: Array) -> Float[Array, "rows d"]:
+    """The axes of `(d, *positions)` but the first one as rows; of a vector, one row."""
     return x.reshape(len(x), -1).T
 
 
 def _over(fn: Callable, size: int, mapped: tuple[bool, ...]) -> Callable:
+    """`fn` under a `vmap` of `size`; results get an axis even if nothing is mapped."""
     if any(mapped):
         axes = tuple(0 if m else None for m in mapped)
         return jax.vmap(fn, in_axes=axes, axis_size=size)
 
-    def repeated(*args):
+    def repeated(*args: Array) -> Any:
         repeat = lambda x: jnp.broadcast_to(x, (size, *x.shape))
         return jax.tree.map(repeat, fn(*args))
 
@@ -163,50 +228,59 @@ def _over(fn: Callable, size: int, mapped: tuple[bool, ...]) -> Callable:
 
 
 def _summed(fn: Callable) -> Callable:
+    """`fn` with its results summed over their leading axis."""
     return lambda *args: jax.tree.map(lambda x: jnp.sum(x, axis=0), fn(*args))
 
 
-# `layer_product_p(weight, x, offset, *probes)` is the product, and
-# `zero_p(x, offset, *probes)` is zero: the derivative of the former with respect to
-# the probes. It is linear in these, and its transpose is the statistics.
+# `layer_product_p(weight, x, offset, *probes)` is the product. `zero_p(x, offset,
+# *probes)` is its derivative with respect to the probes: a zero of the shape of the
+# product. It is linear in the probes, and its transpose is the statistics.
 
 layer_product_p = Primitive("nodegrad_layer_product")
 zero_p = Primitive("nodegrad_zero")
 
 
 def layer_product(
-    use: Use, weight: Array, x: Array, offset: Array, probes: list[Array]
+    use: Use, weight: Array, x: Array, offset: Array, probes: Statistics[Array]
 ) -> Array:
     """The product of `weight` and `x`, with `probes` for its statistics."""
     return layer_product_p.bind(weight, x, offset, *probes, use=use)
 
 
 @layer_product_p.def_impl
-def _layer_product(weight, x, offset, *probes, use):
+def _layer_product(
+    weight: Array, x: Array, offset: Array, *probes: Array, use: Use
+) -> Array:
     del offset, probes
     return use.apply(weight, x)
 
 
 @layer_product_p.def_abstract_eval
-def _shape(weight, x, offset, *probes, use):
+def _shape(weight: Aval, x: Aval, offset: Aval, *probes: Aval, use: Use) -> Aval:
     del offset, probes
-    struct = lambda aval: jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+    def struct(aval: Aval) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
     out = jax.eval_shape(use.apply, struct(weight), struct(x))
     return ShapedArray(out.shape, out.dtype)
 
 
-def _no_tangent(out: Any) -> Any:
+def _no_tangent(out: Array) -> ad.Zero:
     return ad.Zero(jax.typeof(out).to_tangent_aval())
 
 
-def _jvp(primals, tangents, *, use):
+def _jvp(primals: Arrays, tangents: Any, *, use: Use) -> tuple[Array, Any]:
     weight, x, offset, *probes = primals
     t_weight, t_x, _, *t_probes = tangents
     out = layer_product_p.bind(*primals, use=use)
     parts = []
     if type(t_x) is not ad.Zero:
+        # With the probes, since this is a use, too, if the vector field is itself made
+        # of derivatives of the layer.
         parts.append(layer_product_p.bind(weight, t_x, offset, *probes, use=use.linear))
     if type(t_weight) is not ad.Zero:
+        # Without the probes: this is the ordinary derivative.
         parts.append(use.apply(t_weight, x))
     if not all(type(t) is ad.Zero for t in t_probes):
         t_probes = map(ad.instantiate_zeros, t_probes)
@@ -216,40 +290,47 @@ def _jvp(primals, tangents, *, use):
     return out, sum(parts[1:], parts[0])
 
 
-def _transpose(ct, weight, x, offset, *probes, use):
+def _transpose(
+    ct: Any, weight: Array, x: Any, offset: Array, *probes: Array, use: Use
+) -> list[Any]:
+    # Only `_jvp` makes products that are transposed, and they are linear in `x` alone.
     assert ad.is_undefined_primal(x)
     if type(ct) is ad.Zero:
         ct_x = ad.Zero(x.aval)
     else:
         ct_x = layer_product_p.bind(weight, ct, offset, *probes, use=use.transpose)
+        # Results have an axis for every level, `x` may not.
         axes = tuple(i for i, level in enumerate(use.levels) if not level.x)
         ct_x = jnp.sum(ct_x, axis=axes)
     return [None, ct_x, None, *(None for _ in probes)]
 
 
-def _batch(args, dims, *, use):
+def _batch(args: Arrays, dims: Dims, *, use: Use) -> tuple[Array, int]:
     size = _size(args, dims)
     weight, x, offset, *probes = zip(args, dims, strict=True)
     (weight, has_weight), (x, has_x) = _front([weight], size), _front([x], size)
-    (offset, has_offset), (probes, has_probes) = (
-        _front([offset], size),
-        _front(probes, size),
-    )
+    offset, has_offset = _front([offset], size)
+    probes, has_probes = _front(probes, size)
+    # Rules for batching see the innermost `vmap` first, and this is the next one.
     level = Level(size, has_weight, has_x, has_offset, has_probes)
     use = replace(use, levels=(level, *use.levels))
     return layer_product_p.bind(*weight, *x, *offset, *probes, use=use), 0
 
 
-def _size(args, dims) -> int:
+def _size(args: Arrays, dims: Dims) -> int:
     return next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
 
 
-def _front(args__dims, size: int) -> tuple[list[Array], bool]:
-    """Arrays with their batch axis in front, if any of them has one."""
+def _front(args__dims: Sequence[tuple], size: int) -> tuple[list[Array], bool]:
+    """`(arrays, True)` with a leading batch axis, or `(arrays, False)` without any."""
     if all(dim is None for _, dim in args__dims):
         return [x for x, _ in args__dims], False
-    repeat = lambda x: jnp.broadcast_to(x, (size, *x.shape))
-    front = lambda x, dim: repeat(x) if dim is None else jnp.moveaxis(x, dim, 0)
+
+    def front(x: Array, dim: int | None) -> Array:
+        if dim is None:
+            return jnp.broadcast_to(x, (size, *x.shape))
+        return jnp.moveaxis(x, dim, 0)
+
     return [front(x, dim) for x, dim in args__dims], True
 
 
@@ -266,18 +347,20 @@ def _zero_result_shape(use: Use) -> tuple[int, ...]:
 
 
 @zero_p.def_impl
-def _zero(x, offset, *probes, use, dtype):
+def _zero(x: Array, offset: Array, *probes: Array, use: Use, dtype: Any) -> Array:
     del x, offset, probes
     return jnp.zeros(_zero_result_shape(use), dtype)
 
 
 @zero_p.def_abstract_eval
-def _zero_shape(x, offset, *probes, use, dtype):
+def _zero_shape(x: Aval, offset: Aval, *probes: Aval, use: Use, dtype: Any) -> Aval:
     del x, offset, probes
     return ShapedArray(_zero_result_shape(use), dtype)
 
 
-def _zero_jvp(primals, tangents, *, use, dtype):
+def _zero_jvp(
+    primals: Arrays, tangents: Any, *, use: Use, dtype: Any
+) -> tuple[Array, Any]:
     x, offset, *_ = primals
     _, _, *t_probes = tangents
     out = zero_p.bind(*primals, use=use, dtype=dtype)
@@ -287,7 +370,9 @@ def _zero_jvp(primals, tangents, *, use, dtype):
     return out, zero_p.bind(x, offset, *t_probes, use=use, dtype=dtype)
 
 
-def _zero_transpose(ct, x, offset, *probes, use, dtype):
+def _zero_transpose(
+    ct: Any, x: Array, offset: Array, *probes: Any, use: Use, dtype: Any
+) -> list[Any]:
     del dtype
     if type(ct) is ad.Zero:
         cts = [ad.Zero(probe.aval) for probe in probes]
@@ -296,7 +381,7 @@ def _zero_transpose(ct, x, offset, *probes, use, dtype):
     return [None, None, *cts]
 
 
-def _zero_batch(args, dims, *, use, dtype):
+def _zero_batch(args: Arrays, dims: Dims, *, use: Use, dtype: Any) -> tuple[Array, int]:
     size = _size(args, dims)
     x, offset, *probes = zip(args, dims, strict=True)
     (x, has_x), (offset, has_offset) = _front([x], size), _front([offset], size)

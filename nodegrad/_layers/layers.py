@@ -1,9 +1,12 @@
-"""Which parts of a model are layers: a weight that a vector is multiplied with.
+"""Finds the layers of a model, and reads and writes their weights as matrices.
 
-A layer is named by its path in the model, and its weight and bias are handled as one
-matrix of shape `(d_out, d_in)`: the weight with all but its first axis flattened, and
-with the bias, if it has one, as a last column. Leading axes before that (layers stacked
-for a `jax.lax.scan`) are carried along everywhere, written `*stack`.
+A layer is a weight that vectors are multiplied by, with its bias. Its name is its path
+in the model. Weight and bias form one matrix of shape `(*stack, d_out, d_in)`:
+
+- The weight comes first, with all its axes after `d_out` flattened: those of the
+  kernel, if it is a convolution.
+- The bias, if there is one, is the last column. So `d_in` counts one for the bias.
+- `*stack` are leading axes for layers that are stacked for a `jax.lax.scan`.
 """
 
 import math
@@ -12,7 +15,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .._internal.dtypes import at_least_float32, is_real
 
@@ -20,11 +23,11 @@ from .._internal.dtypes import at_least_float32, is_real
 class Layer(NamedTuple):
     """One layer of a model.
 
-    - `key`: its name in a dictionary of curvature.
+    - `key`: the name of the layer in a dictionary of curvature.
     - `weight`, `bias`: the paths of these leaves, as `jax.tree_util.keystr` writes
-      them; `bias` is `None` if there is none to be trained.
-    - `stack`: how many leading axes the weight has for copies of the layer.
-    - `shape`: that of the matrix of weight and bias.
+      them; `bias` is `None` if there is no bias, or none that is trained.
+    - `stack`: the number of leading axes for stacked layers.
+    - `shape`: the shape of the matrix, `(*stack, d_out, d_in)`.
     """
 
     key: str
@@ -39,17 +42,17 @@ _MODULES = eqx.nn.Linear | eqx.nn.Conv | _CELLS
 
 
 def is_module(x: Any) -> bool:
-    """Whether `x` is a module that has layers and nothing besides."""
+    """Returns whether `x` is a module whose parameters are those of layers."""
     return isinstance(x, _MODULES)
 
 
 def layers_of(model: PyTree) -> list[Layer]:
-    """The layers of a model, or of a tree like it (gradients, or shapes).
+    """Returns the layers of a model, or of a tree like it (gradients, or shapes).
 
-    They are the `eqx.nn.Linear` and `eqx.nn.Conv` (of one group, and none that a
-    subclass computes in its own way) in it, and the weights of each `eqx.nn.GRUCell`
-    and `eqx.nn.LSTMCell`. A layer whose weight is missing (`None`, masked) or not real
-    is none.
+    These are every `eqx.nn.Linear`, every `eqx.nn.Conv` with one group (unless a
+    subclass overrides `__call__`), and both weights of every `eqx.nn.GRUCell` and
+    `eqx.nn.LSTMCell`. Layers whose weight is missing (`None`, masked) or not real are
+    left out.
     """
     leaves, _ = jax.tree.flatten_with_path(model, is_leaf=is_module)
     found = []
@@ -58,17 +61,33 @@ def layers_of(model: PyTree) -> list[Layer]:
             continue
         key = jax.tree_util.keystr(path)
         if isinstance(module, _CELLS):
+            # The biases of a cell are not part of these layers.
             for name in ("weight_ih", "weight_hh"):
                 found.append(_layer(module, f"{key}.{name}", key, name, None, 2))
         elif isinstance(module, eqx.nn.Linear):
             found.append(_layer(module, key, key, "weight", "bias", 2))
+        # A subclass with its own `__call__` may use the weight in another way than
+        # `InstrumentedConv` does.
         elif module.groups == 1 and type(module).__call__ is eqx.nn.Conv.__call__:
+            # (out channels, in channels, *kernel)
             rank = module.num_spatial_dims + 2
             found.append(_layer(module, key, key, "weight", "bias", rank))
     return [layer for layer in found if layer is not None]
 
 
-def _layer(module, key, prefix, weight_name, bias_name, rank) -> Layer | None:
+def _layer(
+    module: Any,
+    key: str,
+    prefix: str,
+    weight_name: str,
+    bias_name: str | None,
+    rank: int,
+) -> Layer | None:
+    """The layer of one weight of a module, or `None` if that weight is not trained.
+
+    `rank` is the number of axes that the weight has if it is not stacked. `prefix` is
+    the path of the module, which has any of the types in `_MODULES`.
+    """
     weight = getattr(module, weight_name)
     if not is_real(weight):
         return None
@@ -82,24 +101,24 @@ def _layer(module, key, prefix, weight_name, bias_name, rank) -> Layer | None:
 
 
 class Leaves:
-    """The leaves of a tree by their paths, to read matrices and to write them back."""
+    """The leaves of a tree by path, to read matrices of layers and to replace them."""
 
     def __init__(self, tree: PyTree):
-        """Takes the tree apart."""
+        """`tree` is a model, or a tree like it (parameters, gradients)."""
         leaves, self._structure = jax.tree.flatten_with_path(tree)
         self._by_path = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
     @property
     def dtypes(self) -> dict[str, Any]:
-        """The types to compute in, by path."""
+        """For the path of every real leaf, the dtype to compute its curvature in."""
         return {
             path: at_least_float32(leaf.dtype)
             for path, leaf in self._by_path.items()
             if is_real(leaf)
         }
 
-    def matrix(self, layer: Layer) -> Array:
-        """Weight and bias of `layer` as one matrix, `(*stack, d_out, d_in)`."""
+    def matrix(self, layer: Layer) -> Float[Array, "*stack d_out d_in"]:
+        """Returns the weight and bias of `layer` as one matrix."""
         *lead, d_out, _ = layer.shape
         parts = [self._by_path[layer.weight].reshape(*lead, d_out, -1)]
         if layer.bias is not None:
@@ -107,10 +126,14 @@ class Leaves:
         return jnp.concatenate(parts, axis=-1)
 
     def with_matrices(self, layers: list[Layer], matrices: list[Array]) -> PyTree:
-        """The tree, with the weights and biases of `layers` replaced."""
+        """Returns the tree with the weights and biases of `layers` replaced.
+
+        Each matrix has the shape of its layer, and is cast to the dtypes of the leaves.
+        """
         by_path = dict(self._by_path)
         for layer, matrix in zip(layers, matrices, strict=True):
             weight = by_path[layer.weight]
+            # The number of columns of the weight: one less than `d_in` with a bias.
             columns = weight.size // matrix[..., 0].size
             new = matrix[..., :columns].reshape(weight.shape).astype(weight.dtype)
             by_path[layer.weight] = new

@@ -1,1 +1,1 @@
-"""Optax transforms that use curvature, and the end time as a parameter."""
+"""Optax transformations that use curvature, and one that learns the end time."""

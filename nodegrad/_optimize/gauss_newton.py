@@ -1,4 +1,4 @@
-"""A Gauss-Newton step without any approximation but its rank, for small problems."""
+"""`scale_by_gauss_newton`: exact Gauss-Newton steps for problems of few parameters."""
 
 from typing import Any
 
@@ -6,25 +6,39 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import PyTree
+from jaxtyping import ArrayLike, PyTree, Real
 
 from .._internal.dtypes import at_least_float32
 
 
 def scale_by_gauss_newton(
-    damping: Any = 1e-3,
+    damping: Real[ArrayLike, ""] = 1e-3,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies the gradient by the inverse of a damped low-rank curvature.
 
-    With rows $p_k$ (as columns of curvature, each like the parameters) the curvature
-    is $P^\top P = \sum_k p_k p_k^\top$, and the step, by the Woodbury identity,
+    The curvature is $P^\top P = \sum_k p_k p_k^\top$, where each *column* $p_k$ is a
+    pytree like the parameters (and a row of $P$). By the Woodbury identity the step is
 
     $$(\lambda I + P^\top P)^{-1} g = \tfrac{1}{\lambda}
-      \left[g - P^\top (\lambda I + P P^\top)^{-1} P g\right],$$
+      \left[g - P^\top (\lambda I + P P^\top)^{-1} P g\right].$$
 
-    whichever of the two inverses is the smaller. With
-    $p_{bi} = J_b^\top (H_b / n)^{1/2} e_i$ for all samples $b$ of $n$ and outputs $i$,
-    that is the Gauss-Newton method for the mean of losses with output Hessians $H_b$.
+    The side with the smaller matrix is computed. For $n$ samples $b$ with output
+    Hessians $H_b$, the columns $p_{bi} = J_b^\top (H_b / n)^{1/2} e_i$ of all samples
+    and outputs $i$ give the Gauss-Newton method for the mean of the losses.
+
+    ```python
+    import jax
+    import jax.numpy as jnp
+    import nodegrad
+
+    t = jnp.array([0.0, 1.0, 2.0])
+    residuals = lambda p: p[0] + p[1] * t - (1 + 2 * t)
+    loss = lambda p: 0.5 * jnp.sum(residuals(p) ** 2)
+    p, optim = jnp.zeros(2), nodegrad.scale_by_gauss_newton(damping=1e-6)
+    columns = jax.jacobian(residuals)(p)
+    step, _ = optim.update(jax.grad(loss)(p), optim.init(p), columns=columns)
+    print((p - step).round(2))  # [1. 2.]
+    ```
 
     **Arguments:**
 
@@ -38,8 +52,8 @@ def scale_by_gauss_newton(
     **Cost:** for $K$ columns and $n$ parameters, $n K \min(n, K)$ operations and the
     memory of the columns.
 
-    **When not to use it:** for networks; take `nodegrad.snopt`. This is for fits of a
-    few parameters, and to see how far an approximation is from the real thing.
+    **When not to use it:** for networks; take `nodegrad.snopt`. This is for fits of few
+    parameters, and to measure the error of approximations of the curvature.
 
     ??? cite "Reference"
 
@@ -51,18 +65,28 @@ def scale_by_gauss_newton(
         msg = f"`damping` must be positive; got {damping}."
         raise ValueError(msg)
 
+    # States are `Any` for type checkers: Optax's type of states excludes named tuples.
     def init_fn(params: PyTree) -> Any:
         del params
         return optax.EmptyState()
 
-    def update_fn(updates, state, params=None, *, columns=None, **extra):
+    def update_fn(
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        *,
+        columns: PyTree | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, Any]:
         del params, extra
         _check(updates, columns)
+        # Factorise in float32 or better: g is (n,), p is (columns, n).
         as_better = lambda x: x.astype(at_least_float32(x.dtype))
         g, unravel = ravel_pytree(jax.tree.map(as_better, updates))
         p = jax.vmap(lambda c: ravel_pytree(jax.tree.map(as_better, c))[0])(columns)
         damp = jnp.asarray(damping).astype(g.dtype)
         ranks, size = p.shape
+        # Solve with the smaller of the two Gram matrices; see the docstring.
         if ranks < size:
             inner = p @ p.T + damp * jnp.eye(ranks, dtype=g.dtype)
             step = (g - p.T @ jnp.linalg.solve(inner, p @ g)) / damp
@@ -75,14 +99,18 @@ def scale_by_gauss_newton(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _check(updates: PyTree, columns: PyTree) -> None:
+def _check(updates: PyTree, columns: PyTree | None) -> None:
+    """Raises `ValueError` unless `columns` are stacked trees like `updates`."""
     if columns is None:
         msg = (
             "`scale_by_gauss_newton` needs the columns of the curvature: "
             "`optim.update(grads, state, params, columns=columns)`."
         )
         raise ValueError(msg)
-    shapes = lambda tree, skip: jax.tree.map(lambda x: x.shape[skip:], tree)
+
+    def shapes(tree: PyTree, skip: int) -> PyTree:
+        return jax.tree.map(lambda x: x.shape[skip:], tree)
+
     same = jax.tree.structure(updates) == jax.tree.structure(columns)
     if not same or shapes(updates, 0) != shapes(columns, 1):
         msg = (

@@ -1,59 +1,76 @@
-r"""Kronecker-factored curvature of a layer, and preconditioning with it.
+r"""Preconditions the gradient of a layer with its Kronecker-factored curvature.
 
 The curvature of a layer with weight matrix $W$ (`(d_out, d_in)`) is approximated by
 $F \approx B \otimes A$, which acts on matrices as $G \mapsto B\, G\, A$. With
-$A = U_A \Lambda_A U_A^\top$ and $B = U_B \Lambda_B U_B^\top$ its eigenvectors are
-$U_B \otimes U_A$, and in their basis $F$ is the elementwise product with a matrix $S$
-of the shape of $W$: $S = \lambda_B \lambda_A^\top$, or better, the second moments of
-the gradients in that basis (George et al. 2018, arXiv:1806.03884).
+$A = U_A \Lambda_A U_A^\top$ and $B = U_B \Lambda_B U_B^\top$, the eigenvectors of $F$
+are $U_B \otimes U_A$. In their basis $F$ multiplies elementwise with a matrix $S$ of
+the shape of $W$: $S = \lambda_B \lambda_A^\top$, or better, the second moments of the
+gradients in that basis (George et al. 2018, arXiv:1806.03884).
+
+A `refresh` computes eigenbases from new factors. A step between refreshes only rotates
+the gradient, scales its entries and rotates it back.
+
+All arrays may have leading `*stack` axes, for layers stacked for a `jax.lax.scan`. The
+functions treat each of the stacked layers by itself.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real
 
 from .._internal.tree import where
 from .._layers.factors import KroneckerFactors
 from .._layers.layers import Layer
 
 
-class LayerState(NamedTuple):
-    """What the optimiser knows of one layer.
+# A number, or a scalar array: `optax.inject_hyperparams` makes arrays of numbers.
+Scalar = Real[ArrayLike, ""]
 
-    The factors are running averages, or `None` where nothing is averaged;
-    `num_samples` is that of the batch of the last refresh.
+
+class LayerState(NamedTuple):
+    """The state of the optimiser for one layer.
+
+    - `input_basis`, `output_basis`: $U_A$ and $U_B$; an eigenvector is a column.
+    - `second_moment`: $S$, in this basis.
+    - `input_factor`, `output_factor`: running averages of $A / n$ and $B / n$, or
+      `None` if the rule does not average factors.
+    - `num_samples`: $n$, the batch size of the last refresh.
+    - `num_refreshes`: the number of refreshes so far. If it is zero, the bases are
+      identities.
     """
 
     input_basis: Float[Array, "*stack d_in d_in"]
     output_basis: Float[Array, "*stack d_out d_out"]
     second_moment: Float[Array, "*stack d_out d_in"]
-    input_factor: Any
-    output_factor: Any
+    input_factor: Float[Array, "*stack d_in d_in"] | None
+    output_factor: Float[Array, "*stack d_out d_out"] | None
     num_samples: Float[Array, "*stack"]
     num_refreshes: Int[Array, "*stack"]
 
 
 class Rule(NamedTuple):
-    """How curvature is turned into a step; see `nodegrad.scale_by_snopt`."""
+    """The arguments of `nodegrad.scale_by_snopt`; `relative` is its `damping_mode`."""
 
     moment: str
-    decay: Any
-    damping: Any
+    decay: Scalar
+    damping: Scalar
     relative: bool
-    power: Any
-    factor_decay: Any
-    kl_clip: Any
+    power: Scalar
+    factor_decay: Scalar
+    kl_clip: Scalar
 
     @property
     def averages_factors(self) -> bool:
-        """Whether factors of earlier refreshes are remembered."""
+        """Whether the state keeps running averages of the factors."""
+        # The structure of the state depends on this, so the value must be static: an
+        # array of zero keeps averages, and gives them no weight.
         return not (isinstance(self.factor_decay, float) and self.factor_decay == 0)
 
 
-def initial_state(layer: Layer, dtype, rule: Rule) -> LayerState:
-    """A layer nothing is known of: the basis is that of its entries."""
+def initial_state(layer: Layer, dtype: Any, rule: Rule) -> LayerState:
+    """Returns the state before the first refresh: identity eigenbases, zero moments."""
     *stack, d_out, d_in = layer.shape
     eye = lambda d: jnp.broadcast_to(jnp.eye(d, dtype=dtype), (*stack, d, d))
     factor = lambda d: jnp.zeros((*stack, d, d), dtype)
@@ -69,31 +86,37 @@ def initial_state(layer: Layer, dtype, rule: Rule) -> LayerState:
 
 
 def refresh(rule: Rule, state: LayerState, factors: KroneckerFactors) -> LayerState:
-    """`state` in the eigenbasis of new factors; unchanged if they are of no use.
+    """Returns `state` in the eigenbases of new factors.
 
-    They are of none if anything is not finite, or if a factor is zero.
+    A (stacked) layer keeps its old state if anything new is not finite, or if one of
+    its factors is zero, as those of a layer that was not called.
     """
     dtype = state.second_moment.dtype
     factors = jax.tree.map(lambda x: jnp.asarray(x).astype(dtype), factors)
     is_first = state.num_refreshes == 0
     samples = factors.weight[..., None, None]
     a, b = factors.input_factor / samples, factors.output_factor / samples
+    # Before averaging: an average with an old factor would hide a zero one.
     ok = _is_usable(a) & _is_usable(b) & (factors.weight > 0)
     if rule.averages_factors:
+        assert state.input_factor is not None and state.output_factor is not None
         share = jnp.where(is_first, 0, _as(rule.factor_decay, dtype))[..., None, None]
         a = share * state.input_factor + (1 - share) * a
         b = share * state.output_factor + (1 - share) * b
     input_values, input_basis, input_ok = _eigenbasis(a)
     output_values, output_basis, output_ok = _eigenbasis(b)
+    # (*stack, d_out, d_in)
     moment = output_values[..., :, None] * input_values[..., None, :]
     if rule.moment == "ekfac":
+        # (draws, *stack, d_out, d_in); `snopt.py` raises if there are none.
         assert factors.draws is not None
         drawn = _rotated(output_basis, factors.draws, input_basis)
         old = _moved_moment(state, output_basis, input_basis)
-        # A gradient with a NaN would else be remembered for ever.
+        # Otherwise one gradient with a NaN would make all later moments NaN.
         is_lost = ~jnp.all(jnp.isfinite(old), axis=(-1, -2))
         old = jnp.where((is_first | is_lost)[..., None, None], moment, old)
         keep = _as(rule.decay, dtype)
+        # The squares of all draws estimate a sum over samples, see `factors.py`.
         moment = keep * old + (1 - keep) * jnp.sum(drawn**2, axis=0) / samples
     finite = jnp.all(jnp.isfinite(moment), axis=(-1, -2))
     new = LayerState(
@@ -111,20 +134,30 @@ def refresh(rule: Rule, state: LayerState, factors: KroneckerFactors) -> LayerSt
 def precondition(
     rule: Rule, state: LayerState, gradient: Array
 ) -> tuple[Array, LayerState]:
-    """`gradient` times the inverse of the damped curvature, or a power of it."""
+    r"""Returns the preconditioned gradient, and `state` with the new second moment.
+
+    The first is $U_B [(S + \varepsilon)^p \odot (U_B^\top G\, U_A)] U_A^\top$ in the
+    dtype of the state, with $p$ the power and $\varepsilon$ the damping. Before the
+    first refresh $p$ is -1/2 and the bases are identities: the rule is RMSprop.
+    """
     dtype = state.second_moment.dtype
     rotated = _rotated(state.output_basis, gradient.astype(dtype), state.input_basis)
-    is_blind = (state.num_refreshes == 0)[..., None, None]
+    never_refreshed = (state.num_refreshes == 0)[..., None, None]
     decay = _as(rule.decay, dtype)
-    seen = state.num_samples[..., None, None] * rotated**2
-    running = decay * state.second_moment + (1 - decay) * seen
-    follows = rule.moment != "kronecker"
-    moment = running if follows else jnp.where(is_blind, running, state.second_moment)
+    # The gradient is a mean over n samples. If the samples have independent gradients
+    # with mean zero, its square is on average 1 / n of the mean of their squares.
+    squared = state.num_samples[..., None, None] * rotated**2
+    running = decay * state.second_moment + (1 - decay) * squared
+    if rule.moment == "kronecker":
+        moment = jnp.where(never_refreshed, running, state.second_moment)
+    else:
+        moment = running
     damping = _as(rule.damping, dtype)
     if rule.relative:
         damping = damping * jnp.mean(moment, axis=(-1, -2), keepdims=True)
-    power = jnp.where(is_blind, -0.5, _as(rule.power, dtype)).astype(dtype)
-    # All that is zero then is the gradient, too.
+    power = jnp.where(never_refreshed, -0.5, _as(rule.power, dtype)).astype(dtype)
+    # The floor avoids 0 ** -1. If the moment and the damping are both zero, the
+    # gradient is zero as well.
     floor = jnp.finfo(dtype).tiny
     scaled = rotated * (moment + damping + floor) ** power
     out = _rotated_back(state.output_basis, scaled, state.input_basis)
@@ -132,7 +165,12 @@ def precondition(
 
 
 def clip(rule: Rule, steps: list[Array], gradients: list[Array]) -> list[Array]:
-    r"""All steps times $\min(1, \sqrt{\kappa / \sum \langle u, g \rangle})$."""
+    r"""Returns all steps times $\min(1, \sqrt{\kappa / \sum \langle u, g \rangle})$.
+
+    $u$ are the steps and $g$ the gradients, one array for each layer, $\kappa$ is
+    `kl_clip`, and the sum runs over all layers.
+    """
+    # An infinite bound is known before tracing, and costs nothing.
     if not steps or (isinstance(rule.kl_clip, float) and rule.kl_clip == float("inf")):
         return steps
     dtype = jnp.result_type(*(step.dtype for step in steps))
@@ -145,47 +183,63 @@ def clip(rule: Rule, steps: list[Array], gradients: list[Array]) -> list[Array]:
     return [step * scale.astype(step.dtype) for step in steps]
 
 
-def _eigenbasis(factor: Array) -> tuple[Array, Array, Array]:
-    """`(eigenvalues, eigenvectors, whether they can be used)`."""
+def _eigenbasis(
+    factor: Float[Array, "*stack d d"],
+) -> tuple[Float[Array, "*stack d"], Float[Array, "*stack d d"], Bool[Array, "*stack"]]:
+    """Returns `(eigenvalues, eigenvectors, is_usable)` of symmetric matrices.
+
+    The last result has the shape `stack`. Where it is false, the others are arbitrary.
+    """
     usable = _is_usable(factor)
     symmetric = (factor + jnp.swapaxes(factor, -1, -2)) / 2
     size = jnp.where(usable, _trace(factor) / factor.shape[-1], 1)
-    # Scaled, because the factors may be as small as a squared gradient.
+    # Divide by the mean eigenvalue: factors may be as small as squared gradients, and
+    # could underflow inside of `eigh`. Unusable factors are replaced by identity
+    # matrices, so that `eigh` gets finite numbers.
     scaled = jnp.where(
         usable[..., None, None], symmetric / size[..., None, None], _eye_like(factor)
     )
     values, vectors = jnp.linalg.eigh(scaled, symmetrize_input=False)
     found = jnp.all(jnp.isfinite(vectors), axis=(-1, -2))
     found = found & jnp.all(jnp.isfinite(values), axis=-1)
+    # Rounding may make eigenvalues of a semidefinite matrix negative.
     return jnp.maximum(values, 0) * size[..., None], vectors, usable & found
 
 
-def _is_usable(factor: Array) -> Array:
+def _is_usable(factor: Float[Array, "*stack d d"]) -> Bool[Array, "*stack"]:
+    """Returns whether a factor is finite and not zero (they are semidefinite)."""
     return jnp.all(jnp.isfinite(factor), axis=(-1, -2)) & (_trace(factor) > 0)
 
 
-def _trace(factor: Array) -> Array:
+def _trace(factor: Float[Array, "*stack d d"]) -> Float[Array, "*stack"]:
     return jnp.trace(factor, axis1=-2, axis2=-1)
 
 
-def _eye_like(x: Array) -> Array:
+def _eye_like(x: Float[Array, "*stack d d"]) -> Float[Array, "*stack d d"]:
     return jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
 
 
 def _moved_moment(state: LayerState, output_basis: Array, input_basis: Array) -> Array:
-    """The diagonal in a new basis of what is diagonal in the old one."""
+    """Returns the second moment in new bases, `(*stack, d_out, d_in)`.
+
+    The curvature that is diagonal in the old bases is not diagonal in the new ones.
+    This is its diagonal there.
+    """
+    # Orthogonal matrices between the bases; their squared entries mix the moments.
     from_output = jnp.swapaxes(output_basis, -1, -2) @ state.output_basis
     from_input = jnp.swapaxes(input_basis, -1, -2) @ state.input_basis
     return from_output**2 @ state.second_moment @ jnp.swapaxes(from_input**2, -1, -2)
 
 
 def _rotated(left: Array, matrix: Array, right: Array) -> Array:
+    """Returns `left.T @ matrix @ right`; `matrix` may have more leading axes."""
     return jnp.einsum("...ji,...jk,...kl->...il", left, matrix, right)
 
 
 def _rotated_back(left: Array, matrix: Array, right: Array) -> Array:
+    """Returns `left @ matrix @ right.T`, the inverse of `_rotated`."""
     return jnp.einsum("...ij,...jk,...lk->...il", left, matrix, right)
 
 
-def _as(x: Any, dtype) -> PyTree:
+def _as(x: Scalar, dtype: Any) -> Array:
     return jnp.asarray(x).astype(dtype)

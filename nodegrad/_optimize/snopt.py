@@ -1,7 +1,7 @@
-"""SNOpt: a second-order optimiser with Kronecker curvature, as an optax transform.
+"""SNOpt: a second-order optimiser with Kronecker curvature, as an optax transformation.
 
-It knows nothing of differential equations: the curvature comes as an extra argument of
-`update`, from `nodegrad.value_grad_and_curvature` or from anywhere else.
+The optimiser does not depend on differential equations. The curvature is an extra
+argument of `update`, from `nodegrad.value_grad_and_curvature` or from another source.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,27 +21,32 @@ from .preconditioner import (
     precondition,
     refresh,
     Rule,
+    Scalar,
 )
 
 
 class SNOptState(NamedTuple):
-    """The state of `nodegrad.scale_by_snopt`; all arrays.
+    """The state of `nodegrad.scale_by_snopt`. All leaves are arrays.
 
     **Arguments:**
 
-    - `count`: how many updates there were.
+    - `count`: the number of updates so far.
     - `layers`: for each layer, by its path, its eigenbases `input_basis` and
       `output_basis`, the `second_moment` in them, the running averages `input_factor`
-      and `output_factor` if there are any, `num_samples` and `num_refreshes`.
+      and `output_factor` (or `None`), `num_samples` and `num_refreshes`.
 
-    **Cost:** per layer $2 (d_{in}^2 + d_{out}^2) + d_{in} d_{out}$ numbers, in float32
-    or better; half of the squares with `factor_decay=0.0`.
+    **Memory:** per layer $2 (d_{in}^2 + d_{out}^2) + d_{in} d_{out}$ numbers, of at
+    least 32 bits; half of the squares with `factor_decay=0.0`.
     """
 
     count: Int[Array, ""]
     layers: dict[str, LayerState]
 
 
+# "paper" has the settings of the published code; its damping is in units of squared
+# gradients. "robust" has relative damping, averages over about 20 updates and 10
+# refreshes against the noise of batches, and clips steps where the curvature is too
+# small. `scripts/benchmarks/training.py` compares the two.
 _PRESETS = {
     "paper": Rule(
         moment="running",
@@ -69,43 +74,49 @@ def scale_by_snopt(
     preset: str = "robust",
     *,
     moment: str | None = None,
-    decay: Any = None,
-    damping: Any = None,
+    decay: Scalar | None = None,
+    damping: Scalar | None = None,
     damping_mode: str | None = None,
-    power: Any = None,
-    factor_decay: Any = None,
-    kl_clip: Any = None,
+    power: Scalar | None = None,
+    factor_decay: Scalar | None = None,
+    kl_clip: Scalar | None = None,
     layers: Callable[[str], bool] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies gradients by the inverse of Kronecker-factored curvature.
 
-    For every layer with weight (and bias) matrix $W$ and gradient $G$, with the
-    eigenbases $U_A$, $U_B$ of the factors that `update` was last given,
+    For every layer with weight (and bias) matrix $W$ and gradient $G$, the step is
 
     $$\Delta W = U_B \left[ (S + \varepsilon)^{p} \odot (U_B^\top G\, U_A) \right]
-      U_A^\top,$$
+      U_A^\top.$$
 
-    where $S$ are the eigenvalues of the curvature, $\varepsilon$ is the `damping` and
-    $p$ the `power`. Leaves that are in no layer pass through unchanged; so does what
-    `layers` excludes. Put it into an `optax.chain`, in the order
-    `scale_by_snopt`, `optax.add_decayed_weights`, `optax.trace`,
-    `optax.scale_by_learning_rate`; `nodegrad.snopt` does that.
+    $U_A$, $U_B$ are the eigenbases of the factors that `update` received last, $S$ the
+    eigenvalues of the curvature, $\varepsilon$ the `damping` and $p$ the `power`.
+    Leaves outside of layers, and layers that `layers` excludes, pass through unchanged.
+    In an `optax.chain` the order is `scale_by_snopt`, `optax.add_decayed_weights`,
+    `optax.trace`, `optax.scale_by_learning_rate`, as in `nodegrad.snopt`.
 
-    The curvature is an extra argument of `update`, and its absence is cheap:
+    Compile updates with and without curvature as two functions: `nodegrad.make_steps`.
+
+    **Example:** one step with $A = \mathrm{diag}(4, 1)$, $B = 1$ and no damping.
 
     ```python
-    loss, grads, curvature = curvature_fn(model, batch)  # now and then
-    updates, state = optim.update(grads, state, params, curvature=curvature)
+    import equinox as eqx
+    import jax
+    import jax.numpy as jnp
+    import nodegrad
 
-    loss, grads = eqx.filter_value_and_grad(loss_fn)(model, batch)  # otherwise
-    updates, state = optim.update(grads, state, params)
+    model = eqx.nn.Linear(2, 1, use_bias=False, key=jax.random.PRNGKey(0))
+    optim = nodegrad.scale_by_snopt("paper", moment="kronecker", damping=0.0)
+    a, b, num_samples = jnp.diag(jnp.array([4.0, 1.0])), jnp.eye(1), jnp.array(1.0)
+    curvature = {"": nodegrad.KroneckerFactors(a, b, num_samples)}
+    grads = eqx.tree_at(lambda m: m.weight, model, jnp.array([[4.0, 3.0]]))
+    step, _ = optim.update(grads, optim.init(model), curvature=curvature)
+    print(step.weight.round(3))  # [[1. 3.]]
     ```
-
-    Make these two jitted functions, and count in Python: see `nodegrad.make_steps`.
 
     **Arguments:**
 
-    - `preset`: where the other arguments come from if they are `None`. `"paper"`:
+    - `preset`: the values of the other arguments where they are `None`. `"paper"`:
       `moment="running"`, `decay=0.75`, `damping=0.05`, `damping_mode="absolute"`,
       `power=-1`, no averaging, no clip. `"robust"`: `moment="ekfac"`, `decay=0.95`,
       `damping=0.1`, `damping_mode="relative"`, `power=-1`, `factor_decay=0.9`,
@@ -113,39 +124,37 @@ def scale_by_snopt(
     - `moment`: what $S$ is. `"running"`: $\lambda_B \lambda_A^\top$ at a refresh, and
       then at every update $S \leftarrow \alpha S + (1 - \alpha)\, n\, \hat G^2$, with
       $\hat G = U_B^\top G U_A$, $n$ the samples of a batch and $\alpha$ the `decay`.
-      `"ekfac"`: the same, but a refresh does not forget: it expresses $S$ in the new
-      basis, and averages it, with $\alpha$ again, with the second moments of the
-      gradients of the samples, which takes a curvature with `draws`.
-      `"kronecker"`: $\lambda_B \lambda_A^\top$, always.
-    - `damping`: $\varepsilon$. With `damping_mode="absolute"` as it is, and so in units
-      of squared gradients; with `"relative"` times the mean of $S$ of the layer.
+      `"ekfac"`: the same, but a refresh expresses $S$ in the new basis, and averages
+      it, with $\alpha$ again, with the second moments of the samples' gradients. This
+      requires `draws`. `"kronecker"`: always $\lambda_B \lambda_A^\top$.
+    - `damping`: $\varepsilon$. With `damping_mode="absolute"` it is in units of squared
+      gradients; with `"relative"` it is multiplied by the mean of $S$ of the layer.
     - `power`: $-1$ for a natural gradient, $-1/2$ for a step like that of Adam.
-    - `factor_decay`: how much of $A$ and $B$ is kept at a refresh; `0.0` for none.
-    - `kl_clip`: a bound $\kappa$ on $\langle \Delta W, G \rangle$ summed over layers,
-      by which all steps are scaled down: with `power=-1` twice the decrease that the
-      quadratic model promises for a learning rate of one, and the square of the length
-      of the step in the metric of the curvature. `jnp.inf` for none.
-    - `layers`: which layers to take, by their path (`jax.tree_util.keystr`).
+    - `factor_decay`: the share of $A$ and $B$ that a refresh keeps; `0.0` for none.
+    - `kl_clip`: $\kappa$. All steps are multiplied by
+      $\min(1, \sqrt{\kappa / \sum \langle \Delta W, G \rangle})$, with the sum over
+      layers: a trust region as in K-FAC. For `power=-1` the sum is the squared length
+      of the step in the metric of the curvature. `jnp.inf` disables it.
+    - `layers`: which layers to include, by their path (`jax.tree_util.keystr`).
 
     **Returns:** an `optax.GradientTransformationExtraArgs`, whose `update` takes
     `curvature`, a dictionary from the path of a layer to its
-    `nodegrad.KroneckerFactors`. Layers that it lacks keep the basis that they have; so
-    do those whose factors are zero or not finite. Before a layer's first refresh its
-    gradient is divided by the square root of its running second moment, entry by entry
-    (like RMSprop).
+    `nodegrad.KroneckerFactors`. Layers that are missing there, or whose factors are
+    zero or not finite, keep their bases. Before the first refresh of a layer, the
+    entries of its gradient are divided by their running root mean square (RMSprop).
 
     **Raises:** `ValueError` for unknown presets, moments and modes, and for curvature
     that does not fit: of other shapes, of none of the layers, or without `draws` for
     `moment="ekfac"`.
 
-    **Cost:** per update and layer four products of $W$ with a square matrix; at a
-    refresh besides the eigenvectors of two square matrices. State: see
+    **Cost:** per update and layer four products of $W$ with a square matrix; a refresh
+    also computes the eigenvectors of two square matrices. State: see
     `nodegrad.SNOptState`.
 
     **When not to use it:** for layers wider than a few thousand, and for models whose
-    parameters are not in layers (there it does nothing). Gradients with `NaN`s go
-    through: use `optax.apply_if_finite`. Inside of `optax.MultiSteps` only curvature
-    that comes with the last of the mini-batches arrives.
+    parameters are not in layers (it leaves them unchanged). It does not remove `NaN`s
+    from gradients: use `optax.apply_if_finite`. Inside of `optax.MultiSteps` only the
+    curvature that is passed with the last of the mini-batches is used.
 
     ??? cite "Reference"
 
@@ -167,11 +176,12 @@ def scale_by_snopt(
     def chosen(tree: PyTree) -> list[Layer]:
         return [x for x in layers_of(tree) if layers is None or layers(x.key)]
 
+    # States are `Any` for type checkers: Optax's type of states excludes named tuples.
     def init_fn(params: PyTree) -> Any:
         count = jnp.zeros((), jnp.int32)
         if not jax.tree.leaves(params):
-            # So that `optax.tree_map_params`, which asks with a placeholder for the
-            # parameters, sees where the state depends on them.
+            # `optax.tree_map_params` passes a placeholder for the parameters, and must
+            # find it where the state depends on them.
             return SNOptState(count, params)
         dtypes = Leaves(params).dtypes
         states = {
@@ -180,12 +190,22 @@ def scale_by_snopt(
         }
         return SNOptState(count, states)
 
-    def update_fn(updates, state, params=None, *, curvature=None, **extra):
+    def update_fn(
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        *,
+        curvature: Mapping[str, KroneckerFactors] | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, Any]:
         del params, extra
+        # A state made from no parameters at all: there is no layer.
         if not isinstance(state.layers, dict):
             return updates, state._replace(count=_next(state.count))
         found, leaves = chosen(updates), Leaves(updates)
         states = dict(state.layers)
+        # Whether there is a curvature is known when this is traced, so that steps
+        # without it do not contain the eigenvalue problems.
         if curvature is not None:
             states = _refreshed(rule, found, states, curvature)
         gradients = [leaves.matrix(layer) for layer in found]
@@ -205,16 +225,16 @@ def snopt(
     learning_rate: optax.ScalarOrSchedule,
     preset: str = "robust",
     *,
-    momentum: Any = None,
-    weight_decay: Any = 0.0,
-    mask: Any = None,
+    momentum: Scalar | None = None,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: PyTree | Callable[[PyTree], Any] | None = None,
     moment: str | None = None,
-    decay: Any = None,
-    damping: Any = None,
+    decay: Scalar | None = None,
+    damping: Scalar | None = None,
     damping_mode: str | None = None,
-    power: Any = None,
-    factor_decay: Any = None,
-    kl_clip: Any = None,
+    power: Scalar | None = None,
+    factor_decay: Scalar | None = None,
+    kl_clip: Scalar | None = None,
     layers: Callable[[str], bool] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The SNOpt optimiser: `scale_by_snopt`, weight decay, momentum, learning rate.
@@ -224,26 +244,38 @@ def snopt(
 
     with $\Delta W$ the preconditioned gradient of `nodegrad.scale_by_snopt`.
 
+    ```python
+    import equinox as eqx
+    import jax
+    import nodegrad
+
+    model, x = eqx.nn.Linear(1, 1, key=jax.random.PRNGKey(0)), jax.numpy.ones((4, 1))
+    loss = lambda model, x: jax.vmap(model)(x)[:, 0] ** 2
+    fn, optim = nodegrad.value_grad_and_curvature(loss), nodegrad.snopt(0.1, "paper")
+    value, grads, curvature = fn(model, x)
+    step, state = optim.update(grads, optim.init(model), model, curvature=curvature)
+    print(fn(eqx.apply_updates(model, step), x)[0] < value)  # True
+    ```
+
     **Arguments:**
 
     - `learning_rate`: $\eta$, or a schedule.
-    - `momentum`: $\mu$; `None` for none.
-    - `weight_decay`: $\gamma$; `mask` says of which leaves, as in
+    - `momentum`: $\mu$; `None` disables momentum.
+    - `weight_decay`: $\gamma$; `mask` selects the leaves, as in
       `optax.add_decayed_weights`.
     - `preset`, `moment`, `decay`, `damping`, `damping_mode`, `power`, `factor_decay`,
       `kl_clip`, `layers`: as in `nodegrad.scale_by_snopt`.
 
     **Returns:** an `optax.GradientTransformationExtraArgs`; see
-    `nodegrad.scale_by_snopt` for the `curvature` that its `update` takes, and what
-    happens without it.
+    `nodegrad.scale_by_snopt` for the argument `curvature` of its `update`.
 
     **Raises:** as `nodegrad.scale_by_snopt`.
 
     **Cost:** that of `nodegrad.scale_by_snopt`, and of SGD.
 
     **When not to use it:** as `nodegrad.scale_by_snopt`. Parameters outside of layers
-    get plain gradients here, for which a learning rate that suits the layers may be
-    wrong: give them an optimiser of their own with `optax.partition`.
+    get plain gradient steps, which may need another learning rate than the layers: use
+    a separate optimiser for them with `optax.partition`.
 
     ??? cite "Reference"
 
@@ -272,6 +304,7 @@ def _next(count: Array) -> Any:
 
 
 def _rule(preset: str, damping_mode: str | None, **given: Any) -> Rule:
+    """Returns the preset with the fields that are `given`; raises for wrong ones."""
     if preset not in _PRESETS:
         msg = f"`preset` must be one of {sorted(_PRESETS)}; got {preset!r}."
         raise ValueError(msg)
@@ -285,6 +318,7 @@ def _rule(preset: str, damping_mode: str | None, **given: Any) -> Rule:
             raise ValueError(msg)
         given["relative"] = damping_mode == "relative"
     rule = _PRESETS[preset]._replace(**given)
+    # Arrays may be traced, so only Python numbers are compared.
     if rule.moment not in _MOMENTS:
         msg = f"`moment` must be one of {_MOMENTS}; got {rule.moment!r}."
         raise ValueError(msg)
@@ -310,7 +344,7 @@ def _refreshed(
     states: dict[str, LayerState],
     curvature: Mapping[str, KroneckerFactors],
 ) -> dict[str, LayerState]:
-    """The states of all layers that `curvature` knows, in their new eigenbases."""
+    """Returns `states`, with those of the layers in `curvature` refreshed."""
     if not isinstance(curvature, Mapping):
         msg = (
             "`curvature` must be a dictionary from the path of a layer to its "
@@ -320,7 +354,7 @@ def _refreshed(
     known = [layer for layer in layers if layer.key in curvature]
     if layers and not known:
         msg = (
-            "None of the layers that `curvature` knows is being optimised: it has "
+            "None of the layers in `curvature` is being optimised: it has the layers "
             f"{sorted(curvature)}, and the optimiser {sorted(states)}. Both are paths "
             "from the root of a model: pass the same model to "
             "`value_grad_and_curvature` and to `init`."
@@ -341,9 +375,10 @@ def _refreshed(
 
 
 def _fitted(layer: Layer, factors: KroneckerFactors) -> KroneckerFactors:
-    """`factors`, checked; without the bias, if that is not being optimised."""
+    """Returns `factors`, without the bias if it is not optimised; raises for shapes."""
     *stack, d_out, d_in = layer.shape
     a, b, weight, draws = factors
+    # The bias is masked or frozen here, but was part of the model of the curvature.
     if layer.bias is None and a.shape == (*stack, d_in + 1, d_in + 1):
         a = a[..., :-1, :-1]
         draws = None if draws is None else draws[..., :-1]

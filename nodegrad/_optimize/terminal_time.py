@@ -1,8 +1,8 @@
-r"""Learning the end time of a solve.
+r"""`terminal_time` learns the end time of a solve; and derivatives in the end time.
 
-With $\Phi$ the loss at the end, $\ell$ a running cost, $c\,T^2 / 2$ a penalty on the
-end time $T$ and $F$ the vector field, the first derivative of the total loss $Q$ is
-$Q_T = c\,T + \sigma$ with the *slope* $\sigma(t, y, u) = \Phi_y^\top F + \ell$; all
+Notation: $T$ is the end time, $\Phi$ the loss at the end, $\ell$ a running cost,
+$c\,T^2 / 2$ a penalty and $F$ the vector field. The total loss $Q$ has the derivative
+$Q_T = c\,T + \sigma$, with the *slope* $\sigma(t, y, u) = \Phi_y^\top F + \ell$. All
 second derivatives that involve $T$ are derivatives of the slope.
 """
 
@@ -13,16 +13,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Real
 
 from .._internal.dtypes import at_least_float32, is_real
 
 
 class TerminalTimeState(NamedTuple):
-    """The state of `terminal_time`: running averages of the derivatives.
+    r"""The state of `terminal_time`.
 
-    - `count`: how many updates there were.
-    - `first`, `second`: of the first and the second derivative.
+    - `count`: the number of updates so far.
+    - `first`, `second`: running averages of $Q_T$ and of $Q_{TT}$.
     """
 
     count: Int[Array, ""]
@@ -31,13 +31,13 @@ class TerminalTimeState(NamedTuple):
 
 
 def terminal_time(
-    where: Callable[[PyTree], Any],
+    where: Callable[[PyTree], Array],
     learning_rate: optax.ScalarOrSchedule = 0.1,
     *,
-    penalty: Any,
+    penalty: Real[ArrayLike, ""],
     bounds: tuple[float, float] = (0.1, float("inf")),
     update_every: int = 50,
-    decay: Any = 0.99,
+    decay: Real[ArrayLike, ""] = 0.99,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Learns the end time of a solve by a second-order rule with feedback.
 
@@ -48,42 +48,55 @@ def terminal_time(
       \langle L_u, \delta u \rangle}{\bar Q_{TT}}\right), \qquad
       Q_T = c\,T + \sigma, \quad Q_{TT} = c + \sigma^2,$$
 
-    with $\sigma = dL / dT$ and bars for running averages (the first value counts in
-    full). It comes to rest where $T = -\sigma / c$.
+    with $\sigma = dL / dT$. Bars are running averages, which start from the first
+    value. The rule converges where $T = -\sigma / c$.
 
-    Put it last in an `optax.chain`, so that it sees the steps of the others, and pass
-    the gradient to `update` as the extra argument `grad`:
+    Put it last in an `optax.chain`, so that it sees the steps of the other parameters:
+    `optax.chain(nodegrad.snopt(0.01), nodegrad.terminal_time(...))`. Pass the gradient
+    to `update` again, as the extra argument `grad`.
 
     ```python
-    optim = optax.chain(nodegrad.snopt(0.01), nodegrad.terminal_time(
-        lambda model: model.t1, penalty=0.05))
-    updates, state = optim.update(grads, state, params, grad=grads)
+    import jax
+    import jax.numpy as jnp
+    import nodegrad
+
+    # The loss exp(-T) and the penalty 0.1 T^2 / 2.
+    model, loss = {"t1": jnp.array(1.0)}, lambda model: jnp.exp(-model["t1"])
+    t1, options = lambda model: model["t1"], dict(update_every=1, decay=0.9)
+    optim = nodegrad.terminal_time(t1, penalty=0.1, **options)
+    state, update = optim.init(model), jax.jit(optim.update)
+    for _ in range(200):
+        grads = jax.grad(loss)(model)
+        step, state = update(grads, state, model, grad=grads)
+        model = jax.tree.map(jnp.add, model, step)
+    print(model["t1"].round(2))  # 1.75
     ```
 
     **Arguments:**
 
-    - `where`: picks the end time, a scalar, out of the parameters.
+    - `where`: returns the end time, a scalar, of a tree of parameters.
     - `learning_rate`: $\eta$, or a schedule of the number of updates.
-    - `penalty`: $c > 0$: how much a longer solve costs. The loss is not to contain it.
+    - `penalty`: $c > 0$, the cost of a longer solve. The loss must not contain it.
     - `bounds`: the least and the greatest end time.
-    - `update_every`: in how many updates the end time moves once. In all others it
+    - `update_every`: the end time moves once in so many updates. In all others it
       stays, and its derivatives are averaged.
     - `decay`: of the running averages.
 
     **Returns:** an `optax.GradientTransformationExtraArgs` that replaces the step of
-    the end time and leaves the others as they are. Its `update` takes `grad`, the
-    gradient of the loss with respect to all parameters (the mean over the samples of a
-    batch, if so the loss), and optionally `squared_slope`, the mean over samples of
-    $\sigma_b^2$; without, it is the square of the mean.
+    the end time and leaves the others unchanged. Its `update` takes `grad`, the
+    gradient of the loss with respect to all parameters (of the mean over samples, if
+    the loss is one), and optionally `squared_slope`, the mean over samples of
+    $\sigma_b^2$. By default this is the square of the mean slope.
 
-    **Raises:** `ValueError` without `grad` or `params`, for an end time that is no
-    scalar, and for bounds, a `penalty` or an `update_every` that make no sense.
+    **Raises:** `ValueError` without `grad` or `params`, if the end time is not a
+    scalar, and for wrong `bounds`, `penalty`, `decay` or `update_every`.
 
     **Cost:** a scalar product of the size of the parameters.
 
     **When not to use it:** for times to save at or to observe, which are ordinary
-    parameters. Near a stationary point of the loss the Gauss-Newton model has no
-    curvature but the penalty's; `nodegrad.terminal_time_derivatives` has all of it.
+    parameters. Near a stationary point of the loss, the Gauss-Newton model has no
+    curvature except for the penalty's; `nodegrad.terminal_time_derivatives` has all of
+    it.
 
     ??? cite "Reference"
 
@@ -94,7 +107,9 @@ def terminal_time(
     low, high = bounds
     _check_settings(bounds, penalty, update_every, decay)
 
+    # States are `Any` for type checkers: Optax's type of states excludes named tuples.
     def init_fn(params: PyTree) -> Any:
+        # Without parameters, as in `optax.tree_map_params`, any dtype will do.
         dtype = jnp.dtype(jnp.float32)
         if jax.tree.leaves(params):
             dtype = at_least_float32(_end_time(where, params, "params").dtype)
@@ -102,8 +117,14 @@ def terminal_time(
         return TerminalTimeState(jnp.zeros((), jnp.int32), zero, zero)
 
     def update_fn(
-        updates, state, params=None, *, grad=None, squared_slope=None, **extra
-    ):
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        *,
+        grad: PyTree | None = None,
+        squared_slope: Real[ArrayLike, ""] | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, Any]:
         del extra
         if params is None or grad is None:
             msg = (
@@ -116,10 +137,13 @@ def terminal_time(
         t1 = _end_time(where, params, "params")
         slope = as_dtype(_end_time(where, grad, "grad"))
         square = slope**2 if squared_slope is None else as_dtype(squared_slope)
+        # The first value counts in full, so the averages have no bias towards zero.
         keep = jnp.where(state.count == 0, 0, as_dtype(decay))
         cost = as_dtype(penalty)
         first = keep * state.first + (1 - keep) * (cost * as_dtype(t1) + slope)
         second = keep * state.second + (1 - keep) * (cost + square)
+        # In the Gauss-Newton model, the step of the other parameters changes the first
+        # derivative by sigma <L_u, du>.
         step = first + slope * as_dtype(_feedback(where, grad, updates))
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         new = jnp.clip(as_dtype(t1) - as_dtype(rate) * step / second, low, high)
@@ -132,14 +156,21 @@ def terminal_time(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _check_settings(bounds, penalty, update_every, decay) -> None:
+def _check_settings(
+    bounds: tuple[float, float],
+    penalty: Real[ArrayLike, ""],
+    update_every: int,
+    decay: Real[ArrayLike, ""],
+) -> None:
+    """Raises `ValueError` for wrong Python numbers; arrays may be traced, and pass."""
     low, high = bounds
     if not 0 <= low < high:
         msg = f"`bounds` must be (low, high) with 0 <= low < high; got {bounds}."
         raise ValueError(msg)
     if isinstance(penalty, int | float) and not penalty > 0:
         msg = (
-            f"`penalty` must be positive, or the end time may run away; got {penalty}."
+            f"`penalty` must be positive: without it the end time may grow without "
+            f"bound; got {penalty}."
         )
         raise ValueError(msg)
     if isinstance(decay, int | float) and not 0 <= decay < 1:
@@ -150,7 +181,8 @@ def _check_settings(bounds, penalty, update_every, decay) -> None:
         raise ValueError(msg)
 
 
-def _end_time(where: Callable, tree: PyTree, name: str) -> Array:
+def _end_time(where: Callable[[PyTree], Array], tree: PyTree, name: str) -> Array:
+    """Returns `where(tree)`, after checking that it is a real scalar array."""
     out = where(tree)
     if jnp.shape(out) != () or not is_real(out):
         msg = (
@@ -161,14 +193,17 @@ def _end_time(where: Callable, tree: PyTree, name: str) -> Array:
     return out
 
 
-def _feedback(where: Callable, grad: PyTree, updates: PyTree) -> Any:
-    """The scalar product of gradient and step, the end time left out."""
+def _feedback(
+    where: Callable[[PyTree], Array], grad: PyTree, updates: PyTree
+) -> ArrayLike:
+    """Returns the scalar product of gradient and step, without the end time."""
+    # Masked parameters are missing in one of the trees.
     shapes = [[x.shape for x in jax.tree.leaves(tree)] for tree in (grad, updates)]
     if shapes[0] != shapes[1]:
         msg = (
-            "`terminal_time` must see the steps of all parameters, and got those of "
-            "some: put it last in an `optax.chain`, outside of `optax.partition` and "
-            "`optax.masked`."
+            "`terminal_time` must see the steps of all parameters, but got only those "
+            "of some: put it last in an `optax.chain`, outside of `optax.partition` "
+            "and `optax.masked`."
         )
         raise ValueError(msg)
     grad, updates = (
@@ -181,13 +216,13 @@ def _feedback(where: Callable, grad: PyTree, updates: PyTree) -> Any:
 class TerminalTimeDerivatives(NamedTuple):
     r"""The derivatives of a loss that involve the end time.
 
+    `nodegrad.terminal_time_derivatives` returns and defines them.
+
     **Arguments:**
 
-    - `first`: $Q_T$.
-    - `second`: $Q_{TT}$.
+    - `first`: $Q_T$, a scalar.
+    - `second`: $Q_{TT}$, a scalar.
     - `mixed`: $Q_{Tu}$, a pytree like the parameters $u$.
-
-    **Cost:** none; this is a container.
     """
 
     first: Float[Array, ""]
@@ -199,13 +234,13 @@ def terminal_time_derivatives(
     terminal_loss: Callable[[PyTree], Array],
     vector_field: Callable[[Array, PyTree, PyTree], PyTree],
     solve: Callable[[PyTree], PyTree],
-    t1: Any,
+    t1: Real[ArrayLike, ""],
     params: PyTree,
     *,
     running_cost: Callable[[Array, PyTree, PyTree], Array] | None = None,
-    penalty: Any = 0.0,
+    penalty: Real[ArrayLike, ""] = 0.0,
 ) -> TerminalTimeDerivatives:
-    r"""All derivatives up to the second that involve the end time, exactly.
+    r"""Returns the first and second derivatives that involve the end time, exactly.
 
     For $Q(T, u) = \Phi(y(T)) + \int_{t_0}^T \ell\,dt + c\,T^2 / 2$ with
     $y' = F(t, y, u)$ and the slope $\sigma(t, y, u) = \Phi_y^\top F + \ell$,
@@ -214,17 +249,31 @@ def terminal_time_derivatives(
       Q_{TT} = c + \sigma_t + \sigma_y^\top F, \qquad
       Q_{Tu} = \sigma_u + \left(\frac{\partial y(T)}{\partial u}\right)^\top \sigma_y,$$
 
-    which are $Q_{TT} = c + F^\top \Phi_{yy} F + \Phi_y^\top (F_t + F_y F) + \ell_t +
-    \ell_y^\top F$, and so on. The best step of the end time for a step $\delta u$ of
-    the parameters is $-(Q_T + \langle Q_{Tu}, \delta u \rangle) / Q_{TT}$.
+    Written out, $Q_{TT} = c + F^\top \Phi_{yy} F + \Phi_y^\top (F_t + F_y F) + \ell_t +
+    \ell_y^\top F$. For a step $\delta u$ of the parameters, the best step of the end
+    time is $-(Q_T + \langle Q_{Tu}, \delta u \rangle) / Q_{TT}$.
+
+    ```python
+    import diffrax
+    import jax.numpy as jnp
+    import nodegrad
+
+    def solve(rate):  # y(1) = exp(-rate)
+        solver, y0 = diffrax.Dopri5(), jnp.array(1.0)
+        return nodegrad.odesolve(field, solver, 0.0, 1.0, 0.1, y0, rate).ys[-1]
+
+    field, loss, rate = lambda t, y, rate: -rate * y, lambda y: y, jnp.array(2.0)
+    out = nodegrad.terminal_time_derivatives(loss, field, solve, 1.0, rate)
+    print([float(x.round(3)) for x in out])  # [-0.271, 0.541, 0.135]
+    ```
 
     **Arguments:**
 
     - `terminal_loss`: $\Phi$, a function of the state at the end.
-    - `vector_field`: $F(t, y, u)$, for the whole of the state (batch included).
-    - `solve`: takes $u$ to the state at the end, `y(T)`; differentiable.
+    - `vector_field`: $F(t, y, u)$, for the whole state (including the batch).
+    - `solve`: a differentiable function that returns `y(T)` for $u$.
     - `t1`: $T$.
-    - `params`: $u$, a pytree of arrays (and of whatever else, which is constant).
+    - `params`: $u$, a pytree of arrays (other leaves are treated as constants).
     - `running_cost`: $\ell(t, y, u)$, a scalar.
     - `penalty`: $c$.
 
@@ -234,8 +283,9 @@ def terminal_time_derivatives(
 
     **Cost:** one solve and its gradient, and two gradients of the slope.
 
-    **When not to use it:** for the derivatives of the *computed* loss, to rounding;
-    take `jax.jvp(jax.grad(loss), ...)`. These here are the limit for small steps.
+    **When not to use it:** for the derivatives of the *computed* loss, exact up to
+    rounding: take `jax.jvp(jax.grad(loss), ...)`. The derivatives here are the limit
+    for small steps.
 
     ??? cite "Reference"
 
@@ -249,13 +299,16 @@ def terminal_time_derivatives(
     diff, static = eqx.partition(params, eqx.is_inexact_array)
     y1, pull = jax.vjp(lambda diff: solve(eqx.combine(diff, static)), diff)
 
-    def slope(t, y, diff):
+    def slope(
+        t: Real[Array, ""], y: PyTree[Array], diff: PyTree[Array]
+    ) -> Float[Array, ""]:
         params = eqx.combine(diff, static)
         _, out = jax.jvp(terminal_loss, (y,), (vector_field(t, y, params),))
         return out if running_cost is None else out + running_cost(t, y, params)
 
     sigma, (by_t, by_y, by_u) = jax.value_and_grad(slope, (0, 1, 2))(t1, y1, diff)
     field = vector_field(t1, y1, params)
+    # The parameters also change the slope through the state at the end.
     (through_state,) = pull(by_y)
     penalty = jnp.asarray(penalty).astype(sigma.dtype)
     return TerminalTimeDerivatives(

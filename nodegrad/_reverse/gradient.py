@@ -1,4 +1,4 @@
-r"""The gradient of a recorded solve: a pullback through every step, last to first.
+r"""The gradient of a recorded solve: the pullbacks of its steps, from last to first.
 
 With $\Phi_i$ the map of accepted step $i$, from $y_i$ over $[s_i, e_i]$ to $y_{i+1}$
 and to the information $d_i$ that dense output interpolates, the reverse sweep is
@@ -6,18 +6,18 @@ and to the information $d_i$ that dense output interpolates, the reverse sweep i
 $$(\lambda_{y_i}, \lambda_{s_i}, \lambda_{e_i}, \Delta\lambda_\theta)
   = \Phi_i^* (\lambda_{y_{i+1}}, \lambda_{d_i}),$$
 
-where $\lambda_{d_i}$ collects what was saved from inside the step (`saves.py`) and
-$\theta$ is everything the step closes over: `args`, the terms, closures. Cotangents of
-times go through `_grid.pull_back_times`. A cotangent is named `ct_...` throughout.
+where $\lambda_{d_i}$ is the cotangent of rows saved inside the step (`saves.py`), and
+$\theta$ stands for all arrays that the step closes over: `args`, the terms, closures.
+Cotangents of times go through `step_times.pull_back_times`. Names of cotangents start
+with `ct_`.
 
-All this is for one solve or for a batch of them, which go back over step $i$ together.
-Cotangents of what solves share are summed over these inside every pullback. A solve
-that took no step $i$ waits, with zero cotangents.
+The code is for one solve or for a batch, whose solves visit step $i$ together.
+Cotangents of arrays that solves share are summed inside of each pullback. A solve
+that took fewer steps is inactive until its last step: it adds zeros.
 """
 
 import functools as ft
 from dataclasses import replace
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -29,16 +29,20 @@ from .._trajectory.recording import Inputs, none_like, Outputs, Recording
 from .._trajectory.state_source import BackwardStep
 from .._trajectory.step_times import pull_back_times
 from .._trajectory.trajectory import refuse
+from .layer_statistics import NodeStatistics
 from .saves import pull_back_saves, SaveCarry, StepCotangents
 
 
 class Carry(eqx.Module):
     """The cotangents that the sweep carries from step to step.
 
-    `y` and `replay_state` are those of the state after the step, `start` and `size`
-    those of the next step's, see `_grid.pull_back_times`, `anchors` those of the times
-    that steps are made to end at. `constants` are those of the step's constants, which
-    solves may share. `statistics` are those of layers, see `layer_statistics.py`.
+    - `y`, `replay_state`: of the state after the step to visit next.
+    - `start`, `size`: of the start of the step visited last (the next one in time), and
+      of the size of the step to visit next (see `step_times.pull_back_times`).
+    - `anchors`: of the times that steps are made to end at, separately for each solve.
+    - `saves`: of the outputs, save by save.
+    - `constants`: of the constants of a step, which solves may share.
+    - `statistics`: statistics of layers (see `layer_statistics.py`), or `None`.
     """
 
     y: PyTree
@@ -52,22 +56,23 @@ class Carry(eqx.Module):
 
 
 class GradientVisitor(eqx.Module):
-    """Pulls the cotangents of everything that a solve returned back to its inputs.
+    """Pulls the cotangents of all outputs of a solve back to its inputs.
 
-    - `ct`: these cotangents; `None` where one is known to be zero.
-    - `statistics`: what else to collect, see `layer_statistics.py`, or `None`.
+    - `ct`: the cotangents of the outputs; `None` where known to be zero.
+    - `statistics`: the statistics of layers to collect, or `None`.
     """
 
     recording: Recording
     ct: Outputs
-    statistics: Any = eqx.field(static=True, default=None)
+    statistics: NodeStatistics | None = eqx.field(static=True, default=None)
 
     def initial(self) -> Carry:
-        """The cotangents after the last step."""
+        """Returns the cotangents after the last step."""
         recording, ct = self.recording, self.ct
         inputs, trajectory = recording.inputs, recording.trajectory
         zero = jnp.zeros_like(trajectory.first_start)
-        # One for every solve, also where solves share the array itself.
+        # A separate cotangent for every solve, also where solves share the array: in a
+        # step they add to different positions of it. `finish` sums over the solves.
         each = lambda x, axes: recording.batch.expand(
             jnp.zeros_like(x), axes, recording.batch.all_axes
         )
@@ -102,15 +107,18 @@ class GradientVisitor(eqx.Module):
         )
 
     def visit(self, carry: Carry, step: BackwardStep) -> Carry:
-        """The cotangents before a step, from those after it."""
+        """Returns the cotangents before a step, given those after it."""
         recording, batch = self.recording, self.recording.batch
         outputs, pull = step.linearize()
         y1, _, info = outputs
+        # Add the cotangents of the rows that this step saved.
         zero = jnp.zeros_like(step.times.start)
         cts = StepCotangents(y1=carry.y, info=zeros_like(info), start=zero, end=zero)
         saves, cts = pull_back_saves(
             recording, self.ct, carry.saves, cts, step, y1, info
         )
+        # Pull back through the step. Inactive solves have the times of some other step
+        # of theirs, and zero cotangents, so they add zeros to shared constants.
         cts = batch.mask_inactive(step.active, cts)
         ct_state1 = batch.mask_inactive(step.active, carry.replay_state)
         ct_consts, ct_args = pull((cts.y1, ct_state1, cts.info))
@@ -122,6 +130,7 @@ class GradientVisitor(eqx.Module):
             saves=saves,
             constants=add(carry.constants, ct_consts),
         )
+        # The times of the step depend on the previous step, and on the anchors.
         if recording.wrt_times:
             start, end = cts.start + ct_start, cts.end + ct_end
             new = self._pull_back_times(new, step, start, end)
@@ -131,7 +140,7 @@ class GradientVisitor(eqx.Module):
                 recording, carry.statistics, step, y1, at_start, at_end
             )
             new = replace(new, statistics=statistics)
-        # Solves that took fewer steps wait: all that they add is zero.
+        # Inactive solves keep the cotangents of their final state.
         y, replay_state = batch.where_active(
             step.active,
             (new.y, new.replay_state),
@@ -139,7 +148,14 @@ class GradientVisitor(eqx.Module):
         )
         return replace(new, y=y, replay_state=replay_state)
 
-    def _pull_back_times(self, carry: Carry, step: BackwardStep, ct_start, ct_end):
+    def _pull_back_times(
+        self,
+        carry: Carry,
+        step: BackwardStep,
+        ct_start: Real[Array, "..."],
+        ct_end: Real[Array, "..."],
+    ) -> Carry:
+        """Returns `carry` with the cotangents of times before the step."""
         recording = self.recording
         pull = recording.batch.map_shared(
             pull_back_times, recording.inputs.grid, recording.axes.grid
@@ -149,7 +165,7 @@ class GradientVisitor(eqx.Module):
         return replace(carry, anchors=anchors, start=start, size=size)
 
     def nan_where(self, failed: Bool[Array, "..."], carry: Carry) -> Carry:
-        """`carry`, but NaN for solves that `failed`, and in whatever they add to."""
+        """Sets the cotangents of `failed` solves to NaN, and all sums with them."""
         nan = lambda x: x * jnp.nan if eqx.is_inexact_array(x) else x
         each = ft.partial(jax.tree.map, lambda x: where(failed, nan(x), x))
         shared = ft.partial(jax.tree.map, lambda x: where(jnp.any(failed), nan(x), x))
@@ -173,12 +189,14 @@ class GradientVisitor(eqx.Module):
         )
 
     def finish(self, carry: Carry) -> Inputs:
-        """The cotangents of the inputs."""
+        """Returns the cotangents of the inputs, from those before the first step."""
         recording, wrt = self.recording, self.recording.wrt
         batch, axes = recording.batch, recording.axes
+        # Sum over the solves that share anchors, or times to save at.
         ct_grid = none_like(recording.inputs.grid)
         first_start, first_end = None, None
         if recording.wrt_times:
+            # The first size is `first_end - first_start`.
             first_start, first_end = carry.start - carry.size, carry.size
             anchors = batch.total_over_batch(carry.anchors, axes.grid.anchors)
             ct_grid = replace(ct_grid, anchors=anchors)
@@ -202,22 +220,26 @@ class GradientVisitor(eqx.Module):
 
 
 def pull_back(recording: Recording, ct: Outputs) -> Inputs:
-    """The cotangents of `recording.inputs`, from those of all that the solve returned.
+    """Returns the cotangents of `recording.inputs`, given those of the outputs.
 
-    Only what `recording.wrt` marks is complete.
+    Cotangents of arrays that `recording.wrt` does not mark are `None` or incomplete.
+    They are NaN for solves that have no derivative; with `plan.throw` this is an error.
     """
     statistics = None
+    # Statistics are an additional "gradient", with respect to the probes of layers.
     if recording.plan.statistics is not None:
         recording, statistics = recording.plan.statistics.joined(recording)
     visitor = GradientVisitor(recording, ct, statistics)
     states, steps = recording.plan.states, recording.steps
     carry, error = states.walk(steps, visitor.visit, visitor.initial(), True)
     throw, trajectory = recording.plan.throw, recording.trajectory
+    # There is no derivative if states could not be reconstructed, if some steps were
+    # not recorded, or (with `throw`) if the solve ended before `t1`.
     carry = states.guarded(carry, steps, error, throw, visitor.nan_where)
     is_cut = recording.batch.map(lambda trajectory: trajectory.is_cut)
     failed = refuse(is_cut(trajectory), throw)
     if throw and not recording.plan.event:
-        # JAX drops the exception of a solve whose value is not used, as in
-        # `jax.jit(jax.grad(loss))` of a loss that is linear in it.
+        # JAX drops the error of a solve whose value is not used, as in
+        # `jax.jit(jax.grad(loss))` of a loss that is linear in the value.
         failed = failed | ~jnp.all(trajectory.at_end)
     return visitor.finish(visitor.nan_where(failed, carry))

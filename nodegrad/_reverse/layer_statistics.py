@@ -1,18 +1,18 @@
-r"""Statistics of the layers inside a solve, collected by its sweep.
+r"""Statistics of the layers inside a vector field, collected by the reverse sweep.
 
-A layer that is used in the vector field is used in every stage of every step. The
-stages are no sample of anything: their cotangents carry the weights of the method,
-which differ from method to method and may be negative. What has a limit are the inputs
-$a(t)$ of the layer along the solution and the gradients
-$g(t) = (\partial F / \partial h)^\top \lambda(t)$ with respect to its outputs $h$,
-where $\lambda(t)$ is the cotangent of the state. So, while the sweep walks back, the
-vector field is evaluated once more at both ends of every step with the cotangent that
-the state has there, and integrals over time are sums with the weights of the
-trapezoidal rule. That is the only place where a solve makes statistics: the gradient
-visits its steps with them. (What jumps inside a step, because the step saved something
-there, is taken to jump at its end.)
+A solve evaluates its vector field, and every layer inside it, in each stage of each
+step. Stage cotangents are scaled by the solver's tableau weights, which may be
+negative, so averages over stages depend on the solver. Two functions of time have a
+limit for small steps: the input $a(t)$ of a layer along the solution, and the gradient
+$g(t) = (\partial F / \partial h)^\top \lambda(t)$ with respect to its output $h$, where
+$F$ is the vector field and $\lambda(t)$ the cotangent of the state.
 
-Nothing of this exists in a solve whose vector field has no `layer_product`, nor where
+At every step, the sweep therefore evaluates the vector field again at both ends of the
+step, and pulls back the cotangent that the state has there. Integrals over time are
+trapezoidal sums. The statistics of the stages are not used. (If a row was saved inside
+a step, $\lambda$ jumps there; it is treated as if it jumped at the end of the step.)
+
+A vector field without `layer_product`s has no statistics. They are also left out where
 the probes are not differentiated.
 """
 
@@ -22,25 +22,28 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree, Real
 
 from .._internal.batch import Axes
 from .._internal.closure_convert import as_struct, closure_convert, Pure
 from .._internal.compat import is_sde
 from .._internal.tree import add, zeros_like
 from .._layers.find_products import find_products, has_products, Slots
-from .._layers.layer_product import Use
+from .._layers.layer_product import Statistics, Use
 from .._trajectory.recording import Recording
 from .._trajectory.state_source import BackwardStep, Part
 
 
 class NodeStatistics(eqx.Module):
-    """Collects statistics at the ends of steps, for the gradient.
+    """Collects the statistics at the two ends ("nodes") of every step.
 
-    - `field`: the vector field, a function of `(step start, step end, t, y)`.
-    - `replay_state`: the part of the solver state that a replay needs, of `(t, t1, y)`.
-    - `slots`: the probes among the constants of `field`.
-    - `probes_of_step`: which constants of the sweep's steps are probes.
+    - `field`: computes the vector field from `(step start, step end, t, y)`.
+    - `replay_state`: computes the replay state of a fresh solver from `(t, t1, y)`.
+    - `slots`: for every layer, the positions of its probes among the constants of
+      `field`.
+    - `probes_of_step`: for every constant of a step, whether it is a probe.
+    - `reduction`: `"integral"`, `"expand"` or `"reduce"`, see
+      `nodegrad.value_grad_and_curvature`.
     """
 
     field: Pure = eqx.field(static=True)
@@ -49,76 +52,101 @@ class NodeStatistics(eqx.Module):
     probes_of_step: PyTree[bool] = eqx.field(static=True)
     reduction: str = eqx.field(static=True)
 
-    def joined(self, recording: Recording) -> tuple[Recording, Any]:
-        """`recording` without statistics of stages, and this if it is wanted.
+    def joined(self, recording: Recording) -> "tuple[Recording, NodeStatistics | None]":
+        """Returns `recording` without the statistics of stages, and `self`.
 
-        It is wanted if a probe is differentiated.
+        The second result is `None` if no probe is differentiated.
         """
         wrt_field, _ = recording.wrt.statistics
-        is_wanted = any(wrt_field[slot] for slots in self.slots for slot in slots)
+        is_wanted = any(wrt_field[slot] for slot in jax.tree.leaves(self.slots))
+        # Steps must not differentiate their probes: those would be stage statistics.
         but_not = lambda w, is_probe: w and not is_probe
         constants = jax.tree.map(but_not, recording.wrt.constants, self.probes_of_step)
         wrt = replace(recording.wrt, constants=constants)
         return replace(recording, wrt=wrt), self if is_wanted else None
 
-    @property
-    def _collected(self) -> slice:
-        """Which statistics the sweep carries."""
-        # Of a sum over time only the sum is squared.
-        return slice(3, 6) if self.reduction == "reduce" else slice(1, 4)
+    def _carried(self, statistics: Statistics[Any]) -> Statistics[Any]:
+        """Returns those of `statistics` that the sweep carries; the others are `None`.
 
-    def initial(self, recording: Recording) -> list[list[Array]]:
-        """No statistics yet."""
+        The items are arrays, axes or positions.
+        """
+        # "reduce" squares after integrating over time, so it carries only sums, of
+        # shapes `(..., d_in)` and `(..., d_out)`, instead of outer products.
+        if self.reduction == "reduce":
+            return statistics._replace(inputs=None, outputs=None)
+        return statistics._replace(x_sum=None, g_sum=None)
+
+    def initial(self, recording: Recording) -> list[Statistics[Array | None]]:
+        """Returns zeros for the statistics of every layer, before the last step."""
         consts, _ = recording.inputs.statistics
         axes, _ = recording.axes.statistics
         batch = recording.batch
 
-        def zero(slot):
+        def zero(slot: int) -> Array:
             zeros = jnp.zeros_like(consts[slot])
             if self.reduction == "reduce":
-                # One for every solve: their products are summed, not they.
+                # Each solve has its own sums: they are squared before solves are added.
                 zeros = batch.expand(zeros, axes[slot], batch.all_axes)
             return zeros
 
-        return [[zero(slot) for slot in slots[self._collected]] for slots in self.slots]
+        return [
+            jax.tree.map(zero, self._carried(slots.statistics)) for slots in self.slots
+        ]
 
     def visit(
         self,
         recording: Recording,
-        total: list[list[Array]],
+        total: list[Statistics[Array | None]],
         step: BackwardStep,
         y1: PyTree,
         cts_start: PyTree,
         cts_end: PyTree,
-    ) -> list[list[Array]]:
-        """`total` with the statistics of the two ends of a step.
+    ) -> list[Statistics[Array | None]]:
+        """Returns `total` plus the statistics of the two ends of a step.
 
-        `cts_start` and `cts_end` are the cotangents of `(y, replay state)` at the ends.
+        **Arguments:**
+
+        - `total`: the carried statistics of each layer.
+        - `y1`: the state at the end of the step; `None` where it is not inexact.
+        - `cts_start`, `cts_end`: the cotangents of `(y, replay state)` at the ends.
         """
         start, end = step.times.start, step.times.end
+        # Leaves that are not floating point numbers are the same at both ends.
         y1 = eqx.combine(y1, step.y)
         both = lambda a, b: jax.tree.map(lambda a, b: jnp.stack([a, b]), a, b)
-        # The two ends are one more axis, in front of those of the batch.
+        # From here on, arrays of the nodes have the shape `(2, *batch, ...)`.
         nodes = both((start, step.y, cts_start), (end, y1, cts_end))
         over_nodes = lambda fn, *axes: jax.vmap(recording.batch.map(fn), in_axes=axes)
         ct_y = self._whole_cotangents(recording, nodes, end)
         size = end - start
+        # The trapezoidal rule. Solves that did not take this step get no weight.
         weight = jnp.where(step.active, size / 2, 0)
         if self.reduction == "expand":
+            # A step is one use of the layer with the gradient `h g`, half of it at
+            # each end. So the step size `h` scales the cotangent, and not the weight.
             weight = jnp.where(step.active, jnp.full_like(size, 0.5), 0)
             ct_y = over_nodes(_scaled, 0, None)(ct_y, size)
         t, y, _ = nodes
         weight = over_nodes(_of_use, None, 0)(weight, ct_y)
+        # The "cotangents" of probes are the statistics (see `layer_product.py`), summed
+        # over the nodes, and over those solves that share a probe.
         values, axes = recording.inputs.statistics[0], recording.axes.statistics[0]
         probe_axes = self._probe_axes(recording, axes)
 
-        def field(shared, weight, start, end, t, y):
+        def field(
+            shared: tuple[list[Statistics[Array | None]], list[Array]],
+            weight: Float[Array, ""],
+            start: Real[Array, ""],
+            end: Real[Array, ""],
+            t: Real[Array, ""],
+            y: PyTree[Array],
+        ) -> PyTree[Array]:
             probes, values = shared
             consts = self._consts(values, probes, weight)
             out = self.field(consts, start, end, t, y)
             return eqx.filter(out, eqx.is_inexact_array)
 
-        def all_nodes(probes):
+        def all_nodes(probes: list[Statistics[Array | None]]) -> PyTree[Array]:
             shared, shared_axes = (probes, values), (probe_axes, axes)
             fn = recording.batch.map_shared(field, shared, shared_axes)
             return jax.vmap(fn, in_axes=(0, None, None, 0, 0))(weight, start, end, t, y)
@@ -127,34 +155,63 @@ class NodeStatistics(eqx.Module):
         (statistics,) = pull(ct_y)
         return add(total, statistics)
 
-    def _probe_axes(self, recording: Recording, axes: list[Axes]) -> list[list[Axes]]:
-        """The axes of the collected statistics."""
-        if self.reduction == "reduce":
-            every = recording.batch.all_axes
-            return [[every for _ in slots[self._collected]] for slots in self.slots]
-        return [[axes[slot] for slot in slots[self._collected]] for slots in self.slots]
+    def _probe_axes(
+        self, recording: Recording, axes: list[Axes]
+    ) -> list[Statistics[Axes | None]]:
+        """Returns the batch axes of the carried statistics of each layer."""
 
-    def _consts(self, values: list[Array], probes, weight) -> list[Array]:
-        """The constants of `field`, with these probes and this weight among them."""
+        def axes_of(slot: int) -> Axes:
+            # As in `initial`.
+            is_summed_later = self.reduction == "reduce"
+            return recording.batch.all_axes if is_summed_later else axes[slot]
+
+        carried = [self._carried(slots.statistics) for slots in self.slots]
+        return jax.tree.map(axes_of, carried)
+
+    def _consts(
+        self,
+        values: list[Array],
+        probes: list[Statistics[Array | None]],
+        weight: Float[Array, ""],
+    ) -> list[Array]:
+        """Returns the constants of `field`, with `probes` and `weight` put in."""
         consts = list(values)
         for slots, probe in zip(self.slots, probes, strict=True):
-            for slot, value in zip(slots[self._collected], probe, strict=True):
+            carried = jax.tree.leaves(self._carried(slots.statistics))
+            for slot, value in zip(carried, jax.tree.leaves(probe), strict=True):
                 consts[slot] = value
-            offset = (weight + 1).astype(consts[slots[0]].dtype)
-            consts[slots[0]] = jnp.broadcast_to(offset, consts[slots[0]].shape)
+            # Statistics have the weight `offset - 1`; an offset of zero would mean a
+            # weight of one.
+            old = consts[slots.offset]
+            offset = (weight + 1).astype(old.dtype)
+            consts[slots.offset] = jnp.broadcast_to(offset, old.shape)
         return consts
 
-    def _whole_cotangents(self, recording: Recording, nodes, t1) -> PyTree:
-        """The cotangents of the solution, from those of all copies a solver keeps."""
+    def _whole_cotangents(
+        self, recording: Recording, nodes: tuple, t1: Real[Array, "..."]
+    ) -> PyTree[Array]:
+        """Returns the cotangents of the solution at the nodes.
+
+        A replay state also depends on the solution: it is $f(t, y)$ of a method that
+        shares its last stage with the next step, and the second copy of a reversible
+        solver. Its cotangent is pulled back to `y`, as if the solver started there.
+
+        **Arguments:**
+
+        - `nodes`: `(t, y, (cotangent of y, cotangent of the replay state))`.
+        - `t1`: the end of the step, of shape `(*batch,)`.
+        """
         consts, axes = recording.inputs.statistics[1], recording.axes.statistics[1]
 
-        def whole(consts, node, t1):
+        def whole(
+            consts: list[Array], node: tuple, t1: Real[Array, ""]
+        ) -> PyTree[Array]:
             t, y, (ct_y, ct_kept) = node
             if not jax.tree.leaves(ct_kept):
                 return ct_y
             diff, static = eqx.partition(y, eqx.is_inexact_array)
 
-            def replay_state(diff):
+            def replay_state(diff: PyTree[Array]) -> PyTree[Array]:
                 out = self.replay_state(consts, t, t1, eqx.combine(diff, static))
                 return eqx.filter(out, eqx.is_inexact_array)
 
@@ -164,42 +221,62 @@ class NodeStatistics(eqx.Module):
         fn = recording.batch.map_shared(whole, consts, axes)
         return jax.vmap(fn, in_axes=(0, None))(nodes, t1)
 
-    def finish(self, recording: Recording, total: list[list[Array]]) -> Any:
-        """The cotangents of the constants of `field` and of `replay_state`."""
+    def finish(
+        self, recording: Recording, total: list[Statistics[Array | None]]
+    ) -> Any:
+        """Returns the cotangents of the constants of `field` and of `replay_state`.
+
+        Those of probes are the statistics `total`; all others are `None`.
+        """
         consts, replay_state_consts = recording.inputs.statistics
         axes, _ = recording.axes.statistics
+        batch = recording.batch
         cts: list[Any] = [None] * len(consts)
         for slots, statistics in zip(self.slots, total, strict=True):
-            _, inputs, outputs, count, *_ = slots
+            # Sums are not reported: the curvature does not need them.
+            reported = slots.statistics._replace(x_sum=None, g_sum=None)
             if self.reduction == "reduce":
-                statistics = [
-                    recording.batch.total(x, recording.batch.all_axes, axes[slot])
-                    for x, slot in zip(
-                        _products(*statistics), (inputs, outputs, count), strict=True
-                    )
-                ]
-            for slot, value in zip((inputs, outputs, count), statistics, strict=True):
+                # Square the sums of each solve, then add the solves that share a layer.
+                statistics = jax.tree.map(
+                    lambda slot, x: batch.total(x, batch.all_axes, axes[slot]),
+                    reported,
+                    _products(statistics),
+                )
+            positions, values = jax.tree.leaves(reported), jax.tree.leaves(statistics)
+            # Two entries of `slots` may share a probe. Their statistics add up.
+            for slot, value in zip(positions, values, strict=True):
                 cts[slot] = value if cts[slot] is None else cts[slot] + value
         return cts, [None] * len(replay_state_consts)
 
 
-def _products(count: Array, x_sum: Array, g_sum: Array) -> list[Array]:
-    """Of the mean of inputs and the sum of gradients; one if there are any."""
-    is_any = count > 0
-    x_mean = x_sum / jnp.where(is_any, count, 1)[..., None]
-    return [_outer(x_mean), _outer(g_sum), is_any.astype(count.dtype)]
+def _products(sums: Statistics[Any]) -> Statistics[Any]:
+    """Returns the `inputs`, `outputs` and `count` of `reduction="reduce"`, from sums.
+
+    They are the outer products of the mean input and of the summed gradient with
+    themselves. The count is one for a solve that used the layer, and otherwise zero.
+    Batch axes come first in every array.
+    """
+    # Without any use the sums are zero, and the mean should be zero, too.
+    is_any = sums.count > 0
+    x_mean = sums.x_sum / jnp.where(is_any, sums.count, 1)[..., None]
+    return Statistics(
+        inputs=_outer(x_mean),
+        outputs=_outer(sums.g_sum),
+        count=is_any.astype(sums.count.dtype),
+        x_sum=None,
+        g_sum=None,
+    )
 
 
-def _outer(x: Array) -> Array:
+def _outer(x: Float[Array, "... d"]) -> Float[Array, "... d d"]:
     return x[..., :, None] * x[..., None, :]
 
 
-def _of_use(weight: Array, ct: PyTree) -> Array:
-    """`weight`, or zero where nothing depends on the state any more.
+def _of_use(weight: Float[Array, ""], ct: PyTree[Array]) -> Float[Array, ""]:
+    """Returns `weight`, or zero if `ct`, the cotangent of the state, is zero.
 
-    So it has an axis for every `vmap` for which `ct` has one. A layer whose input is
-    the same for all of a batch would else be taken to be used once, by a sum of
-    samples.
+    The result must be batched wherever `ct` is. Otherwise a layer with the same input
+    for the whole batch would be counted once, with the summed gradient.
     """
     is_used = jnp.array(False)
     for x in jax.tree.leaves(ct):
@@ -207,28 +284,44 @@ def _of_use(weight: Array, ct: PyTree) -> Array:
     return jnp.where(is_used, weight, 0)
 
 
-def _scaled(tree: PyTree, size: Array) -> PyTree:
+def _scaled(tree: PyTree[Array], size: Real[Array, ""]) -> PyTree[Array]:
     return jax.tree.map(lambda x: x * size.astype(x.dtype), tree)
 
 
 def make_statistics(
     solve: Any, state: PyTree, step_consts: PyTree[Array], parts: dict[str, Part]
 ) -> Any:
-    """`(constants, NodeStatistics)`, or `(None, None)` without layer products."""
+    """Returns `(constants, NodeStatistics)`, or `(None, None)` without layer products.
+
+    **Arguments:**
+
+    - `solve`: the `Solve`. (`plan.py`, where that class is, imports this module.)
+    - `state`: the state of the loop before the first step.
+    - `step_consts`, `parts`: the pure functions of a step, and their constants.
+    """
     if not any(has_products(part.jaxpr) for part in parts.values()):
         return None, None
     terms, args = solve.step.terms, solve.step.args
     _check_terms(terms)
     t, y = as_struct(state.tprev), as_struct(state.y)
 
-    def field(start, end, t, y):
+    def field(
+        start: Real[Array, ""],
+        end: Real[Array, ""],
+        t: Real[Array, ""],
+        y: PyTree[Array],
+    ) -> PyTree[Array]:
+        # Divided by the step size, so that sums over steps are integrals over time.
         per_time = lambda x: x / (end - start).astype(x.dtype)
         control = jax.tree.map(per_time, terms.contr(start, end))
         out = terms.prod(terms.vf(t, y, args), control)
+        # The cotangents that are pulled back have the shapes and dtypes of the state.
         like = lambda f, y: jnp.broadcast_to(f, y.shape).astype(y.dtype)
         return jax.tree.map(like, out, y)
 
-    def replay_state(t, t1, y):
+    def replay_state(
+        t: Real[Array, ""], t1: Real[Array, ""], y: PyTree[Array]
+    ) -> PyTree[Array]:
         solver_state = solve.step.start(t, t1, y)
         return eqx.filter(
             solve.states.replay_state(solver_state, jnp.array(False)),
@@ -238,12 +331,14 @@ def make_statistics(
     field_consts, pure_field = closure_convert(field, t, t, t, y)
     replay_state_consts, pure_replay_state = closure_convert(replay_state, t, t, y)
     products = find_products(pure_field.jaxpr)
+    # A layer that is used twice in the field is listed once.
     slots = tuple(dict.fromkeys(slots for slots, _ in products))
     reduction = products[0][1].reduction
     if reduction == "reduce":
         for _, use in products:
             _check_one_sample(use)
-    probes = [field_consts[slot] for layer in slots for slot in layer]
+    # The same arrays, by identity, are among the constants of the steps.
+    probes = [field_consts[slot] for slot in jax.tree.leaves(slots)]
     is_probe = lambda x: any(x is probe for probe in probes)
     payload = NodeStatistics(
         field=pure_field,
@@ -256,9 +351,10 @@ def make_statistics(
 
 
 def _check_terms(terms: PyTree) -> None:
+    """Raises unless the terms have one vector field without noise."""
     if not hasattr(terms, "vf_prod"):
         msg = (
-            "The curvature of layers inside a solve is known for a solver with one "
+            "The curvature of layers inside a solve is defined for a solver with one "
             f"term; this one has {terms}. Use a Runge-Kutta method for the whole state."
         )
         raise ValueError(msg)
@@ -272,7 +368,11 @@ def _check_terms(terms: PyTree) -> None:
 
 
 def _check_one_sample(use: Use) -> None:
-    """Sums over time may not mix samples."""
+    """Raises if a layer is applied to all samples of the batch inside of one solve.
+
+    With `reduction="reduce"`, its sums over time would mix the samples.
+    """
+    # The axes of a use are the `vmap`s around it and, for a matrix, its positions.
     sizes = [level.size for level in use.levels]
     if use.conv is None:
         sizes += use.shape[1:]

@@ -1,11 +1,15 @@
-"""What to record of a solve, and its parts as pure functions."""
+"""Collects what a recording needs to know of a solve, with its parts as pure functions.
+
+`Solve` describes a solve before it is traced. `make_plan` splits it into `Plan`, which
+is static, and `Inputs`, the arrays that a derivative may be taken with respect to.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import equinox as eqx
-from jaxtyping import Array, PyTree
+import jax
+from jaxtyping import Array, PyTree, Real
 
 from .._internal.closure_convert import as_struct, closure_convert, Pure
 from .._internal.compat import is_unsafe_sde
@@ -19,15 +23,18 @@ from .saves import Save
 
 
 class Solve(eqx.Module):
-    """What a loop solves: everything that a recording needs to know of it.
+    """Describes the solve that a loop computes.
 
     - `step`: the step, with the terms and `args`.
-    - `states`: where a derivative gets the states from.
-    - `grid`: what the times of steps depend on.
-    - `recorded_steps`: how many accepted steps there is room to write down.
-    - `jumps`: whether a step may start elsewhere than the one before ended.
-    - `check`: whether to reconstruct the states right after the solve, for the error.
-    - `throw`: whether a failure raises.
+    - `states`: how a derivative gets the states before the accepted steps.
+    - `interpolation_cls`: makes rows inside a step from its dense information.
+    - `saves`: what is saved during the loop.
+    - `grid`: the times that the times of steps depend on.
+    - `t0`, `t1`: the interval; scalars, with `t0 <= t1`.
+    - `recorded_steps`: the number of accepted steps that can be recorded.
+    - `jumps`: whether a step may start elsewhere than the previous one ended.
+    - `check`: whether to reconstruct the states after the solve, to report the error.
+    - `throw`: whether a failure raises an error.
     - `dense`, `event`: whether there are dense output and an event.
     """
 
@@ -36,8 +43,8 @@ class Solve(eqx.Module):
     interpolation_cls: Callable = eqx.field(static=True)
     saves: list[Save]
     grid: AbstractGrid
-    t0: Array
-    t1: Array
+    t0: Real[Array, ""]
+    t1: Real[Array, ""]
     recorded_steps: int = eqx.field(static=True)
     jumps: bool = eqx.field(static=True)
     check: bool = eqx.field(static=True)
@@ -47,22 +54,30 @@ class Solve(eqx.Module):
 
     @property
     def stores_times(self) -> bool:
-        """Whether the ends of steps are written down rather than computed again."""
-        # Some noise is the same only for the very same times.
+        """Whether the ends of steps are recorded, instead of computed again."""
+        # An `UnsafeBrownianPath` has the same increments only for bitwise equal times.
         return isinstance(self.grid, AdaptiveGrid) or is_unsafe_sde(self.step.terms)
 
 
 def make_plan(solve: Solve, state: PyTree) -> tuple[Plan, Inputs]:
-    """What is static about a solve, and what it depends on."""
+    """Splits a solve into its static plan and the arrays it depends on.
+
+    `state` is the loop state before the first step. Only the shapes of its arrays enter
+    the plan; the arrays themselves are among the inputs.
+    """
     t, y = as_struct(state.tprev), as_struct(state.y)
     replay_state = solve.states.replay_state(state.solver_state, state.made_jump)
+    # Examples to trace with: no array of this solve may become a constant by accident.
     replay_state = as_struct(replay_state)
     constants, parts, results = closure_convert_parts(solve.states, t, y, replay_state)
     _, _, dense_info = results
+    # One function for each way that a save computes rows, and its constants.
     saves = [
         _closure_convert_save(solve, save, t, y, dense_info) for save in solve.saves
     ]
+    # `None` unless the vector field has layers whose curvature is wanted.
     statistics_consts, statistics = make_statistics(solve, state, constants, parts)
+    # A plan is a parameter of a JAX primitive: arrays of `states` are inputs instead.
     plan = Plan(
         states=eqx.filter(solve.states, eqx.is_array, inverse=True),
         parts=parts,
@@ -72,6 +87,7 @@ def make_plan(solve: Solve, state: PyTree) -> tuple[Plan, Inputs]:
         event=solve.event,
         throw=solve.throw,
     )
+    # The first state and times are `None` here; `with_first` takes them from `state`.
     others = Inputs(
         y=None,
         replay_state=None,
@@ -87,18 +103,32 @@ def make_plan(solve: Solve, state: PyTree) -> tuple[Plan, Inputs]:
 
 
 def _closure_convert_save(
-    solve: Solve, save: Save, t: Any, y: PyTree, dense_info: PyTree
-) -> tuple[list[Any], PureSave]:
-    """How `save` computes its rows at the end of a step, and inside of one."""
+    solve: Solve,
+    save: Save,
+    t: jax.ShapeDtypeStruct,
+    y: PyTree[jax.ShapeDtypeStruct],
+    dense_info: PyTree[jax.ShapeDtypeStruct],
+) -> tuple[list[list[Array]], PureSave]:
+    """Splits `save` into `[constants at the end, constants inside]` and a `PureSave`.
+
+    The two functions of `PureSave` compute a row at the end of a step, and inside it.
+    """
     args = solve.step.args
 
-    def at_end(t, y):
+    def at_end(t: Real[Array, ""], y: PyTree) -> PyTree[Array]:
         return as_arrays(save.fn(t, y, args))
 
-    def inside(t, start, end, info):
+    # Dense information has the names of the arguments of the interpolation.
+    def inside(
+        t: Real[Array, ""],
+        start: Real[Array, ""],
+        end: Real[Array, ""],
+        info: PyTree[Array],
+    ) -> PyTree[Array]:
         interpolation = solve.interpolation_cls(t0=start, t1=end, **info)
         return as_arrays(save.fn(t, interpolation.evaluate(t), args))
 
+    # A function that does not exist has no constants.
     no_function: tuple[list[Array], Pure | None] = [], None
     at_end_consts, pure_at_end = (
         closure_convert(at_end, t, y) if save.steps else no_function
@@ -111,9 +141,9 @@ def _closure_convert_save(
 
 
 def with_first(states: AbstractStateSource, others: Inputs, state: PyTree) -> Inputs:
-    """`others`, with the first state and step times from a loop state.
+    """Returns `others` with the first state and step times taken from a loop state.
 
-    Also of tangents, with `None` for those that are zero.
+    Tangents of both may be passed as well, with `None` for zeros.
     """
     return eqx.filter(
         replace(
@@ -128,5 +158,6 @@ def with_first(states: AbstractStateSource, others: Inputs, state: PyTree) -> In
 
 
 def without_first(inputs: Inputs) -> Inputs:
-    """`inputs` without the first state and step times."""
+    """Returns `inputs` with `None` for the first state and step times."""
+    # The loop state has these already; they would be passed twice.
     return replace(inputs, y=None, replay_state=None, first_start=None, first_end=None)

@@ -1,8 +1,9 @@
-"""A recorded solve again, without its search for step sizes, as a function of inputs.
+"""Pushes tangents of the inputs of a recorded solve forward to its outputs.
 
-`replay` makes the accepted steps of one solve again, from its first state on, and
-writes what the solve returned. Its derivative by forward mode is the tangent map of the
-solve: step sizes are constant, and step times move as in `step_times.py`.
+`replay` makes the accepted steps of one solve again, without the search for step sizes,
+and writes the outputs again, as a function of `Inputs`. Its derivative by forward mode
+is the tangent map of the solve: step sizes are constant, and the times of steps depend
+on the inputs as described in `step_times.py`.
 """
 
 from typing import Any
@@ -21,9 +22,14 @@ from .._trajectory.trajectory import refuse, Trajectory
 
 
 class _State(eqx.Module):
-    """What the loop carries: the state before step `index`, and what was written.
+    """What the loop carries: the state before step `index`, and the outputs so far.
 
-    - `previous_end`, `previous_size`: of the step before, with their tangents.
+    - `previous_end`, `previous_size`: the end and the size of the previous step, as
+      functions of the inputs.
+    - `saved`: the rows of the saves. These and the fields below hold only arrays that
+      have tangents, and are `None` where the solve has no such output.
+    - `event`: start, end and dense information of the last step, or `None`.
+    - `rows`, `ends`, `starts`: stored states and recorded times of steps.
     """
 
     index: Int[Array, ""]
@@ -32,12 +38,12 @@ class _State(eqx.Module):
     previous_end: Real[Array, ""]
     previous_size: Real[Array, ""]
     saved: list[SaveState]
-    dense_ts: Any
-    dense_infos: PyTree
+    dense_ts: PyTree[Real[Array, " steps+1"]]
+    dense_infos: PyTree[Array]
     event: tuple[Array, Array, PyTree] | None
-    rows: PyTree
-    ends: Any
-    starts: Any
+    rows: PyTree[Array]
+    ends: Real[Array, " recorded_steps"] | None
+    starts: Real[Array, " recorded_steps"] | None
 
 
 def push_forward(
@@ -47,23 +53,25 @@ def push_forward(
     tangents: Inputs,
     struct: Outputs,
 ) -> Outputs:
-    """The tangents of what one solve returned, from those of its inputs.
+    """Returns the tangents of the outputs of one solve, given those of its inputs.
 
-    `tangents` has `None` for inputs without one; `struct` are shapes and dtypes of the
-    results.
+    `tangents` has `None` for inputs without a tangent. `struct` has the shapes and
+    dtypes of the outputs. The tangents are NaN if the solve has no derivative; with
+    `plan.throw` this is an error.
     """
     perturbed = jax.tree.map(lambda _, t: t is not None, inputs, tangents)
     wanted, fixed = eqx.partition(inputs, perturbed)
     moves = moving_times(perturbed)
 
-    def fn(wanted):
+    def fn(wanted: Inputs) -> Outputs:
         inputs = eqx.combine(wanted, fixed)
         return replay(plan, inputs, trajectory, struct, moves)
 
     _, out = jax.jvp(fn, (wanted,), (eqx.filter(tangents, perturbed),))
+    # Steps that were not recorded could not be made again: there is no derivative.
     failed = refuse(trajectory.is_cut, plan.throw)
     if plan.throw and not plan.event:
-        # As `pull_back` does: the exception may have been dropped.
+        # JAX may have dropped the error of the solve, as in `gradient.pull_back`.
         failed = failed | ~trajectory.at_end
     return jax.tree.map(lambda t: jnp.where(failed, jnp.nan, t), out)
 
@@ -75,8 +83,8 @@ def replay(
     struct: Outputs,
     moves: bool,
 ) -> Outputs:
-    """What the solve returned; step times have tangents only if it `moves`."""
-    # The recorded steps are constants: all that depends on inputs is computed again.
+    """Returns the outputs of the solve. Times of steps have tangents if `moves`."""
+    # Recorded arrays are constants: everything is computed from the inputs again.
     trajectory = jax.lax.stop_gradient(trajectory)
     grid = jax.lax.stop_gradient(inputs.grid)
 
@@ -84,11 +92,14 @@ def replay(
         times = trajectory.times(grid, state.index)
         start, end = times.start, times.end
         if moves:
+            # The values stay those recorded, to the last bit. Only tangents are added:
+            # the start moves with the previous end (at a jump the two differ).
             previous_end = state.previous_end
             start = start + (previous_end - jax.lax.stop_gradient(previous_end))
             end = moving_end(inputs.grid, times, start, state.previous_size)
         return _make_step(plan, inputs, state, times, start, end)
 
+    # Only forward mode differentiates this loop, so `kind="lax"` is enough.
     final = while_loop(
         lambda state: state.index < trajectory.num_steps,
         body,
@@ -118,7 +129,8 @@ def replay(
 def _first_state(
     plan: Plan, inputs: Inputs, trajectory: Trajectory, struct: Outputs
 ) -> _State:
-    """The state before the first step, with nothing written."""
+    """Returns the state before the first step, with outputs of zeros."""
+    # Zeros, and not infinities as in the solve: rows not written have zero tangents.
     empty = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
     return _State(
         index=jnp.zeros_like(trajectory.num_steps),
@@ -126,6 +138,7 @@ def _first_state(
         replay_state=inputs.replay_state,
         previous_end=inputs.first_start,
         previous_size=inputs.first_end - inputs.first_start,
+        # A save may have written the row of `t0` before the loop.
         saved=[
             SaveState(cursor.ts_index, ys.ts, ys.ys, cursor.row)
             for cursor, ys in zip(
@@ -144,11 +157,17 @@ def _first_state(
 
 
 def _make_step(
-    plan: Plan, inputs: Inputs, state: _State, times: StepTimes, start, end
+    plan: Plan,
+    inputs: Inputs,
+    state: _State,
+    times: StepTimes,
+    start: Real[Array, ""],
+    end: Real[Array, ""],
 ) -> _State:
-    """The next step, from `start` to `end`, and what is written of it."""
+    """Makes the step from `start` to `end`, and writes its rows of the outputs."""
 
-    def evaluate(part, key, *args):
+    def evaluate(part: str, key: str, *args: PyTree) -> PyTree[Array]:
+        # A key tells calls of a part apart; only a reverse sweep needs that.
         del key
         return plan.parts[part](inputs.constants[part], *args)
 
@@ -156,26 +175,26 @@ def _make_step(
     y1, replay_state1, info = plan.states.step(
         evaluate, times, start, end, state.y, state.replay_state
     )
+    # Write the rows that the saves have at the end of this step, and inside it.
     saved = [
         _save(pure, consts, ts, old, index, start, end, y1, info)
         for pure, consts, ts, old in zip(
             plan.saves, inputs.save_constants, inputs.ts, state.saved, strict=True
         )
     ]
-    # Only what has a tangent is written.
+    # Outputs hold only arrays that have tangents.
     info = eqx.filter(info, eqx.is_inexact_array)
     dense_ts, dense_infos = state.dense_ts, state.dense_infos
     if plan.dense:
         dense_ts, dense_infos = write_dense(
             dense_ts, dense_infos, index, end, info, True
         )
+    # The state before the step goes to the row where the solve stored it.
     grid = jax.lax.stop_gradient(inputs.grid)
     row = plan.states.row_to_write(
         index, times.step_offset, times.start, times.made_jump, grid
     )
     stored = eqx.filter((state.y, state.replay_state), eqx.is_inexact_array)
-    put_row = lambda row: lambda buffer, x: buffer_at_set(buffer, row, x, pred=True)
-    put_index = put_row(index)
     return _State(
         index=index + 1,
         y=y1,
@@ -189,16 +208,40 @@ def _make_step(
         rows=None
         if state.rows is None
         else jax.tree.map(
-            lambda x, buffer: put_row(row)(buffer, x), stored, state.rows
+            lambda x, buffer: _put_row(buffer, row, x), stored, state.rows
         ),
-        ends=None if state.ends is None else put_index(state.ends, end),
-        starts=None if state.starts is None else put_index(state.starts, start),
+        ends=None if state.ends is None else _put_row(state.ends, index, end),
+        starts=None if state.starts is None else _put_row(state.starts, index, start),
     )
 
 
-def _save(pure, consts, ts, old: SaveState, index, start, end, y1, info) -> SaveState:
+def _put_row(buffer: Any, row: Int[Array, ""], x: Array) -> Any:
+    # A buffer is an array, or an object of a private class of Equinox's loops. Writes
+    # through `buffer_at_set` are done in place, also under `jax.vmap`.
+    return buffer_at_set(buffer, row, x, pred=True)
+
+
+def _save(
+    pure: Any,
+    consts: list[list[Array]],
+    ts: Real[Array, " num_ts"] | None,
+    old: SaveState,
+    index: Int[Array, ""],
+    start: Real[Array, ""],
+    end: Real[Array, ""],
+    y1: PyTree[Array],
+    info: PyTree[Array],
+) -> SaveState:
+    """Writes the rows of one save that belong to step `index`.
+
+    `pure` is a `PureSave`, and `consts` the constants of its two functions. (It is
+    annotated as `Any`, because a function that is not needed is `None`.)
+    """
     at_end_consts, inside_consts = consts
-    with_tangents = lambda row: eqx.filter(row, eqx.is_inexact_array)
+
+    def with_tangents(row: PyTree[Array]) -> PyTree[Array]:
+        return eqx.filter(row, eqx.is_inexact_array)
+
     return write_step(
         old,
         ts,
@@ -212,7 +255,7 @@ def _save(pure, consts, ts, old: SaveState, index, start, end, y1, info) -> Save
 
 
 def _buffers(state: _State) -> PyTree:
-    """The parts of the state that are written row by row."""
+    """Returns the parts of the state that are written row by row, in place."""
     saved = [(save.ts, save.ys) for save in state.saved]
     return (
         saved,

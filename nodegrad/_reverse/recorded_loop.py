@@ -1,15 +1,15 @@
-"""Running a solver loop so that it can be differentiated in every mode.
+"""Runs a solver loop, and records it such that every mode of JAX can differentiate it.
 
-`recorded_loop` takes the place of the `while` loop of a solver, be it Diffrax's
-(`recorded_adjoint.py`) or our own (`odesolve`). The forward pass runs that loop
-unchanged, search for the step sizes included, and records for every accepted step its
-times and, where the state source asks for it, the state it started from. The derivative
-is the one primitive of `tangent_map.py`, which sees accepted steps only.
+`recorded_loop` replaces the `while` loop of a solver: that of Diffrax
+(`recorded_adjoint.py`) or that of `odesolve`. The forward pass runs the loop unchanged,
+with its search for step sizes. For every accepted step it records the times and, where
+the state source asks for it, the state at the start. The derivative is the primitive of
+`tangent_map.py`, which depends on accepted steps only.
 
-What the loop state must have is what Diffrax's has: `y`, `tprev`, `tnext`, `made_jump`,
+The loop state has the fields that Diffrax's has: `y`, `tprev`, `tnext`, `made_jump`,
 `solver_state`, `num_accepted_steps`, `save_state` (with `ts`, `ys`, `save_index` and
 `saveat_ts_index`), `dense_ts`, `dense_infos`, and, with events, `event_tprev`,
-`event_tnext`, `event_dense_info`.
+`event_tnext`, `event_dense_info`. Its class differs, so it is annotated as a `PyTree`.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._internal.batch import Batch
 from .._internal.closure_convert import closure_convert, Pure
@@ -45,42 +45,51 @@ from .tangent_map import tangent_map
 
 
 class Written(eqx.Module):
-    """What the forward pass writes down beside the final state of the loop."""
+    """What the forward pass records in addition to the final state of the loop.
+
+    - `rows`: the stored states, with one leading axis of size `states.rows`; `None` if
+      no state is stored.
+    - `log`: times of the accepted steps, with one leading axis of `recorded_steps`.
+    - `at_end`: whether the solve reached its `t1`.
+    """
 
     rows: PyTree[Array]
     log: StepLog
-    at_end: Any
+    # A pytree, since it is `None` in a tangent.
+    at_end: PyTree[Bool[Array, ""]]
 
 
 def recorded_loop(
     solve: Solve,
-    cond_fun: Callable,
-    body_fun: Callable,
+    cond_fun: Callable[[PyTree], Bool[Array, ""]],
+    body_fun: Callable[[PyTree], PyTree],
     init_state: PyTree,
     *,
     max_steps: int,
-    buffers: Callable,
-) -> tuple[PyTree, Array | None]:
-    """`while cond_fun(state): state = body_fun(state)`, with our derivative.
+    buffers: Callable[[PyTree], PyTree],
+) -> tuple[PyTree, Float[Array, ""] | None]:
+    """Runs `while cond_fun(state): state = body_fun(state)`, differentiable by `solve`.
 
     **Arguments:**
 
-    - `solve`: the step, the saves and the grid that the loop is made of.
+    - `solve`: the step, the saves and the grid of the loop.
     - `cond_fun`, `body_fun`, `max_steps`, `buffers`: as for
       `equinox.internal.while_loop`; one iteration attempts one step.
     - `init_state`: the state before the first step.
 
     **Returns:**
 
-    - The final state. Its `y`, the outputs saved so far, and what an event needs are
-      differentiable; everything else is constant.
-    - The reconstruction error, if `solve.check`.
+    - The final state. Its `y`, the saved outputs, the time reached, the solver state of
+      a `SolverStep`, and what an event needs are differentiable. All else is constant.
+    - The reconstruction error; `None` unless `solve.check`.
     """
     init_state = as_arrays(init_state)
 
-    def run(state):
+    def run(state: PyTree) -> tuple[PyTree, Written]:
         return run_recording(solve, cond_fun, body_fun, state, max_steps, buffers)
 
+    # The loop closes over arrays to differentiate with respect to (`args`, parameters).
+    # `closure_convert` turns these into arguments of the function with a derivative.
     loop_consts, pure_run = closure_convert(run, init_state)
     plan, inputs = make_plan(solve, init_state)
     final_state, written = _differentiable(plan, pure_run)(
@@ -88,6 +97,8 @@ def recorded_loop(
     )
     error = None
     if solve.check:
+        # Undo the steps once, and compare with stored states.
+        # This is a statistic of the solve, so it has no derivative.
         constants = init_state, final_state, written, inputs
         init, final, written, inputs = jax.lax.stop_gradient(_arrays(constants))
         trajectory = make_trajectory(plan.states, init, final, written)
@@ -96,34 +107,38 @@ def recorded_loop(
     return _only_differentiable(solve, init_state, final_state), error
 
 
-def _differentiable(plan: Plan, pure_run: Pure) -> Callable:
-    """`(loop constants, first state, other inputs) -> (final state, Written)`.
+def _differentiable(plan: Plan, pure_run: Pure) -> Callable[..., Any]:
+    """Gives `pure_run` the derivative of `tangent_map`.
 
-    The loop's constants are those of its steps and saves, whose tangents are among
-    those of the other inputs.
+    The result maps `(loop constants, first state, other inputs)` to `(final state,
+    Written)`. The rule ignores the tangents of the loop constants: these arrays are
+    also constants of the steps and saves, and have the same tangents in `others`.
     """
 
     @eqx.filter_custom_jvp
-    def differentiable_run(loop_consts, init_state, others):
+    def differentiable_run(
+        loop_consts: list[Array], init_state: PyTree, others: Inputs
+    ) -> tuple[PyTree, Written]:
         out = _arrays(pure_run(loop_consts, init_state))
         return _with_common_axes(out, _arrays((loop_consts, init_state, others)))
 
     @differentiable_run.def_jvp
-    def _rule(primals, tangents):
+    def _rule(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
         loop_consts, init_state, others = primals
         _, t_init, t_others = tangents
         final_state, written = differentiable_run(*primals)
         inputs = with_first(plan.states, others, init_state)
         t_inputs = with_first(plan.states, t_others, t_init)
         trajectory = make_trajectory(plan.states, init_state, final_state, written)
+        # The outputs have values already. Only their tangents are computed here.
         struct = jax.eval_shape(lambda: _outputs(plan, final_state, written))
         out = tangent_map(plan, inputs, trajectory, t_inputs, struct)
         t_out = _tangents_of(plan, out, t_init, final_state, written)
         return (final_state, written), t_out
 
-    def run(*args):
-        # Results that are no arrays (such as the functions in a progress meter) are
-        # those of the traced loop.
+    def run(*args: PyTree) -> tuple[PyTree, Written]:
+        # Leaves of the final state that are not arrays (such as the functions in a
+        # progress meter) are taken from the trace of the loop.
         return eqx.combine(differentiable_run(*args), pure_run.static_out)
 
     return run
@@ -131,24 +146,26 @@ def _differentiable(plan: Plan, pure_run: Pure) -> Callable:
 
 @jax.custom_batching.custom_vmap
 def _with_common_axes(out: PyTree[Array], inputs: PyTree[Array]) -> PyTree[Array]:
-    """`out`, each of whose arrays has an axis for every `vmap` that `inputs` have.
+    """Returns `out`, with every array batched by each `vmap` that any input has.
 
-    The tangents of a solve have all of them, and `vmap` of a function with a rule for
-    forward mode wants the same axes for a result and for its tangent.
+    The tangents of a solve are always batched by all of these. For a function with a
+    rule for forward mode, `vmap` requires the same of results and their tangents.
     """
     del inputs
     return out
 
 
 @_with_common_axes.def_vmap
-def _batch_common_axes(size: int, is_batched: Any, out: PyTree, inputs: PyTree) -> Any:
+def _batch_common_axes(
+    size: int, is_batched: Any, out: PyTree[Array], inputs: PyTree[Array]
+) -> tuple[PyTree[Array], PyTree[bool]]:
     is_out_batched, _ = is_batched
 
-    def with_axis(x, has_axis):
+    def with_axis(x: Array, has_axis: bool) -> Array:
         return x if has_axis else jnp.broadcast_to(x, (size, *x.shape))
 
     out = jax.tree.map(with_axis, out, is_out_batched)
-    # There may be more `vmap`s around this one.
+    # Call it again, for further `vmap`s around this one.
     out = _with_common_axes(out, inputs)
     return out, jax.tree.map(lambda _: True, out)
 
@@ -159,7 +176,8 @@ def make_trajectory(
     final_state: PyTree,
     written: Written,
 ) -> Trajectory:
-    """What a derivative has to know of the steps that a loop has taken."""
+    """Collects what a derivative needs to know of the accepted steps of a loop."""
+    # Only the reversible solvers of nodegrad have this flag.
     solver_state = final_state.solver_state
     lost = getattr(solver_state, "lost", jnp.zeros_like(written.at_end))
     return Trajectory(
@@ -180,7 +198,7 @@ def make_trajectory(
 
 
 def unmapped(plan: Plan, inputs: Inputs, trajectory: Trajectory) -> Recording:
-    """A recording of one solve, of which nothing is to be differentiated."""
+    """Returns a recording of one solve, with nothing to differentiate."""
     batch = Batch()
     wrt = jax.tree.map(lambda _: False, inputs)
     return Recording(plan, inputs, trajectory, batch, all_axes(inputs, batch), wrt)
@@ -188,20 +206,21 @@ def unmapped(plan: Plan, inputs: Inputs, trajectory: Trajectory) -> Recording:
 
 def run_recording(
     solve: Solve,
-    cond_fun: Callable,
-    body_fun: Callable,
+    cond_fun: Callable[[PyTree], Bool[Array, ""]],
+    body_fun: Callable[[PyTree], PyTree],
     init_state: PyTree,
     max_steps: int,
-    buffers: Callable,
+    buffers: Callable[[PyTree], PyTree],
 ) -> tuple[PyTree, Written]:
-    """The loop itself: the final state, and what was written down."""
+    """Runs the loop, and returns its final state and the record."""
     states, grid, step_offset = solve.states, solve.grid, _steps_taken(init_state)
     logs_origin = grid.origin_dtype is not None
+    # Allocate the record: a row per stored state, and a row per accepted step.
     rows = None
     if states.rows:
         empty_rows = lambda x: jnp.zeros((states.rows, *x.shape), x.dtype)
         rows = jax.tree.map(empty_rows, _to_store(states, init_state))
-    # Further steps are not written down; a derivative then says so.
+    # Further steps are not recorded; `Trajectory.is_cut` then makes a derivative fail.
     size = solve.recorded_steps
     empty = jnp.zeros(size, init_state.tprev.dtype)
     log = StepLog(
@@ -210,16 +229,17 @@ def run_recording(
         made_jumps=empty.astype(bool) if solve.jumps else None,
         origins=jnp.zeros(size, grid.origin_dtype) if logs_origin else None,
     )
+    # The first step size is a ratio: that of the size proposed at the start.
     origin = jnp.asarray(RATIO, jnp.int32) if logs_origin else None
 
-    def body(carry):
+    def body(carry: tuple) -> tuple:
         state, rows, log, origin = carry
         index = state.num_accepted_steps
         if rows is not None:
             row = states.row_to_write(
                 index, step_offset, state.tprev, state.made_jump, grid
             )
-            # A rejected attempt is overwritten by the next one.
+            # If this attempt is rejected, the next one overwrites the row.
             rows = put(rows, row, _to_store(states, state))
         now = StepLog(
             ends=state.tnext if solve.stores_times else None,
@@ -234,6 +254,7 @@ def run_recording(
             origin = grid.origin(new_state.tprev, new_state.tnext, origin, accepted)
         return new_state, rows, log, origin
 
+    # The record consists of loop buffers, so that each write is done in place.
     final_state, rows, log, _ = while_loop(
         lambda carry: cond_fun(carry[0]),
         body,
@@ -245,25 +266,28 @@ def run_recording(
     return final_state, Written(rows, log, final_state.tprev >= solve.t1)
 
 
-def _steps_taken(init_state: PyTree) -> Array:
-    """The steps that the solver has taken before this solve, as it counts them."""
+def _steps_taken(init_state: PyTree) -> Int[Array, ""]:
+    """Returns how many steps the solver has counted before this solve, or zero.
+
+    A solve that continues from the solver state of another one starts from its count.
+    """
     zero = jnp.zeros_like(init_state.num_accepted_steps)
     count = getattr(init_state.solver_state, "steps_taken", zero)
     return count.astype(zero.dtype)
 
 
 def _to_store(states: AbstractStateSource, state: PyTree) -> PyTree[Array]:
-    """The arrays to store of the state before a step."""
+    """Returns the arrays to store of the loop state before a step."""
     replay_state = states.replay_state(state.solver_state, state.made_jump)
     return _arrays(as_arrays((state.y, replay_state)))
 
 
-def _arrays(tree: PyTree) -> PyTree:
+def _arrays(tree: PyTree) -> PyTree[Array]:
     return eqx.filter(tree, eqx.is_array)
 
 
 def _outputs(plan: Plan, final_state: PyTree, written: Written) -> Outputs:
-    """What depends differentiably on the inputs."""
+    """Collects the results of the loop that depend on its inputs differentiably."""
     is_event = plan.event
     replay_state = plan.states.replay_state(final_state.solver_state, None)
     out = Outputs(
@@ -272,6 +296,8 @@ def _outputs(plan: Plan, final_state: PyTree, written: Written) -> Outputs:
         saved=[
             Saved(s.ts, s.ys)
             if save.steps or save.inside is not None
+            # The loop writes no row of this save. The rows of `t0` and `t1`, if any,
+            # are written before and after it.
             else Saved(None, None)
             for s, save in zip(save_states(final_state), plan.saves, strict=True)
         ],
@@ -290,11 +316,13 @@ def _outputs(plan: Plan, final_state: PyTree, written: Written) -> Outputs:
 def _tangents_of(
     plan: Plan, out: Outputs, t_init: PyTree, final_state: PyTree, written: Written
 ) -> tuple[PyTree, PyTree]:
-    """Tangents of the final state and of `Written`; `None` for what is constant.
+    """Returns the tangents of the final state and of `Written`; `None` for constants.
 
-    Rows that were saved before the loop keep the tangents that they had.
+    Rows that were saved before the loop (at `t0`) keep their tangents in `t_init`: both
+    tangents have the shape of the whole buffer, with zeros in the rows of the other.
     """
     constant = none_like(final_state)
+    # Fields that are not listed here have no tangent.
     new: dict[str, Any] = {
         "y": out.y,
         "solver_state": plan.states.with_replay_state(
@@ -314,10 +342,13 @@ def _tangents_of(
 
 
 def _with_saved(constant: PyTree, saved: list[Saved]) -> PyTree:
-    """The tangents of the states of all saves."""
-    rows, is_save = iter(saved), lambda x: hasattr(x, "save_index")
+    """Puts the tangents `saved` into `constant.save_state`, in order."""
+    rows = iter(saved)
 
-    def with_rows(state):
+    def is_save(x: Any) -> bool:
+        return hasattr(x, "save_index")
+
+    def with_rows(state: PyTree) -> PyTree:
         if not is_save(state):
             return state
         new = next(rows)
@@ -327,18 +358,20 @@ def _with_saved(constant: PyTree, saved: list[Saved]) -> PyTree:
 
 
 def _sum(left: PyTree, right: PyTree) -> PyTree:
-    """The sum of two tangents, of which any array may be `None`."""
+    """Adds two tangents. Arrays may be `None`, which stands for zero."""
 
-    def add(x, y):
+    def add(x: Array | None, y: Array | None) -> Array | None:
         return y if x is None else x if y is None else x + y
 
     return jax.tree.map(add, left, right, is_leaf=lambda x: x is None)
 
 
-def _only_differentiable(solve: Solve, init_state: PyTree, final_state: PyTree):
-    """Makes constant what has no derivative, and leaves what the loop never wrote.
+def _only_differentiable(
+    solve: Solve, init_state: PyTree, final_state: PyTree
+) -> PyTree:
+    """Makes results without a derivative constant, and undoes idle saves.
 
-    The time reached moves with `t1` if it is `t1`, else with `t0`.
+    The time reached has the derivative of `t1` if it is `t1`, otherwise that of `t0`.
     """
     reached = final_state.tprev == solve.t1
     stopped = jax.lax.stop_gradient(final_state.tprev)
@@ -351,6 +384,8 @@ def _only_differentiable(solve: Solve, init_state: PyTree, final_state: PyTree):
         if hasattr(final_state, name):
             new[name] = jax.lax.stop_gradient(getattr(final_state, name))
     final_state = replace(final_state, **new)
+    # The loop writes nothing for these saves. Return their state from before the loop,
+    # which may already hold a row at `t0`, with its derivative.
     idle = [save.ts is None and save.steps == 0 for save in solve.saves]
     get = lambda s: [x for x, skip in zip(save_states(s), idle, strict=True) if skip]
     return eqx.tree_at(get, final_state, get(init_state))

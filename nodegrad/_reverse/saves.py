@@ -1,8 +1,10 @@
-"""Pulling back what a solve saved, one step at a time and backwards.
+"""Pulls cotangents of saved outputs back to the steps that saved them.
 
-An output row was written by the step that covers its time, in order. So on the way back
-each save needs only a cursor that moves down its rows (`SaveAt(steps=n)`) and down its
-times (`SaveAt(ts=...)`).
+The forward pass wrote the rows of a save in the order of the steps. The sweep visits
+the steps in reverse order, so one `Cursor` per save finds the rows of each step: it
+moves down the rows (for `SaveAt(steps=n)`) and down the times (for `SaveAt(ts=...)`).
+
+For a batch of solves, arrays that belong to one solve have the shape `(*batch, ...)`.
 """
 
 from collections.abc import Callable
@@ -22,15 +24,25 @@ from .._trajectory.trajectory import Cursor
 
 
 class Save(eqx.Module):
-    """One `diffrax.SubSaveAt`, as far as it saves during the loop."""
+    """The part of a `diffrax.SubSaveAt` that saves during the loop.
 
-    ts: Array | None
+    - `ts`: the times to save at, of shape `(num_ts,)`; `None` without `SaveAt(ts=...)`.
+    - `steps`: every how many accepted steps to save; 0 without `SaveAt(steps=...)`.
+    - `fn`: computes what is saved from `(t, y, args)`.
+    """
+
+    ts: Real[Array, " num_ts"] | None
     steps: int = eqx.field(static=True)
     fn: Callable
 
 
 class StepCotangents(eqx.Module):
-    """Cotangents of the results of a step: its state, dense information, times."""
+    """Cotangents of the results of a step.
+
+    - `y1`: of the state at the end of the step.
+    - `info`: of the dense information, from which rows inside the step are computed.
+    - `start`, `end`: of the times of the step.
+    """
 
     y1: PyTree
     info: PyTree
@@ -39,11 +51,13 @@ class StepCotangents(eqx.Module):
 
 
 class SaveCarry(eqx.Module):
-    """What is carried from step to step for one save.
+    """What the sweep carries from step to step for one save.
 
-    - `cursor`: how many times and rows are left.
-    - `at_end`, `inside`: cotangents of the constants of the two functions.
-    - `ts`: the cotangent of the times to save at, one for every solve.
+    - `cursor`: how many times and rows of the save belong to earlier steps.
+    - `at_end`, `inside`: cotangents of the constants of the functions that compute a
+      row at the end of a step, and inside it (see `PureSave`).
+    - `ts`: the cotangent of the times to save at, of shape `(*batch, num_ts)`, also
+      where solves share these times; `None` without `SaveAt(ts=...)`.
     """
 
     cursor: Cursor
@@ -53,14 +67,18 @@ class SaveCarry(eqx.Module):
 
 
 def save_states(state: PyTree) -> list[Any]:
-    """The `SaveState`s of a loop state (or of its tangent), in order."""
-    is_save = lambda x: hasattr(x, "save_index")
+    """Returns the `SaveState`s of a loop state (or of its tangent), in order."""
+
+    def is_save(x: Any) -> bool:
+        # By an attribute: Diffrax's loop has a `SaveState` class that is not public.
+        return hasattr(x, "save_index")
+
     leaves = jax.tree.leaves(state.save_state, is_leaf=is_save)
     return [x for x in leaves if is_save(x)]
 
 
 def cursors(state: PyTree) -> list[Cursor]:
-    """How much every save has written."""
+    """Returns how many times and rows each save of a loop state has written."""
     return [Cursor(s.saveat_ts_index, s.save_index) for s in save_states(state)]
 
 
@@ -73,15 +91,22 @@ def pull_back_saves(
     y1: PyTree,
     info: PyTree,
 ) -> tuple[list[SaveCarry], StepCotangents]:
-    """Adds to `carries` and to `cts` the cotangents of what a step saved.
+    """Adds the cotangents of what a step saved to `carries` and to `cts`.
 
-    `ct` are the cotangents of the whole solve; `y1` and `info` are results of the step.
+    **Arguments:**
+
+    - `ct`: cotangents of all outputs of the solve; `None` where known to be zero.
+    - `carries`: one for each save, from the step visited before (the next one in time).
+    - `cts`: cotangents of the results of the step.
+    - `y1`, `info`: the state at the end of the step, and its dense information.
     """
     cts = _pull_back_dense(recording, ct, cts, step)
     new = []
+    # An output may have been saved at the end of this step, inside it, or both.
     for which, (save, carry) in enumerate(
         zip(recording.plan.saves, carries, strict=True)
     ):
+        # A save without cotangents does not affect the loss. Its cursor stays unread.
         if jax.tree.leaves(ct.saved[which]):
             rows = _Rows(recording, ct, which)
             if save.at_end is not None:
@@ -95,7 +120,11 @@ def pull_back_saves(
 def _pull_back_dense(
     recording: Recording, ct: Outputs, cts: StepCotangents, step: BackwardStep
 ) -> StepCotangents:
-    """Adds the cotangents of dense output and of an event."""
+    """Adds the cotangents of dense output and of an event to `cts`.
+
+    Row `i` of the dense information belongs to step `i`, and its end is row `i + 1` of
+    `dense_ts` (row 0 is `t0`). The time of an event is found inside the last step.
+    """
     row, index = recording.batch.take, step.index
     info, start, end = cts.info, cts.start, cts.end
     if recording.plan.dense:
@@ -103,7 +132,11 @@ def _pull_back_dense(
         end = _add_known(end, row(ct.dense_ts, index + 1))
     if recording.plan.event:
         last = index == recording.trajectory.num_steps - 1
-        only_last = lambda tree: where(last, tree, zeros_like(tree))
+
+        # Solves of a batch may differ in their last step.
+        def only_last(tree: PyTree[Array]) -> PyTree[Array]:
+            return where(last, tree, zeros_like(tree))
+
         info = _add_known(info, only_last(ct.event_info))
         start = _add_known(start, only_last(ct.event_start))
         end = _add_known(end, only_last(ct.event_end))
@@ -111,27 +144,41 @@ def _pull_back_dense(
 
 
 class _Rows(eqx.Module):
-    """The cotangents of the rows of one save, and how the rows were computed."""
+    """The cotangents of the rows of save number `which`, and how rows are computed."""
 
     recording: Recording
     ct: Outputs
     which: int = eqx.field(static=True)
 
     @property
-    def ts(self) -> tuple[Array, Axes]:
-        """The times to save at."""
+    def ts(self) -> tuple[Real[Array, "..."], Axes]:
+        """The times to save at, and the batch axes that they have."""
         return self.recording.inputs.ts[self.which], self.recording.axes.ts[self.which]
 
     def pull(
-        self, kind: int, args: tuple, spec: PyTree[bool], row: Array, active: Array
-    ) -> tuple[PyTree, PyTree]:
+        self,
+        kind: int,
+        args: tuple[PyTree[Array], ...],
+        spec: PyTree[bool],
+        row: Int[Array, "..."],
+        active: Bool[Array, "..."],
+    ) -> tuple[PyTree[Array], PyTree[Array]]:
         """Pulls the cotangent of `row` back to what the row was computed from.
 
-        `kind` is 0 for a row saved at the end of a step, 1 for one saved inside it.
-        Where not `active` the cotangent is zero.
+        **Arguments:**
+
+        - `kind`: 0 for a row saved at the end of a step, 1 for one saved inside it.
+        - `args`, `spec`: the arguments of the function that computed the row, and which
+          of their leaves to differentiate.
+        - `row`: for each solve, the number of the row.
+        - `active`: for each solve, whether it has such a row. Otherwise the cotangent
+          is zero.
+
+        **Returns:** cotangents of the constants of the function, and of `args`.
         """
         recording, which = self.recording, self.which
         _, *functions = recording.plan.saves[which]
+        # The caller asks only for functions that exist.
         pure: Any = functions[kind]
         value, pull = pure.pullback(
             recording.batch,
@@ -141,12 +188,15 @@ class _Rows(eqx.Module):
             args,
             spec,
         )
+        # The row of a solve that is not active may be -1. Its cotangent is masked.
         read = recording.batch.map(take)
         ct = filled_like(read(self.ct.saved[which].ys, jnp.maximum(row, 0)), value)
         return pull(where(active, ct, zeros_like(ct)))
 
-    def time(self, row: Int[Array, "..."], active: Bool[Array, "..."]) -> Array:
-        """The cotangent of the time saved in `row`."""
+    def time(
+        self, row: Int[Array, "..."], active: Bool[Array, "..."]
+    ) -> Real[Array, "..."]:
+        """Returns the cotangent of the time in `row` of `Solution.ts`, or zero."""
         ct_ts = self.ct.saved[self.which].ts
         if ct_ts is None:
             return jnp.zeros_like(self.recording.trajectory.first_start)
@@ -157,13 +207,16 @@ class _Rows(eqx.Module):
 def _pull_back_steps(
     rows: _Rows, carry: SaveCarry, cts: StepCotangents, step: BackwardStep, y1: PyTree
 ) -> tuple[SaveCarry, StepCotangents]:
-    """`SaveAt(steps=n)`: every `n`-th accepted step saved its end."""
+    """Pulls back `SaveAt(steps=n)`: every `n`-th accepted step saved its end."""
     recording = rows.recording
     every = recording.plan.saves[rows.which].steps
     saved = ((step.index + 1) % every == 0) & step.active
+    # The cursor counts the rows written up to the end of this step, so the row of this
+    # step is the last of them.
     row = carry.cursor.row - jnp.where(saved, 1, 0)
     args, spec = (step.times.end, y1), (recording.wrt_times, inexact_spec(y1))
     ct_consts, (ct_t, ct_y1) = rows.pull(0, args, spec, row, saved)
+    # The end of the step is an argument of the row, and is also saved as its time.
     if recording.wrt_times:
         ct_t = ct_t + rows.time(row, saved)
     cts = replace(cts, y1=add(cts.y1, ct_y1), end=_add_known(cts.end, ct_t))
@@ -175,29 +228,34 @@ def _pull_back_steps(
 def _pull_back_ts(
     rows: _Rows, carry: SaveCarry, cts: StepCotangents, step: BackwardStep, info: PyTree
 ) -> tuple[SaveCarry, StepCotangents]:
-    """`SaveAt(ts=...)`: the times in `(end of the step before, end]`.
+    """Pulls back `SaveAt(ts=...)`: the step saved the times in `(previous end, end]`.
 
-    Every solve of a batch saved another number of times in its step, so this is a loop
-    until the last of them is through.
+    The solves of a batch may have saved different numbers of times in this step. The
+    loop takes one time per solve and iteration, and ends when no solve has any left.
     """
     recording, times = rows.recording, step.times
     batch, (ts, ts_axes) = recording.batch, rows.ts
     num_ts = ts.shape[-1]
     wrt_ts, wrt_times = recording.wrt.ts[rows.which], recording.wrt_times
     spec = (wrt_ts, wrt_times, wrt_times, inexact_spec(info))
+    # The times may be shared by solves; each solve reads its own position.
     time_at = batch.map_shared(lambda ts, index: ts[index], ts, ts_axes)
     previous_end = recording.steps.end(step.index - 1)
 
-    def is_inside(state):
+    def is_inside(state: tuple[SaveCarry, StepCotangents]) -> Bool[Array, "..."]:
+        """Returns, for each solve, whether this step saved the next time down."""
         ts_index = state[0].cursor.ts_index
         t = time_at(jnp.maximum(ts_index - 1, 0))
-        # The first step saved whatever was due by its end.
+        # The first step saved every time up to its end, also `t0` itself.
         inside = (step.index == 0) | (t > previous_end)
         return step.active & (ts_index > 0) & inside
 
-    def body(state):
+    def body(
+        state: tuple[SaveCarry, StepCotangents],
+    ) -> tuple[SaveCarry, StepCotangents]:
         inside = is_inside(state)
         carry, cts = state
+        # Only the cursors of solves that are inside move. The others add zeros.
         one = jnp.where(inside, 1, 0)
         ts_index, row = carry.cursor.ts_index - one, carry.cursor.row - one
         t = time_at(jnp.minimum(ts_index, num_ts - 1))
@@ -207,6 +265,8 @@ def _pull_back_ts(
         ct_t, ct_start, ct_end, ct_info = ct_args
         ct_ts = carry.ts
         if wrt_ts:
+            # `ct_t` is the derivative of the interpolation. The time itself was saved
+            # as well, in `Solution.ts`.
             add_at = batch.map(lambda cts, i, ct: cts.at[i].add(ct))
             ct_ts = add_at(ct_ts, ts_index, ct_t + rows.time(row, inside))
         cts = replace(
@@ -227,7 +287,7 @@ def _pull_back_ts(
 
 
 def _add_known(total: PyTree, part: PyTree) -> PyTree:
-    """`total + part`, where `part` may lack leaves that are zero."""
+    """Returns `total + part`. Leaves of `part` may be `None`, which stands for zero."""
     return jax.tree.map(
         lambda x, p: x if p is None else x + p,
         total,

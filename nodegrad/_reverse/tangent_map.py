@@ -1,19 +1,21 @@
-"""The derivative of a recorded solve as one linear primitive.
+"""The derivative of a recorded solve, as one linear JAX primitive.
 
-The primitive maps tangents of what a solve depends on (`Inputs`) to tangents of what it
-returned (`Outputs`):
+The primitive maps tangents of the inputs of a solve (`Inputs`) to tangents of its
+outputs (`Outputs`). Its rules:
 
-- evaluated, it makes the accepted steps again and pushes the tangents forward
-  (`pushforward.py`); no stored state is needed;
-- transposed, it is the reverse sweep (`gradient.py`);
-- batched, it keeps a stack of levels (`batch.py`). So `jax.grad` of a mean over
-  `jax.vmap` of a solve sums the cotangents of shared parameters inside the sweep, and
-  many tangents of one solve make its steps again once;
-- differentiated by forward mode, it is ordinary code. What that gives, and the sweep,
-  cannot be transposed again: reverse over reverse mode is refused by name.
+- evaluation makes the accepted steps again and pushes the tangents forward
+  (`pushforward.py`); it reads no stored state;
+- transposition is the reverse sweep (`gradient.py`);
+- batching adds a `Level` to the parameters of the primitive (see `batch.py`). So
+  `jax.grad` of a mean over `jax.vmap` of a solve sums the cotangents of shared
+  parameters inside the sweep, and many tangents of one solve make its steps only once;
+- forward mode differentiates the code of the evaluation. The result, and the result of
+  the sweep, cannot be transposed: reverse over reverse mode raises an error.
 
-The operands are arrays: first those that belong to one solve (`_Own`), then those that
-solves may share, then the tangents of the perturbed ones among both.
+The operands are a flat list of arrays. First come the `own` arrays, which belong to one
+solve; then the `shared` arrays, which solves may have in common; then one tangent for
+each perturbed array, in the same order. With levels, an array has one leading axis for
+each level that it is batched over, outermost first.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,8 +54,10 @@ _REVERSE_AGAIN = (
 class Level(NamedTuple):
     """One `vmap` around the primitive.
 
-    - `solves`: whether it maps over solves, and not over tangents of one solve alone.
-    - `shared`, `tangents`: which of these operands have an axis for it.
+    - `size`: the number of elements that it maps over.
+    - `solves`: whether it maps over solves. Then all `own` operands have an axis for
+      it. Otherwise it maps over tangents of one solve.
+    - `shared`, `tangents`: for each of these operands, whether it has an axis for it.
     """
 
     size: int
@@ -64,12 +68,12 @@ class Level(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Static:
-    """What is static about a recorded solve and its tangents.
+    """The static parameters of the primitive.
 
-    - `own`, `shared`: structures of the two kinds of operands.
+    - `own`, `shared`: the tree structures of the two kinds of operands.
     - `perturbed`: for every array of `Inputs`, whether it has a tangent.
     - `tangent_owner`: for every tangent, the position of its array among the shared
-      operands, or `None` if it belongs to one solve.
+      operands, or `None` if its array is an `own` operand.
     - `struct`: shapes and dtypes of the results, for one solve.
     """
 
@@ -89,7 +93,7 @@ class _Static:
         return self.own.num_leaves + self.shared.num_leaves
 
     def inputs(self, operands: Sequence[Any]) -> tuple[Inputs, Trajectory]:
-        """The inputs and the trajectory, from the operands without tangents."""
+        """Returns the inputs and the trajectory, from the operands (or their axes)."""
         first, trajectory = jax.tree.unflatten(self.own, operands[: self.num_own])
         shared = jax.tree.unflatten(
             self.shared, operands[self.num_own : self.num_primals]
@@ -97,13 +101,14 @@ class _Static:
         return Inputs(*first, *shared), trajectory
 
     def tangents(self, leaves: list[Any]) -> Inputs:
-        """Tangents (or their axes), with `None` where there is none."""
+        """Returns the tangents as `Inputs`, with `None` where there is no tangent."""
         structure = jax.tree.structure(eqx.filter(self.perturbed, self.perturbed))
         return jax.tree.unflatten(structure, leaves)
 
 
 def _split(inputs: Inputs) -> tuple[tuple, tuple]:
-    """The fields that belong to one solve, and those that solves may share."""
+    """Splits the fields into those of one solve and those that solves may share."""
+    # The order of the fields of `Inputs` is part of the layout of the operands.
     fields = [getattr(inputs, name) for name in inputs.__dataclass_fields__]
     return tuple(fields[:4]), tuple(fields[4:])
 
@@ -115,23 +120,25 @@ def tangent_map(
     tangents: Inputs,
     struct: Outputs,
 ) -> Outputs:
-    """The tangents of what a solve returned, from those of what it depends on.
+    """Maps the tangents of the inputs of a solve to those of its outputs, linearly.
 
-    `tangents` has `None` for what is not perturbed. The result is linear in it.
+    `tangents` has `None` for inputs without a tangent, and the result for outputs whose
+    tangent is known to be zero. `struct` has the shapes and dtypes of the outputs.
     """
     first, shared = _split(inputs)
     own_leaves, own = jax.tree.flatten((first, trajectory))
     shared_leaves, shared_structure = jax.tree.flatten(shared)
     perturbed = jax.tree.map(lambda _, t: t is not None, inputs, tangents)
     if not moving_times(perturbed):
-        # A zero for a tangent would be differentiated by all that depends on times,
-        # and noise refuses that.
+        # Times that do not move have no tangents. Explicit zeros would make JAX
+        # differentiate with respect to time, which Brownian motions do not allow.
         struct = replace(struct, ends=None, starts=None)
     _, shared_perturbed = _split(perturbed)
     owners = [i for i, p in enumerate(jax.tree.leaves(shared_perturbed)) if p]
     leaves = jax.tree.leaves(tangents)
     if not leaves:
         return jax.tree.map(lambda _: None, struct)
+    # The tangents of `own` operands come first, as the operands themselves do.
     num_own = len(leaves) - len(owners)
     static = _Static(
         plan=plan,
@@ -146,8 +153,10 @@ def tangent_map(
     return jax.tree.unflatten(jax.tree.structure(struct), out)
 
 
-def _evaluate(*operands: Array, static: _Static, levels: tuple[Level, ...]):
-    """Pushes the tangents forward."""
+def _evaluate(
+    *operands: Array, static: _Static, levels: tuple[Level, ...]
+) -> list[Array]:
+    """The rule for evaluation: pushes forward. The results are leaves of `Outputs`."""
 
     def one(*operands):
         operands = list(map(jnp.asarray, operands))
@@ -156,33 +165,42 @@ def _evaluate(*operands: Array, static: _Static, levels: tuple[Level, ...]):
         out = push_forward(static.plan, inputs, trajectory, tangents, static.struct)
         return jax.tree.leaves(out)
 
+    # The innermost level is mapped first, and gets the last of the leading axes.
     for level in reversed(levels):
         axes = (level.solves,) * static.num_own + level.shared + level.tangents
-        # An axis that no operand has belongs to tangents that are zero.
+        # The size is explicit for levels that no operand has an axis for.
         one = jax.vmap(
             one, in_axes=tuple(0 if a else None for a in axes), axis_size=level.size
         )
     return one(*operands)
 
 
-def _transpose(cts, *operands: Any, static: _Static, levels: tuple[Level, ...]):
-    """Pulls cotangents of the results back to the tangents."""
+def _transpose(
+    cts: Sequence[Any], *operands: Any, static: _Static, levels: tuple[Level, ...]
+) -> list[Array | None]:
+    """The rule for transposition: pulls cotangents of the results back to the tangents.
+
+    JAX passes `ad.Zero` for cotangents that are zero, and undefined primals for the
+    tangents to transpose with respect to; hence `Any`.
+    """
     is_linear = [ad.is_undefined_primal(t) for t in operands[static.num_primals :]]
     none = [None] * static.num_primals
     known = [type(ct) is not ad.Zero for ct in cts]
     if not any(known):
         return [*none, *(None for _ in is_linear)]
-    # Literals of a traced function are no arrays.
+    # Literals of a traced function may be Python numbers.
     primals = [jnp.asarray(x) for x in operands[: static.num_primals]]
-    # Solves are swept back over together. Of tangents of one solve every one has its
-    # own sweep, which `vmap` makes of the code for one: these axes come first.
+    # One sweep goes over all solves of a batch together (`Batch`). Levels that map over
+    # tangents of one solve become `vmap`s of this sweep, so their axes come first.
     solves = [i for i, level in enumerate(levels) if level.solves]
     others = [i for i, level in enumerate(levels) if not level.solves]
     order = [*others, *solves]
+    # Every cotangent has an axis for every level, in the order of the levels.
     in_front = lambda ct: jnp.moveaxis(ct, order, range(len(levels)))
     cts = [in_front(ct) for ct, k in zip(cts, known, strict=True) if k]
 
-    def sweep(*cts):
+    def sweep(*cts: Array) -> list[Array | None]:
+        # Put `None` back where a cotangent is known to be zero.
         padded = iter(cts)
         leaves = [next(padded) if k else None for k in known]
         ct = jax.tree.unflatten(jax.tree.structure(static.struct), leaves)
@@ -195,9 +213,11 @@ def _transpose(cts, *operands: Any, static: _Static, levels: tuple[Level, ...]):
     for position, ct in enumerate(sweep(*cts)):
         if ct is not None:
             flags = [level.tangents[position] for level in levels]
-            # Sum over tangents that this one was shared by.
+            # A tangent without an axis for a level was used by all of its elements:
+            # its cotangent is the sum over them.
             away = tuple(j for j, i in enumerate(others) if not flags[i])
             ct = jnp.sum(ct, axis=away)
+            # Bring the remaining axes back from `order` into the order of the levels.
             has = [i for i in order if flags[i]]
             ct = jnp.moveaxis(ct, range(len(has)), [sorted(has).index(i) for i in has])
             ct = nondifferentiable_backward(ct, msg=_REVERSE_AGAIN)
@@ -212,17 +232,19 @@ def _sweep(
     is_linear: list[bool],
     ct: Outputs,
 ) -> list[Array | None]:
-    """The cotangents of the tangents of a batch of solves.
+    """Returns the cotangents of the tangents, by one sweep over a batch of solves.
 
-    Each has axes for the levels in which its tangent has one.
+    `levels` are those that map over solves; the cotangents `ct` of the outputs have all
+    of their axes. Those of the tangents have the axes of the tangents, and are `None`
+    where not `is_linear`.
     """
     batch = Batch(tuple(level.size for level in levels))
     tangent_axes = [
         Axes(tuple(level.tangents[i] for level in levels))
         for i in range(len(static.tangent_owner))
     ]
-    # A shared array with a tangent for every solve has a cotangent for every solve, so
-    # it needs the axis as well.
+    # A shared array may have a separate tangent for every solve. It then has a separate
+    # cotangent for every solve as well, so the array itself needs the axis.
     axes = [
         Axes(tuple(level.shared[i] for level in levels))
         for i in range(static.shared.num_leaves)
@@ -232,6 +254,8 @@ def _sweep(
         if owner is not None:
             pairs = zip(axes[owner].batched, new.batched, strict=True)
             axes[owner] = Axes(tuple(a or b for a, b in pairs))
+    # Solves that took no step: their cotangents are zero, but the sweep still evaluates
+    # pullbacks for them. With inputs of another solve these have no NaNs.
     own = primals[: static.num_own]
     _, trajectory = jax.tree.unflatten(static.own, own)
     invalid = trajectory.num_steps == 0
@@ -240,11 +264,13 @@ def _sweep(
         for x, old, new in zip(primals[static.num_own :], old_axes, axes, strict=True)
     ]
     inputs, trajectory = static.inputs([*own, *shared])
+    # The same structures, with `Axes` and with flags in place of the arrays.
     all_axes, _ = static.inputs([batch.all_axes] * static.num_own + axes)
     wanted = iter(is_linear)
     wrt = jax.tree.map(lambda p: p and next(wanted), static.perturbed)
     recording = Recording(static.plan, inputs, trajectory, batch, all_axes, wrt)
     cts = pull_back(recording, ct)
+    # A cotangent has the axes of its array. Sum over those that its tangent lacks.
     used_axes = jax.tree.leaves(eqx.filter(all_axes, static.perturbed))
     out = _perturbed_leaves(static.perturbed, wrt, cts)
     return [
@@ -253,11 +279,13 @@ def _sweep(
     ]
 
 
-def _perturbed_leaves(perturbed: Inputs, wrt: Inputs, cts: Inputs) -> list[Any]:
-    """The cotangents of the perturbed arrays, in order, `None` where not wanted."""
+def _perturbed_leaves(
+    perturbed: Inputs, wrt: Inputs, cts: Inputs
+) -> list[Array | None]:
+    """Returns the cotangents of the perturbed arrays, with `None` where not wanted."""
     out = []
 
-    def visit(is_perturbed, is_wanted, ct):
+    def visit(is_perturbed: bool, is_wanted: bool, ct: Array | None) -> None:
         if is_perturbed:
             out.append(ct if is_wanted else None)
 
@@ -265,17 +293,30 @@ def _perturbed_leaves(perturbed: Inputs, wrt: Inputs, cts: Inputs) -> list[Any]:
     return out
 
 
-def _jvp(primals, tangents, *, static: _Static, levels: tuple[Level, ...]):
+def _jvp(
+    primals: Sequence[Array],
+    tangents: Sequence[Any],
+    *,
+    static: _Static,
+    levels: tuple[Level, ...],
+) -> tuple[list[Array], list[Any]]:
+    """The rule for forward mode. `tangents` are those of the operands, or `ad.Zero`.
+
+    The result is a sum of two parts. The primitive is linear in its tangent operands,
+    so the first part is the primitive again. The second one is the derivative of the
+    evaluation with respect to the other operands.
+    """
     bind = lambda *args: tangent_map_p.bind(*args, static=static, levels=levels)
     n = static.num_primals
     out, parts = bind(*primals), []
     of_tangents = tangents[n:]
     if any(type(t) is not ad.Zero for t in of_tangents):
         parts.append(bind(*primals[:n], *map(ad.instantiate_zeros, of_tangents)))
+    # This part is second order. It can be pushed forward, but not transposed.
     moving = [i for i in range(n) if type(tangents[i]) is not ad.Zero]
     if moving:
 
-        def evaluate(*moved):
+        def evaluate(*moved: Array) -> list[Array]:
             operands = list(primals)
             for i, x in zip(moving, moved, strict=True):
                 operands[i] = x
@@ -289,12 +330,23 @@ def _jvp(primals, tangents, *, static: _Static, levels: tuple[Level, ...]):
     return out, [sum(xs[1:], xs[0]) for xs in zip(*parts, strict=True)]
 
 
-def _batch(operands, dims, *, static: _Static, levels: tuple[Level, ...]):
+def _batch(
+    operands: Sequence[Array],
+    dims: Sequence[int | None],
+    *,
+    static: _Static,
+    levels: tuple[Level, ...],
+) -> tuple[list[Array], list[int]]:
+    """The rule for `vmap`: the same primitive, with a new outermost level.
+
+    `dims` are the positions of the batch axis in the operands; `None` for no axis.
+    """
     size = next(
         x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None
     )
     num_own, num_primals = static.num_own, static.num_primals
     is_batched = [d is not None for d in dims]
+    # If only tangents are batched, one solve has many tangents, e.g. in `jax.jacfwd`.
     solves = any(is_batched[:num_primals])
     level = Level(
         size=size,
@@ -303,9 +355,10 @@ def _batch(operands, dims, *, static: _Static, levels: tuple[Level, ...]):
         tangents=tuple(is_batched[num_primals:]),
     )
 
-    def in_front(i, x, d):
+    def in_front(i: int, x: Array, d: int | None) -> Array:
         if d is not None:
             return jnp.moveaxis(x, d, 0)
+        # All `own` operands have the axis; `shared` ones and tangents need no copies.
         if solves and i < num_own:
             return jnp.broadcast_to(x, (size, *jnp.shape(x)))
         return x
@@ -317,7 +370,10 @@ def _batch(operands, dims, *, static: _Static, levels: tuple[Level, ...]):
     return out, [0] * len(out)
 
 
-def _abstract(*operands, static: _Static, levels: tuple[Level, ...]):
+def _abstract(
+    *operands: Any, static: _Static, levels: tuple[Level, ...]
+) -> list[ShapedArray]:
+    """Returns the shapes and dtypes of the results: an axis for every level."""
     del operands
     sizes = tuple(level.size for level in levels)
     return [
@@ -325,7 +381,8 @@ def _abstract(*operands, static: _Static, levels: tuple[Level, ...]):
     ]
 
 
-def _evaluate_compiled(*operands, **params):
+def _evaluate_compiled(*operands: Array, **params: Any) -> list[Array]:
+    """Evaluates outside of `jax.jit`, compiled all the same: the steps are a loop."""
     evaluate: Callable = lambda *operands: _evaluate(*operands, **params)
     return jax.jit(evaluate)(*operands)
 

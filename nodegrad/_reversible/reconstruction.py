@@ -1,13 +1,13 @@
-"""States reconstructed by undoing the steps of a reversible solver.
+"""Reconstructs the states of a reversible solver by undoing its steps.
 
-The walk carries the state after the step that it goes back over and undoes the step. If
-the visitor linearises the step, the evaluations of the inverse are the ones that are
-linearised (`invertible_step.py`).
+The backward loop carries the state after a step, undoes the step, and passes the state
+before it to the visitor. If the visitor linearises the step, the evaluations of the
+inverse are linearised, and no further ones are made (see `invertible_step.py`).
 
-What is stored is the state before every resync, and the start of the solve. There the
-reconstructed state is compared with the stored one, and then replaced by it: the
-greatest difference, relative to the state, is the *reconstruction error*, which tells
-whether the gradient can be trusted.
+The state before every resync is stored, and so is the start of the solve. There, the
+reconstructed state is compared with the stored one, and replaced by it. The largest
+difference, relative to the state, is the *reconstruction error*. A gradient is refused
+if this error is large.
 """
 
 from collections.abc import Callable
@@ -16,44 +16,63 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree, Real
+from jaxtyping import Array, Bool, Int, PyTree, Real
 
 from .._internal.norms import magnitudes, relative_size, size
 from .._internal.tree import take, where, zeros_like
 from .._trajectory.linearized_calls import LinearizedCalls
-from .._trajectory.state_source import AbstractStateSource, BackwardStep, RecordedSteps
-from .._trajectory.step_times import StepTimes
-from .invertible_step import AbstractInvertibleStep, is_regular_resync
+from .._trajectory.state_source import (
+    AbstractStateSource,
+    BackwardStep,
+    C,
+    Evaluate,
+    RecordedSteps,
+)
+from .._trajectory.step_times import AbstractGrid, StepTimes
+from .invertible_step import AbstractInvertibleStep, is_regular_resync, Resync
 
 
-# A gradient is refused if the reconstruction misses a known state by more, relatively,
+# A gradient is refused if a reconstructed state differs from a stored one by more than
+# this, relative to the stored one. A larger bound admits less accurate gradients.
+# Without it, a gradient in tests/reversible/test_reversible_adjoint.py (that of a small
+# component beside a large one) is wrong.
 _MAX_ERROR = 1e-3
-# ... unless that is as little as this many units of rounding of the largest state.
+# A difference of up to this many units of rounding of the largest state is accepted,
+# also if the stored state is small or zero.
 _MAX_ROUNDING = 1e3
-# The part of its largest value that a number is taken to have at least.
+# An entry near zero is compared with at least this fraction of the largest value it has
+# had so far. Without this bound, or without the previous one, the gradient of the solve
+# from rest in tests/reversible/test_reversible_adjoint.py is refused.
 _USUAL = 0.1
 
 _UNTRUSTED = (
-    "Walking back through a solve with `nodegrad.ReversibleAdjoint` missed a state "
-    f"that is known by more than a relative {_MAX_ERROR}: rounding has grown on the "
-    "way, and the gradient would be wrong. Pass `resync_every=10` or so to the solver, "
-    "take fewer steps or a `coupling_parameter` closer to one, or use "
+    "A state that `nodegrad.ReversibleAdjoint` reconstructed differs from the stored "
+    f"one by more than a relative {_MAX_ERROR}: rounding errors have grown in the "
+    "backward pass, and the gradient would be wrong. Pass `resync_every=10` or so to "
+    "the solver, take fewer steps or a `coupling_parameter` closer to one, or use "
     "`nodegrad.ACAAdjoint()`."
 )
 
 _LOST = (
-    "The solve whose gradient was asked for ended before `t1`, because its two copies "
-    "had come apart. Pass `resync_every=10` or so to the solver; or, for the gradient "
-    "of the part that was solved, `throw=False` to the solve."
+    "A gradient was requested of a solve that ended before `t1`, because the copies of "
+    "the solution diverged. Pass `resync_every=10` or so to the solver; or, for the "
+    "gradient of the part that was solved, pass `throw=False` to the solve."
 )
 
 
 class Resyncs(eqx.Module):
-    """Where the states before resyncs are stored: a row for each.
+    """The layout of the stored states: one row for the state before each resync.
 
-    First come those of every `every` steps, then those of jumps, of which there is one
-    at most between two of the grid's anchors, then a row that is never read. The solve
-    may continue one of `step_offset` steps, and may start (`first_jump`) at a jump.
+    First come the rows of regular resyncs, then those of resyncs at jumps, then one row
+    that is never read. It takes the states of steps without a resync.
+
+    - `every`: resync regularly after this many steps; `None` for no regular resyncs.
+    - `jumps`: the number of rows for jumps.
+    - `first_jump`: whether the first step may start at a jump.
+    - `max_steps`: the largest number of steps.
+
+    The methods take the index of a step in this solve, and `step_offset`, the number of
+    steps before this solve if it continues another one. Resyncs count both.
     """
 
     every: int | None = eqx.field(static=True)
@@ -63,27 +82,46 @@ class Resyncs(eqx.Module):
 
     @property
     def regular(self) -> int:
-        """Rows for the regular resyncs."""
+        """The number of rows for regular resyncs."""
+        # Row 0 is for a resync in the first step, if this solve continues another one.
         return 0 if self.every is None else (self.max_steps - 1) // self.every + 2
 
     @property
     def rows(self) -> int:
-        """Rows to allocate; none if there are no resyncs."""
+        """The number of rows to allocate; 0 if there are no resyncs."""
         rows = self.regular + self.jumps
         return rows + 1 if rows else 0
 
-    def is_resync(self, index, step_offset, made_jump):
-        """Whether step `index` begins with a resync; `False` where none does."""
+    def is_resync(
+        self,
+        index: Int[Array, "..."],
+        step_offset: Int[Array, "..."],
+        made_jump: Bool[Array, "..."],
+    ) -> Resync:
+        """Returns whether step `index` begins with a resync.
+
+        It is the literal `False` for a solve without resyncs.
+        """
         resync = is_regular_resync(self.every, index + step_offset)
         return resync | made_jump if self.jumps or self.first_jump else resync
 
-    def row_to_write(self, index, step_offset, start, made_jump, grid):
-        """The row of the state before step `index`, or one that is never read."""
+    def row_to_write(
+        self,
+        index: Int[Array, ""],
+        step_offset: Int[Array, ""],
+        start: Real[Array, ""],
+        made_jump: Bool[Array, ""],
+        grid: AbstractGrid,
+    ) -> Int[Array, ""]:
+        """Returns the row of the state before step `index`, or the row never read."""
         row = jnp.full_like(index, self.rows - 1)
         if self.jumps:
+            # A jump is at an anchor. Between two anchors there is at most one jump, so
+            # the number of anchors passed tells jumps apart.
             passed = jnp.sum(grid.anchors <= start, dtype=row.dtype)
             row = jnp.where(made_jump, self.regular + passed, row)
         if self.every is not None:
+            # Resyncs are counted from the first step of all, rows from this solve's.
             regular = (index + step_offset) // self.every - step_offset // self.every
             is_regular = is_regular_resync(self.every, index + step_offset)
             row = jnp.where(is_regular, regular, row)
@@ -91,10 +129,11 @@ class Resyncs(eqx.Module):
 
 
 class _Walk(eqx.Module):
-    """Where the walk is: the state after the next step to undo.
+    """What the backward loop carries in addition to the values of the visitor.
 
-    - `peak`: the largest absolute values met, number by number.
-    - `error`: the largest reconstruction error.
+    - `y`, `replay_state`: the state after the step to undo next.
+    - `peak`: for each component of `y`, the largest absolute value met so far.
+    - `error`: for each solve, the largest reconstruction error so far.
     """
 
     y: PyTree[Array]
@@ -104,7 +143,7 @@ class _Walk(eqx.Module):
 
 
 class ReconstructedStates(AbstractStateSource):
-    """States found by undoing the steps, from the final state on.
+    """The state source that undoes the steps, from the final state on.
 
     - `invertible_step`: the step and its inverse.
     - `resyncs`: where the states before resyncs are stored.
@@ -117,42 +156,69 @@ class ReconstructedStates(AbstractStateSource):
     def rows(self) -> int:
         return self.resyncs.rows
 
-    def row_to_write(self, index, step_offset, start, made_jump, grid):
+    def row_to_write(
+        self,
+        index: Int[Array, ""],
+        step_offset: Int[Array, ""],
+        start: Real[Array, ""],
+        made_jump: Bool[Array, ""],
+        grid: AbstractGrid,
+    ) -> Int[Array, ""]:
         return self.resyncs.row_to_write(index, step_offset, start, made_jump, grid)
 
-    def replay_state(self, solver_state, made_jump):
+    def replay_state(
+        self, solver_state: PyTree, made_jump: bool | Bool[Array, "..."] | None
+    ) -> PyTree:
         del made_jump
         return self.invertible_step.replay_state(solver_state)
 
-    def with_replay_state(self, solver_state, replay_state):
+    def with_replay_state(self, solver_state: PyTree, replay_state: PyTree) -> PyTree:
         return self.invertible_step.with_replay_state(solver_state, replay_state)
 
-    def parts(self):
+    def parts(self) -> dict[str, Callable]:
         return self.invertible_step.parts()
 
-    def step(self, evaluate, times, t0, t1, y, state):
+    def step(
+        self,
+        evaluate: Evaluate,
+        times: StepTimes,
+        t0: Real[Array, "..."],
+        t1: Real[Array, "..."],
+        y: PyTree,
+        state: PyTree,
+    ) -> tuple[PyTree, PyTree, PyTree]:
         resync = self._is_resync(times)
         return self.invertible_step.forward(evaluate, t0, t1, y, state, resync)
 
-    def _is_resync(self, times: StepTimes) -> Any:
-        """Whether a step begins with a resync; `False` where none does."""
+    def _is_resync(self, times: StepTimes) -> Resync:
         return self.resyncs.is_resync(times.index, times.step_offset, times.made_jump)
 
-    def walk(self, steps, visit, carry, linearizes):
+    def walk(
+        self,
+        steps: RecordedSteps,
+        visit: Callable[[C, BackwardStep], C],
+        carry: C,
+        linearizes: bool,
+    ) -> tuple[C, Real[Array, "..."] | None]:
         batch, trajectory = steps.batch, steps.trajectory
         num_steps = trajectory.num_steps
+        # Solves without any step get the state and times of one that has steps, so that
+        # the pullbacks through steps they did not take contain no NaN.
         state = steps.valid((trajectory.y, trajectory.replay_state))
         error = jnp.zeros_like(batch.map(size)(_constant(trajectory.y)))
         peak = zeros_like(magnitudes(_constant(trajectory.y)))
         last_times = steps.valid(steps.times(jnp.maximum(num_steps - 1, 0)))
 
-        def body(index__walk__carry):
+        def body(
+            index__walk__carry: tuple[Int[Array, ""], _Walk, C],
+        ) -> tuple[Int[Array, ""], _Walk, C]:
             index, walk, carry = index__walk__carry
-            # Solves go back over step `i` together, whatever number of steps they took.
-            # Those with fewer wait at their last one.
+            # The solves of a batch undo step `index` together. A solve that took fewer
+            # steps undoes its last step repeatedly, and the result is dropped.
             active = index < num_steps
             times = batch.where_active(active, steps.times(index), last_times)
             peak = magnitudes(walk.peak, _constant(walk.y))
+            # Linearised calls keep the pullbacks of the inverse for `linearize`.
             evaluate = LinearizedCalls(steps, times) if linearizes else steps.evaluate
             y, state, error = self._undo(steps, evaluate, times, walk, peak)
             linearize = self._linearize(evaluate, times, y, state)
@@ -169,8 +235,18 @@ class ReconstructedStates(AbstractStateSource):
         _, walk, carry = batch.while_loop(lambda c: c[0] >= 0, body, init)
         return carry, walk.error
 
-    def _undo(self, steps: RecordedSteps, evaluate, times, walk: _Walk, peak):
-        """Undoes a step: `(y, replay_state, error)` before it."""
+    def _undo(
+        self,
+        steps: RecordedSteps,
+        evaluate: Evaluate,
+        times: StepTimes,
+        walk: _Walk,
+        peak: PyTree[Array],
+    ) -> tuple[PyTree[Array], PyTree[Array], Real[Array, "..."]]:
+        """Undoes a step: returns `(y, replay_state, error)` before it.
+
+        The error is zero unless the state before the step is stored.
+        """
         invertible_step = self.invertible_step
         found = invertible_step.backward(
             evaluate,
@@ -180,6 +256,7 @@ class ReconstructedStates(AbstractStateSource):
             walk.y,
             walk.replay_state,
         )
+        # Replace reconstructed states by stored ones, which are exact.
         is_known = (times.index == 0) | self._is_resync(times)
         known = self._known(steps, times)
         error = steps.batch.map(_relative_error)(
@@ -190,13 +267,17 @@ class ReconstructedStates(AbstractStateSource):
         y, state = where(is_known, known, found)
         return y, state, jnp.where(is_known, error, 0)
 
-    def _known(self, steps: RecordedSteps, times: StepTimes) -> Any:
-        """The state stored for a step; numbers without a meaning if none was."""
+    def _known(
+        self, steps: RecordedSteps, times: StepTimes
+    ) -> tuple[PyTree[Array], PyTree[Array]]:
+        """Returns the stored state before a step; arbitrary if none is stored."""
         start = steps.y0, steps.replay_state0
         if self.rows == 0:
             return start
 
-        def read(grid, rows, times):
+        def read(
+            grid: AbstractGrid, rows: PyTree[Array], times: StepTimes
+        ) -> PyTree[Array]:
             row = self.row_to_write(
                 times.index, times.step_offset, times.start, times.made_jump, grid
             )
@@ -206,50 +287,83 @@ class ReconstructedStates(AbstractStateSource):
         stored = read_all(steps.trajectory.rows, times)
         return where(times.index == 0, start, stored)
 
-    def _linearize(self, calls, times: StepTimes, y, state) -> Callable:
-        def linearize():
+    def _linearize(
+        self, calls: Any, times: StepTimes, y: PyTree[Array], state: PyTree[Array]
+    ) -> Callable[[], tuple[PyTree, Callable]]:
+        """Returns the `linearize` of a `BackwardStep`.
+
+        `calls` are `LinearizedCalls`. Otherwise the visitor does not call the result.
+        """
+
+        def linearize() -> tuple[PyTree, Callable]:
             resync = self._is_resync(times)
             forward: Any = self.invertible_step.forward
-            step = lambda evaluate, *args: forward(evaluate, *args, resync)
+
+            def step(evaluate: Evaluate, *args: PyTree) -> PyTree:
+                return forward(evaluate, *args, resync)
+
             return calls.linearize(step, (times.start, times.end, y, state))
 
         return linearize
 
-    def guarded(self, carry, steps, error, throw, nan_where):
+    def guarded(
+        self,
+        carry: C,
+        steps: RecordedSteps,
+        error: Real[Array, "..."] | None,
+        throw: bool,
+        nan_where: Callable[[Bool[Array, "..."], C], C],
+    ) -> C:
         assert error is not None
+        # An error of NaN is bad, too.
         bad = ~(error <= _MAX_ERROR)
         if throw:
-            # JAX drops the exception of the solve where its value is not used.
+            # A solve that is lost raises an error, but JAX drops it if the value of the
+            # solve is not used. So raise again.
             lost = steps.trajectory.lost
             which = jnp.where(jnp.any(lost), 1, 0)
             failed = jnp.any(bad | lost)
             messages = [_UNTRUSTED, _LOST]
-            # What passes a check is put on one device: a number, and not `carry`.
+            # The operand of a check is moved to one device. A single boolean is the
+            # operand, so that `carry` may stay sharded.
             no = jnp.array(False)
             bad = bad | eqx.branched_error_if(no, failed, which, messages)
         return nan_where(bad, carry)
 
 
 def reconstruction_error(source: AbstractStateSource, steps: RecordedSteps) -> Array:
-    """By how much, relatively, the reconstruction misses known states, at most."""
+    """Returns the reconstruction error of one solve, by undoing its steps once.
+
+    It is zero if the source stores all states that it needs, and NaN if some steps were
+    not recorded.
+    """
     _, error = source.walk(steps, lambda carry, _: carry, None, False)
     if error is None:
         return jnp.zeros(())
     return jnp.where(steps.trajectory.is_cut, jnp.nan, error)
 
 
-def _constant(y: PyTree) -> PyTree[Array]:
+def _constant(y: PyTree[Array]) -> PyTree[Array]:
     return jax.lax.stop_gradient(eqx.filter(y, eqx.is_inexact_array))
 
 
-def _relative_error(found: PyTree, known: PyTree, peak: PyTree) -> Array:
-    """How far `found` is from `known`, relatively, as a whole or number by number."""
+def _relative_error(
+    found: PyTree[Array], known: PyTree[Array], peak: PyTree[Array]
+) -> Real[Array, ""]:
+    """Returns the relative error of `found`, if `known` is exact.
+
+    It is the larger of two: the root mean square of the error, relative to that of the
+    state; and the root mean square of errors that are relative entry by entry, so that
+    a large component does not hide the error of a small one.
+    """
     found, known = _constant(found), _constant(known)
     error = jax.tree.map(jnp.subtract, found, known)
     unit = jnp.finfo(size(error).dtype).eps
+    # Relative to this, `_MAX_ROUNDING` units of rounding of the largest state are an
+    # error of `_MAX_ERROR`.
     least = _MAX_ROUNDING / _MAX_ERROR * unit * size(peak)
     overall = size(error) / jnp.maximum(size(known), least)
-    # A number that is zero just there is compared with what it is elsewhere.
+    # An entry may be zero in this one state. Compare it with its values elsewhere.
     usual = magnitudes(known, jax.tree.map(lambda x: _USUAL * x, peak))
     worst = jnp.maximum(overall, relative_size(error, usual))
     return jnp.where(size(error) == 0, 0, worst)

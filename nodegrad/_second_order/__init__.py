@@ -1,1 +1,1 @@
-"""Second derivatives along a solve, by steps and by Theorem 1."""
+"""Second derivatives of a loss along a solve, by its steps or by Theorem 1."""

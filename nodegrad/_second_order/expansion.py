@@ -1,31 +1,33 @@
-r"""Second-order expansions of a loss, and how they change under a map.
+r"""Second-order expansions of a loss, pulled back through the steps of a solve.
 
-With a loss $Q_1(s_1, u)$ known to second order at a point, and a map $s_1 = \Phi(s, u)$
-that leads there, $Q(s, u) = Q_1(\Phi(s, u), u)$ is known to second order where the map
-came from. With $\lambda, \Lambda$ for the first and second derivatives of $Q_1$ in
-$s_1$, the chain rule is
+Let $s_1 = \Phi(s, u)$ be a step, with the state $s$ and the parameters $u$, and
+$Q_1(s_1, u)$ the loss as a function of the state after it. Then
+$Q(s, u) = Q_1(\Phi(s, u), u)$ is the loss as a function of the state before it. With
+$\lambda, \Lambda$ for the first and second derivatives of $Q_1$ in $s_1$, the chain
+rule gives
 
 $$Q_{ss} = \Phi_s^\top \Lambda\, \Phi_s + \sum_k \lambda_k\, \partial_{ss} \Phi_k$$
 
 and likewise for the blocks with $u$. Without the second term, this is Gauss-Newton.
 
-The reverse sweep with second derivatives: one expansion pulled through every step.
-
-This is a visitor of a state source, as the gradient is (`gradient.py`). What is
-carried from step to step is an `Expansion` of the loss in the state of the solver (the
-replay state included) and in the floating point arrays of `args`.
+`ExpansionVisitor` is a visitor of a state source, as the gradient is (`gradient.py`).
+It carries an `Expansion` of the loss from step to step. The state is `y` and the replay
+state of the solver, and the parameters are the floating point arrays of `args`, each
+flattened to a vector.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, Real
 
 from .._internal.tree import flatten
 from .._reverse.plan import Solve
+from .._steps.increment import Increment
 from .._trajectory.recording import Recording
 from .._trajectory.state_source import BackwardStep
 from .._trajectory.step_times import StepTimes
@@ -33,7 +35,10 @@ from .._trajectory.trajectory import refuse
 
 
 class Expansion(eqx.Module):
-    """First and second derivatives of a loss in the state $s$ and parameters $u$."""
+    """The first and second derivatives of a loss in the state $s$ and parameters $u$.
+
+    Along `ts` every array has a leading axis for the times.
+    """
 
     s: Float[Array, " s"]
     u: Float[Array, " u"]
@@ -41,19 +46,25 @@ class Expansion(eqx.Module):
     su: Float[Array, "s u"]
     uu: Float[Array, "u u"]
 
-    def of_first(self, size: int) -> tuple[Array, Array]:
-        """Gradient and Hessian in the first `size` numbers of $s$ and all of $u$."""
+    def of_first(self, size: int) -> tuple[Float[Array, " z"], Float[Array, "z z"]]:
+        """Returns gradient and Hessian in the first `size` numbers of $s$ and in $u$.
+
+        Here `z = size + len(u)`: the state first, the parameters after it.
+        """
         s, su = slice(None, size), self.su[:size]
         gradient = jnp.concatenate([self.s[s], self.u])
         hessian = jnp.block([[self.ss[s, s], su], [su.T, self.uu]])
         return gradient, hessian
 
 
-def expand(fn: Callable, s: Array, u: Array) -> Expansion:
-    """The expansion of `fn(s, u)`, which returns a scalar."""
+def expand(
+    fn: Callable[[Array, Array], Array], s: Float[Array, " s"], u: Float[Array, " u"]
+) -> Expansion:
+    """Returns the expansion of `fn(s, u)`, which is a scalar."""
     size = len(s)
 
-    def gradient(z):
+    def gradient(z: Float[Array, " z"]) -> tuple[Array, Array]:
+        # Twice: `jacfwd` differentiates the first, and returns the second as it is.
         out = jax.grad(lambda z: fn(z[:size], z[size:]))(z)
         return out, out
 
@@ -64,24 +75,37 @@ def expand(fn: Callable, s: Array, u: Array) -> Expansion:
 
 
 def pull_back(
-    after: Expansion, fn: Callable, s: Array, u: Array, curved: bool
+    after: Expansion,
+    fn: Callable[[Array, Array], Array],
+    s: Float[Array, " s"],
+    u: Float[Array, " u"],
+    curved: bool,
 ) -> Expansion:
-    """The expansion before the map `s1 = fn(s, u)`, from the one after it.
+    """Returns the expansion before the map `s1 = fn(s, u)`, from the one after it.
 
-    Without the second derivatives of `fn`, unless `curved`.
+    The second derivatives of `fn` are included if `curved`.
     """
     out = _pull_back_curved if curved else _pull_back_flat
     before = out(after, fn, s, u)
-    # Not through `fn`: nothing is multiplied by the identity that `u` passes through.
+    # The loss also depends on `u` directly. The derivative of `u` by itself is the
+    # identity, so these blocks are added without any product of matrices.
     return eqx.tree_at(
         lambda e: (e.u, e.uu), before, (before.u + after.u, before.uu + after.uu)
     )
 
 
-def _pull_back_curved(after: Expansion, fn: Callable, s, u) -> Expansion:
+def _pull_back_curved(
+    after: Expansion,
+    fn: Callable[[Array, Array], Array],
+    s: Float[Array, " s"],
+    u: Float[Array, " u"],
+) -> Expansion:
+    """Returns the blocks through `fn`, with its second derivatives."""
     s1 = fn(s, u)
 
-    def model(x, v):
+    def model(x: Float[Array, " s"], v: Float[Array, " u"]) -> Float[Array, ""]:
+        # A quadratic function with the derivatives of the loss at `(s1, u)`, without
+        # those by `u` alone. Its value is not that of the loss, and is not used.
         x1 = fn(x, v)
         ds, du = x1 - s1, v - u
         return after.s @ x1 + ds @ (0.5 * (after.ss @ ds) + after.su @ du)
@@ -89,7 +113,15 @@ def _pull_back_curved(after: Expansion, fn: Callable, s, u) -> Expansion:
     return expand(model, s, u)
 
 
-def _pull_back_flat(after: Expansion, fn: Callable, s, u) -> Expansion:
+def _pull_back_flat(
+    after: Expansion,
+    fn: Callable[[Array, Array], Array],
+    s: Float[Array, " s"],
+    u: Float[Array, " u"],
+) -> Expansion:
+    """Returns the blocks through `fn`, as if `fn` were affine (Gauss-Newton)."""
+    # `len(s)` pullbacks, or `len(s) + len(u)` pushforwards, which are cheaper: nothing
+    # has to be stored for a transposition.
     jacobian = jax.jacrev if len(s) < len(u) else jax.jacfwd
     by_s, by_u = jacobian(fn, argnums=(0, 1))(s, u)
     crossed = by_u.T @ after.su
@@ -103,51 +135,71 @@ def _pull_back_flat(after: Expansion, fn: Callable, s, u) -> Expansion:
 
 
 class Rows(eqx.Module):
-    """The expansion at each of some times, and the state there.
+    """The expansions and the states at the times `ts`, one row for each time.
 
-    A time belongs to a *node* of the grid: node `i` is where step `i` starts, and the
-    last one is where the last step ends.
+    A time belongs to a *node* of the grid: node `i` is the start of step `i`, and the
+    last node is the end of the last step.
 
-    - `nodes`: that of each time; they ascend.
-    - `missed`: whether no node is at some time.
+    - `nodes`: the nearest node of each time, in ascending order.
+    - `missed`: whether any time is not at a node.
+    - `expansion`, `state`: arrays with a leading axis for the times.
     """
 
-    nodes: Array
-    missed: Array
+    nodes: Int[Array, " times"]
+    missed: Bool[Array, ""]
+    # An `Expansion` and a vector, each with one more axis.
     expansion: PyTree[Array]
     state: PyTree[Array]
 
     @classmethod
-    def init(cls, ts: Array, times: Array, last, expansion: Expansion, state: Array):
-        """Rows of zeros for expansions and states like these.
+    def init(
+        cls,
+        ts: Real[Array, " times"],
+        times: Real[Array, " nodes"],
+        last: Int[Array, ""],
+        expansion: Expansion,
+        state: Float[Array, " s"],
+    ) -> "Rows":
+        """Returns rows of zeros, in the shapes of `expansion` and `state`.
 
-        `times` are those of the nodes, of which number `last` is the last.
+        `times` are the times of the nodes; the solve has nodes 0 to `last`.
         """
+        # Find the nearest node. Those after `last` hold no times of this solve.
         times = jnp.where(jnp.arange(len(times)) <= last, times, jnp.inf)
         right = jnp.minimum(jnp.maximum(jnp.searchsorted(times, ts), 1), last)
         left = jnp.maximum(right - 1, 0)
         is_left = ts - times[left] <= times[right] - ts
         nodes = jnp.where(is_left, left, right)
-        # Times may be off by rounding.
+        # A step may miss its time by rounding errors. An error of up to 100 units of
+        # rounding is allowed, but only a small part of the step, so that a time inside
+        # a very short step is not taken for its end.
         unit = jnp.finfo(ts.dtype).eps * jnp.max(jnp.abs(ts))
         allowed = jnp.minimum(100 * unit, 0.01 * (times[right] - times[left]))
         missed = ~jnp.all(jnp.abs(times[nodes] - ts) <= allowed)
         empty = lambda x: jnp.zeros((len(ts), *x.shape), x.dtype)
         return cls(nodes, missed, *jax.tree.map(empty, (expansion, state)))
 
-    def write(self, node, expansion: Expansion, state: Array) -> "Rows":
-        """With the row of the first time at `node`, if there is one."""
+    def write(
+        self, node: Int[Array, ""], expansion: Expansion, state: Float[Array, " s"]
+    ) -> "Rows":
+        """Returns these rows with that of the first time at `node`, if there is one."""
         node = node.astype(self.nodes.dtype)
         row = jnp.searchsorted(self.nodes, node)
         is_here = self.nodes.at[row].get(mode="fill", fill_value=-1) == node
+        # A row after the last one is dropped.
         row = jnp.where(is_here, row, len(self.nodes))
         set_row = lambda rows, x: rows.at[row].set(x, mode="drop")
         old = self.expansion, self.state
         expansion, state = jax.tree.map(set_row, old, (expansion, state))
         return replace(self, expansion=expansion, state=state)
 
-    def finished(self, successful) -> "Rows":
-        """With the rows of all times; raises if one is missed, but for a failure."""
+    def finished(self, successful: Bool[Array, ""]) -> "Rows":
+        """Returns these rows with equal rows for equal times.
+
+        Raises an error if a time is not at a node, unless the solve failed: then it may
+        have ended before that time.
+        """
+        # `write` has written the first row of each node only.
         first = jnp.searchsorted(self.nodes, self.nodes)
         rows = self.expansion, self.state
         expansion, state = jax.tree.map(lambda x: x[first], rows)
@@ -161,7 +213,7 @@ class Rows(eqx.Module):
 
 
 class Carry(eqx.Module):
-    """What the sweep carries from step to step."""
+    """What the sweep carries from step to step; `rows` is `None` without `ts`."""
 
     expansion: Expansion
     rows: Rows | None
@@ -171,24 +223,27 @@ class ExpansionVisitor(eqx.Module):
     """Pulls the expansion of a loss back through every step of one solve.
 
     - `recording`, `init_state`: the solve, and its loop state before the first step.
-    - `u`, `solve_at`: the parameters, and the solve to be differentiated as a function
-      of them. It has the values of the recorded one, not necessarily all of its
-      derivatives.
-    - `curved`: whether second derivatives of its steps count.
+    - `u`: the parameters.
+    - `solve_at`: the solve to differentiate, as a function of the parameters. At `u` it
+      has the values of the recorded one, but it may have other second derivatives.
+    - `curved`: whether to include the second derivatives of its steps.
     """
 
     recording: Recording
     init_state: PyTree
-    u: Array
+    u: Float[Array, " u"]
     solve_at: Callable[[Array], Solve] = eqx.field(static=True)
     curved: bool = eqx.field(static=True)
     max_steps: int = eqx.field(static=True)
 
-    def __call__(self, terminal: Callable, ts: Array | None) -> Carry:
-        """The expansion at the start of the solve, and along `ts`.
+    def __call__(
+        self, terminal: Callable[[PyTree], Array], ts: Real[Array, " times"] | None
+    ) -> Carry:
+        """Returns the expansion at the start of the solve, and along `ts`.
 
         `terminal` is the loss as a function of the final `y`.
         """
+        # Expand the loss at the end of the solve.
         trajectory, grid = self.recording.trajectory, self.recording.inputs.grid
         state = trajectory.y, trajectory.replay_state
         s, unravel = flatten(state, self.u.dtype)
@@ -197,19 +252,25 @@ class ExpansionVisitor(eqx.Module):
         if ts is not None:
             last = trajectory.num_steps
             end = jax.vmap(lambda index: trajectory.end(grid, index))
+            # Step -1 ends at the start of the solve, which is node 0.
             times = end(jnp.arange(self.max_steps + 1) - 1)
             rows = Rows.init(ts, times, last, expansion, s).write(last, expansion, s)
+
+        # Visit the steps. It is an error if a reconstructed state was not exact, or if
+        # there were more steps than could be recorded.
         states, steps = self.recording.plan.states, self.recording.steps
         carry = Carry(expansion, rows)
         carry, error = states.walk(steps, self.visit, carry, linearizes=False)
         carry = states.guarded(carry, steps, error, True, _nan_where)
         carry = _nan_where(refuse(trajectory.is_cut, True), carry)
+
+        # The replay state before the first step is a function of `y0` and `u`.
         y0, _ = flatten(self.init_state.y, self.u.dtype)
         expansion = pull_back(carry.expansion, self._start, y0, self.u, self.curved)
         return replace(carry, expansion=expansion)
 
     def visit(self, carry: Carry, step: BackwardStep) -> Carry:
-        """The expansion before a step, from the one after it."""
+        """Returns the expansion before a step, from the one after it."""
         s, unravel = flatten((step.y, step.replay_state), self.u.dtype)
         again = lambda s, u: self._step(step.times, unravel(s), u)
         expansion = pull_back(carry.expansion, again, s, self.u, self.curved)
@@ -218,18 +279,32 @@ class ExpansionVisitor(eqx.Module):
             rows = rows.write(step.index, expansion, s)
         return Carry(expansion, rows)
 
-    def _step(self, times: StepTimes, state: PyTree, u: Array) -> Array:
-        """The state after a step."""
+    def _step(
+        self, times: StepTimes, state: PyTree, u: Float[Array, " u"]
+    ) -> Float[Array, " s"]:
+        """Returns the state after a step, from the state before it and `u`."""
         states, (y, replay_state) = self.solve_at(u).states, state
         parts = states.parts()
-        evaluate = lambda part, _, *args: parts[part](*args)
+
+        def evaluate(part: str, key: str, *args: Any) -> Any:
+            # No call is shared with another one: the key is not needed.
+            del key
+            fn = parts[part]
+            if isinstance(fn, Increment):
+                # Second derivatives of unrolled stages take long to compile.
+                consts, fn = fn.closure_convert(*args)
+                return fn(consts, *args)
+            return fn(*args)
+
         y1, replay_state1, _ = states.step(
             evaluate, times, times.start, times.end, y, replay_state
         )
         return flatten((y1, replay_state1), u.dtype)[0]
 
-    def _start(self, y0: Array, u: Array) -> Array:
-        """The state before the first step."""
+    def _start(
+        self, y0: Float[Array, " y"], u: Float[Array, " u"]
+    ) -> Float[Array, " s"]:
+        """Returns the state before the first step, from `y0` and `u`."""
         solve, state = self.solve_at(u), self.init_state
         _, unravel = flatten(state.y, u.dtype)
         y0 = unravel(y0)
@@ -238,6 +313,7 @@ class ExpansionVisitor(eqx.Module):
         return flatten((y0, replay_state), u.dtype)[0]
 
 
-def _nan_where(failed: Array, carry: Carry) -> Carry:
+def _nan_where(failed: Bool[Array, ""], carry: Carry) -> Carry:
+    """Returns `carry`, or NaNs in its place if `failed`."""
     nan = lambda x: jnp.where(failed, jnp.nan, x) if eqx.is_inexact_array(x) else x
     return jax.tree.map(nan, carry)

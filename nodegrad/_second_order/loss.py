@@ -12,7 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from .._solve.arguments import as_state, as_times, check_supported, check_ts, is_terms
 
@@ -20,51 +20,59 @@ from .._solve.arguments import as_state, as_times, check_supported, check_ts, is
 class Loss(NamedTuple):
     """The checked arguments: terms are Diffrax terms, numbers are arrays.
 
-    `dtype` is the widest type of the numbers in `y0` and `args`.
+    - `dt0`: `None` if the controller chooses the first step size.
+    - `running_cost`: `None` if the loss is the terminal cost alone.
+    - `ts`: the times at which to return derivatives; `None` for `t0` alone.
+    - `dtype`: the widest floating point type in `y0` and `args`.
     """
 
     terms: PyTree[diffrax.AbstractTerm]
-    t0: Array
-    t1: Array
-    dt0: Array | None
+    t0: Float[Array, ""]
+    t1: Float[Array, ""]
+    dt0: Float[Array, ""] | None
     y0: PyTree[Array]
-    terminal_cost: Callable
-    running_cost: Callable | None
-    ts: Array | None
+    terminal_cost: Callable[[PyTree], Array]
+    running_cost: Callable[[Array, PyTree, PyTree], Array] | None
+    ts: Float[Array, " times"] | None
     dtype: Any
 
 
 class _Cost(eqx.Module):
-    """A cost that may return a Python number.
+    """Makes an array of type `dtype` of a Python number that `cost` returns.
 
-    A module rather than a closure: two modules of the same function are equal, so
+    A module, not a closure: two modules of the same function are equal, so
     `eqx.filter_jit` does not compile again.
     """
 
     cost: Callable
     dtype: Any = eqx.field(static=True)
 
-    def __call__(self, *args):
+    def __call__(self, *args: Any) -> Any:
+        # The result may be anything: `_check_cost` checks it.
         out = self.cost(*args)
         return jnp.asarray(out, self.dtype) if isinstance(out, float) else out
 
 
 def checked_loss(
-    terms,
-    t0,
-    t1,
-    dt0,
-    y0,
+    terms: Any,
+    t0: ArrayLike,
+    t1: ArrayLike,
+    dt0: ArrayLike | None,
+    y0: PyTree[ArrayLike],
     args: PyTree,
     *,
-    terminal_cost: Callable,
-    running_cost: Callable | None,
+    terminal_cost: Callable[[PyTree], Any],
+    running_cost: Callable[[Array, PyTree, PyTree], Any] | None,
     exact: bool,
-    ts,
-    adjoint,
+    ts: Any,
+    adjoint: Any,
     max_steps: int | None,
 ) -> Loss:
-    """Raises for arguments that do not fit together; converts the others."""
+    """Converts the arguments; raises an error if they do not fit together.
+
+    Arguments of type `Any` may be anything a user passes, and are checked here.
+    """
+    # Saving at `ts` has the same checks as differentiating there.
     saveat = diffrax.SaveAt(t1=True) if ts is None else _save_at(ts)
     check_supported(adjoint, saveat)
     check_flag("exact", exact)
@@ -95,15 +103,22 @@ def checked_loss(
     return Loss(terms, t0, t1, dt0, y0, terminal_cost, running_cost, ts, dtype)
 
 
-def check_flag(name: str, value: Any):
-    """Refuses everything but the two Python truth values."""
+def check_flag(name: str, value: Any) -> None:
+    """Raises an error unless `value` is `True` or `False`."""
+    # A static argument: an array, or the name of a mode, would pass as true.
     if not isinstance(value, bool):
         msg = f"`{name}` must be `True` or `False`; got {value!r}."
         raise TypeError(msg)
 
 
-def plain_field(terms: PyTree[diffrax.AbstractTerm], needed_by: str, cure: str):
-    """The function that is the vector field; raises if `terms` are anything else."""
+def plain_field(
+    terms: PyTree[diffrax.AbstractTerm], needed_by: str, cure: str
+) -> Callable[..., PyTree[Array]]:
+    """Returns the function that is the vector field.
+
+    Raises an error if `terms` is not a `diffrax.ODETerm`: it says what the field is
+    `needed_by`, and the `cure`.
+    """
     if type(terms) is not diffrax.ODETerm:
         msg = (
             f"{needed_by} needs a plain vector field, that is, a function or a "
@@ -113,21 +128,24 @@ def plain_field(terms: PyTree[diffrax.AbstractTerm], needed_by: str, cure: str):
     return terms.vector_field
 
 
-def common_dtype(y0: PyTree, args: PyTree):
-    """The widest type of the numbers in `y0` and `args`."""
+def common_dtype(y0: PyTree[Array], args: PyTree) -> Any:
+    """Returns the widest floating point (or complex) type in `y0` and `args`."""
     leaves = jax.tree.leaves(eqx.filter((y0, args), eqx.is_inexact_array))
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*leaves)
 
 
-def _save_at(ts) -> diffrax.SaveAt:
+def _save_at(ts: Any) -> diffrax.SaveAt:
+    """Returns `SaveAt(ts=ts)`; raises an error unless `ts` is a vector of times."""
     if np.ndim(ts) != 1 or np.size(ts) == 0:
         msg = f"`ts` must be a sequence of one or more times; got {ts}."
         raise ValueError(msg)
     return diffrax.SaveAt(ts=jnp.asarray(ts))
 
 
-def _check_cost(name: str, cost: Callable, *inputs: Any):
+def _check_cost(name: str, cost: Callable, *inputs: Any) -> None:
+    """Raises an error unless `cost(*inputs)` is a real scalar array."""
+    # Results without a type, such as `None`, count as `bool`, which is refused.
     out = eqx.filter_eval_shape(cost, *inputs)
     shape, dtype = getattr(out, "shape", None), getattr(out, "dtype", bool)
     if shape != () or not jnp.issubdtype(dtype, jnp.floating):

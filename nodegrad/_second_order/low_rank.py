@@ -1,6 +1,10 @@
-"""`low_rank_blocks`: Hessian blocks of a loss whose curvature is a few columns."""
+"""`low_rank_blocks`: Gauss-Newton blocks in factors, for a cost of low rank."""
+
+# Annotations stay strings, so `help` shows them as they are written here.
+from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -14,24 +18,24 @@ from .._solve.odesolve import odesolve
 from .._solve.recorded_adjoint import AbstractRecordedAdjoint
 
 
-_Time = Real[ArrayLike, ""]
 _SAVE_T1 = diffrax.SaveAt(t1=True)
 _CONSTANT = diffrax.ConstantStepSize()
 _ACA = ACAAdjoint()
 
 
 class LowRankBlocks(eqx.Module):
-    r"""The columns of Gauss-Newton blocks, at the start of a solve.
+    r"""The factors of Gauss-Newton blocks, at the start of a solve.
+
+    **Arguments:** the fields. `nodegrad.low_rank_blocks` returns them.
 
     - `y1`: the final state.
     - `q`: $q_i = (\partial y(t_1) / \partial y_0)^\top c_i$, like `y0` with a leading
-      axis over the columns $c_i$.
+      axis for the columns $c_i$.
     - `p`: $p_i = (\partial y(t_1) / \partial u)^\top c_i$, like the floating point
-      arrays of `args` with a leading axis.
+      arrays of `args` with the same leading axis.
 
-    **Arguments:** those fields, filled by `nodegrad.low_rank_blocks`.
-
-    **Cost:** $R (m + n)$ numbers.
+    **Cost:** the memory is $R (m + n)$ numbers for $R$ columns, $m$ numbers in the
+    state and $n$ in `args`.
     """
 
     y1: PyTree[Array]
@@ -42,9 +46,9 @@ class LowRankBlocks(eqx.Module):
 def low_rank_blocks(
     terms: Callable[[Array, PyTree, PyTree], PyTree] | PyTree[diffrax.AbstractTerm],
     solver: diffrax.AbstractSolver,
-    t0: _Time,
-    t1: _Time,
-    dt0: _Time | None,
+    t0: Real[ArrayLike, ""],
+    t1: Real[ArrayLike, ""],
+    dt0: Real[ArrayLike, ""] | None,
     y0: PyTree[ArrayLike],
     args: PyTree = None,
     *,
@@ -53,7 +57,7 @@ def low_rank_blocks(
     adjoint: AbstractRecordedAdjoint = _ACA,
     max_steps: int = 4096,
 ) -> LowRankBlocks:
-    r"""Gauss-Newton blocks in factors, from a low-rank curvature of the terminal cost.
+    r"""Returns Gauss-Newton blocks in factors, for a terminal cost of low rank.
 
     If $\nabla^2 \Phi(y(t_1)) = \sum_{i=1}^R s_i\, c_i c_i^\top$, then the Gauss-Newton
     blocks of $\Phi$ (`nodegrad.hessian_blocks(..., exact=False)`) are
@@ -61,14 +65,30 @@ def low_rank_blocks(
     $$Q_{yy} = \sum_i s_i\, q_i q_i^\top, \qquad Q_{yu} = \sum_i s_i\, q_i p_i^\top,
       \qquad Q_{uu} = \sum_i s_i\, p_i p_i^\top,$$
 
-    with the pullbacks $q_i, p_i$ of the columns $c_i$ to `y0` and to the floating point
-    arrays $u$ in `args`. All columns go back in the same sweep.
+    where $q_i$ and $p_i$ are the pullbacks of the columns $c_i$ to `y0` and to the
+    floating point arrays $u$ in `args`. One sweep pulls back all columns.
 
-    What to take for columns: the gradient of $\Phi$ alone gives the gradient of the
-    loss and the outer product of the empirical Fisher information; the rows of a
-    Jacobian of residuals at $t_1$ give the exact Gauss-Newton matrix of least squares;
-    a square root of the Hessian of the cost, times random signs, gives an unbiased
-    sample.
+    **Example:** for the cost $\frac12 \lvert y(t_1) - \mathrm{target} \rvert^2$ the
+    columns are those of the identity.
+
+    ```python
+    import diffrax
+    import jax.numpy as jnp
+    import nodegrad
+
+    decay = lambda t, y, rate: -rate * y
+    blocks = nodegrad.low_rank_blocks(
+        decay, diffrax.Tsit5(), 0.0, 1.0, 0.1, jnp.array([2.0, 1.0]), jnp.array(0.7),
+        columns=jnp.eye(2),
+    )
+    print((blocks.p @ blocks.p).round(3))  # 1.233
+    ```
+
+    **Choice of columns:** the gradient of $\Phi$ as the only column gives the gradient
+    of the loss, and the outer product of the empirical Fisher information. The rows of
+    a Jacobian of residuals at $t_1$ give the exact Gauss-Newton matrix of least
+    squares. A square root of the Hessian of the cost, times random signs, gives an
+    unbiased sample.
 
     **Arguments:**
 
@@ -82,8 +102,8 @@ def low_rank_blocks(
     **Raises:** `ValueError` for columns that do not fit `y0`; otherwise as
     `nodegrad.odesolve`.
 
-    **Cost:** $R$ pullbacks of every accepted step, and one replay of it. Memory:
-    $R (m + n)$ beyond that of one gradient.
+    **Cost:** one replay and $R$ pullbacks of every accepted step. Memory: $R (m + n)$
+    numbers in addition to that of one gradient.
 
     **When not to use it:** with more columns than states ($R > m$), or for the Hessian:
     `nodegrad.hessian_blocks`.
@@ -110,13 +130,23 @@ def low_rank_blocks(
 
 @eqx.filter_jit
 def _low_rank_blocks(
-    terms, solver, t0, t1, dt0, y0, args, columns, **kwargs
+    terms: Any,
+    solver: diffrax.AbstractSolver,
+    t0: Real[ArrayLike, ""],
+    t1: Real[ArrayLike, ""],
+    dt0: Real[ArrayLike, ""] | None,
+    y0: PyTree[ArrayLike],
+    args: PyTree,
+    columns: PyTree[Array] | Callable[[PyTree], PyTree[Array]],
+    **kwargs: Any,
 ) -> LowRankBlocks:
+    """Returns the blocks. `kwargs` are passed to `odesolve`, which checks `terms`."""
+    # `jax.vjp` differentiates by `y0` as it is passed: convert it before the solve.
     time, *_ = as_times(t0, t1, dt0, _SAVE_T1)
     y0 = jax.tree.map(lambda x: as_state(time.dtype, x), y0)
     inexact, rest = eqx.partition(args, eqx.is_inexact_array)
 
-    def solve(y0, inexact):
+    def solve(y0: PyTree[Array], inexact: PyTree[Array]) -> PyTree[Array]:
         args = eqx.combine(inexact, rest)
         sol = odesolve(terms, solver, t0, t1, dt0, y0, args, **kwargs)
         return jax.tree.map(lambda x: x[0], sol.ys)
@@ -125,15 +155,18 @@ def _low_rank_blocks(
     if callable(columns):
         columns = columns(y1)
     _check_columns(columns, y1)
+    # One batched pullback: the sweep reconstructs or replays each step once.
     q, p = jax.vmap(pull)(columns)
     return LowRankBlocks(y1, q, p)
 
 
-def _check_columns(columns: PyTree, y1: PyTree[Array]):
+def _check_columns(columns: PyTree, y1: PyTree[Array]) -> None:
+    """Raises an error unless `columns` is like `y1`, with one more leading axis."""
     expected, received = jax.tree.structure(y1), jax.tree.structure(columns)
     if expected != received:
         msg = f"`columns` must be a pytree like `y0`: {expected}, got {received}."
         raise ValueError(msg)
+    # The leading axis must have the same size in all leaves.
     sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(columns)}
     for c, y in zip(jax.tree.leaves(columns), jax.tree.leaves(y1), strict=True):
         if (jnp.shape(c)[1:], jnp.result_type(c)) != (y.shape, y.dtype) or (

@@ -8,8 +8,8 @@ $$-\dot Q = \ell, \qquad -\dot Q_z = \ell_z + A^\top Q_x, \qquad
   + \Big[\sum_k (Q_x)_k\, \partial_{zz} F_k\Big],$$
 
 where $P = (Q_{xx}, Q_{xu})$ are the upper rows of $Q_{zz}$. The published equations do
-not have the term in brackets: they give the Gauss-Newton matrix. With it they give the
-Hessian.
+not have the term in brackets, and give the Gauss-Newton matrix. With that term they
+give the Hessian. They are integrated in the user's time, from `t1` to `t0`.
 """
 
 from collections.abc import Callable
@@ -19,28 +19,33 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .._internal.tree import flatten
 from .expansion import expand
 
 
 class LossToGo(eqx.Module):
-    r"""$Q, Q_z, Q_{zz}$ at one time; also the state `y` if it is integrated with them.
+    r"""The loss from one time on, $Q$, with its derivatives $Q_z$ and $Q_{zz}$.
 
-    `gradient` and `hessian` are flat: the state first, the parameters after it.
+    Of the `z` numbers, those of the state come first. `y` is the state, if it is
+    integrated backwards with the others, and otherwise `None`.
     """
 
-    value: Array
-    gradient: Array
-    hessian: Array
+    value: Float[Array, ""]
+    gradient: Float[Array, " z"]
+    hessian: Float[Array, "z z"]
     y: PyTree[Array] | None
 
 
 def loss_to_go(
-    terminal_cost: Callable, y1: PyTree[Array], args: PyTree, dtype, with_state: bool
+    terminal_cost: Callable[[PyTree], Array],
+    y1: PyTree[Array],
+    args: PyTree,
+    dtype: Any,
+    with_state: bool,
 ) -> LossToGo:
-    """The `LossToGo` at the end of the solve, where the state is `y1`."""
+    """Returns the `LossToGo` at the end of the solve, where the state is `y1`."""
     s, unravel = flatten(y1, dtype)
     u, _ = flatten(args, dtype)
     expansion = expand(lambda s, _: terminal_cost(unravel(s)), s, u)
@@ -52,28 +57,34 @@ def loss_to_go(
 class LossToGoRates(eqx.Module):
     """The vector field of a `LossToGo`.
 
-    A module rather than a closure: its functions are leaves, so two solves with the
-    same functions share one compiled program.
+    A module, not a closure: its functions are leaves, so two solves with the same
+    functions share one compiled program.
 
-    `states` is the forward solution, or `None` if the state is part of the `LossToGo`.
+    - `field`, `running_cost`: functions of `(t, y, args)`.
+    - `states`: the forward solution; `None` if the state is part of the `LossToGo`.
+    - `exact`: whether to include the term in brackets.
+    - `dtype`: the type of all flat vectors.
     """
 
-    field: Callable
-    running_cost: Callable | None
+    field: Callable[..., PyTree[Array]]
+    running_cost: Callable[..., Array] | None
     states: diffrax.DenseInterpolation | None
     exact: bool = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
 
+    # Diffrax's type for times, which includes Python numbers, is private: `t` is `Any`.
     def __call__(self, t: Any, to_go: LossToGo, args: PyTree) -> LossToGo:
+        # `evaluate` of Diffrax has no narrower type.
         y: Any = to_go.y if self.states is None else self.states.evaluate(t)
         x, unravel_y = flatten(y, self.dtype)
         u, unravel_args = flatten(args, self.dtype)
         size, q_x = len(x), to_go.gradient[: len(x)]
 
-        def flat_field(x, u):
+        def flat_field(x: Float[Array, " x"], u: Float[Array, " u"]) -> Array:
             rate = self.field(t, unravel_y(x), unravel_args(u))
             return flatten(_like(y, rate), self.dtype)[0]
 
+        # The Jacobian A, of shape (x, x + u), and A^T P.
         by_x, by_u = jax.jacobian(flat_field, argnums=(0, 1))(x, u)
         jacobian = jnp.concatenate([by_x, by_u], axis=1)
         growth = jacobian.T @ to_go.hessian[:size]
@@ -86,8 +97,11 @@ class LossToGoRates(eqx.Module):
             value = flat_cost(x, u)
             gradient, hessian = gradient + cost_gradient, hessian + cost_hessian
         if self.exact:
+            # `q_x` is a constant here: only the second derivatives of F are wanted.
             hamiltonian = expand(lambda x, u: q_x @ flat_field(x, u), x, u)
             hessian = hessian + hamiltonian.of_first(size)[1]
+        # The equations above give the rates of -Q. The rate of `y` is not negated: both
+        # are integrated from `t1` to `t0`.
         return LossToGo(
             value=-value,
             gradient=-gradient,
@@ -97,5 +111,5 @@ class LossToGoRates(eqx.Module):
 
 
 def _like(y: PyTree[Array], rate: PyTree) -> PyTree[Array]:
-    """`rate` in the shapes of `y`: a field may return scalars for whole arrays."""
+    """Returns `rate` in the shapes of `y`: a field may return a scalar for an array."""
     return jax.tree.map(lambda y, f: jnp.broadcast_to(f, y.shape), y, rate)

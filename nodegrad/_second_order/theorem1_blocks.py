@@ -1,5 +1,8 @@
 """`theorem1_blocks`: second derivatives by backward differential equations."""
 
+# Annotations stay strings, so `help` shows them as they are written here.
+from __future__ import annotations
+
 import functools as ft
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +20,6 @@ from .loss import check_flag, checked_loss, Loss, plain_field
 from .theorem1 import loss_to_go, LossToGo, LossToGoRates
 
 
-_Time = Real[ArrayLike, ""]
 _CONSTANT = diffrax.ConstantStepSize()
 _ACA = ACAAdjoint()
 
@@ -25,9 +27,9 @@ _ACA = ACAAdjoint()
 def theorem1_blocks(
     terms: Callable[[Array, PyTree, PyTree], PyTree] | diffrax.ODETerm,
     solver: diffrax.AbstractSolver,
-    t0: _Time,
-    t1: _Time,
-    dt0: _Time | None,
+    t0: Real[ArrayLike, ""],
+    t1: Real[ArrayLike, ""],
+    dt0: Real[ArrayLike, ""] | None,
     y0: PyTree[ArrayLike],
     args: PyTree = None,
     *,
@@ -40,12 +42,30 @@ def theorem1_blocks(
     adjoint: AbstractRecordedAdjoint = _ACA,
     max_steps: int = 4096,
 ) -> HessianBlocks:
-    r"""Second derivatives of a loss by the backward equations of SNOpt's Theorem 1.
+    r"""Returns second derivatives of a loss by the equations of SNOpt's Theorem 1.
 
-    The loss is that of `nodegrad.hessian_blocks`,
+    **Loss:** as for `nodegrad.hessian_blocks`,
     $L = \Phi(y(t_1)) + \int_{t_0}^{t_1} \ell(t, y, u)\, dt$, with $\Phi$ the
     `terminal_cost`, $\ell$ the `running_cost`, $F$ the vector field and $u$ the
-    floating point arrays in `args`. Let $Q(t)$ be the loss from time $t$ on,
+    floating point arrays in `args`.
+
+    **Example:**
+
+    ```python
+    import diffrax
+    import jax.numpy as jnp
+    import nodegrad
+
+    decay = lambda t, y, rate: -rate * y
+    misfit = lambda y: 0.5 * jnp.sum((y - 1.0) ** 2)
+    blocks = nodegrad.theorem1_blocks(
+        decay, diffrax.Tsit5(), 0.0, 1.0, 0.1, jnp.array([2.0]), jnp.array(0.7),
+        terminal_cost=misfit, exact=True,
+    )
+    print(blocks.hess_argsargs.round(3))  # 0.98
+    ```
+
+    **Method:** let $Q(t)$ be the loss from time $t$ on,
     $z = (y, u)$ and $A = \partial F / \partial z$. The equations
 
     $$-\dot Q = \ell, \qquad -\dot Q_z = \ell_z + A^\top Q_y, \qquad
@@ -65,16 +85,16 @@ def theorem1_blocks(
     - `terms`: the vector field `F(t, y, args)`, or a `diffrax.ODETerm`.
     - `solver`, `t0`, `t1`, `dt0`, `y0`, `args`, `terminal_cost`, `running_cost`: as for
       `nodegrad.hessian_blocks`.
-    - `exact`: whether to count the second derivatives of the vector field.
-    - `backsolve`: where the backward equations have the state from. `False`: from the
-      dense output of the forward solve. `True`: the state is integrated backwards with
-      them, as in the paper.
-    - `ts`: times, from `t0` towards `t1`, at which to return the derivatives of the
-      loss from there on, with respect to $y$ there. They are interpolated, so they
-      need not be ends of steps.
+    - `exact`: whether to include the second derivatives of the vector field.
+    - `backsolve`: how the backward equations get the state. `False`: from the dense
+      output of the forward solve. `True`: the state is integrated backwards with them,
+      as in the paper.
+    - `ts`: times, from `t0` towards `t1`. For each of them the result has the
+      derivatives of the loss from that time on, with respect to $y$ at that time. They
+      are interpolated, so the times need not be ends of steps.
     - `stepsize_controller`, `adjoint`, `max_steps`: as for `nodegrad.odesolve`, for
-      each of the two solves. The error control of the backward solve sees $Q$, $Q_z$
-      and $Q_{zz}$. `adjoint` only matters for derivatives of the result.
+      each of the two solves. The error control of the backward solve includes $Q$,
+      $Q_z$ and $Q_{zz}$. `adjoint` only matters for derivatives of the result.
 
     **Returns:** `nodegrad.HessianBlocks`, at `t0` or along `ts`. `value` is $Q$,
     `grad_y` and `grad_args` are $Q_y$ and $Q_u$, and `hess_yy`, `hess_yargs` and
@@ -83,59 +103,29 @@ def theorem1_blocks(
     **Raises:** `TypeError` if `terms` are not a plain vector field, if `exact` or
     `backsolve` is not a `bool`, and for complex numbers. `ValueError` for
     `max_steps=None`, for costs that do not return a real scalar, and for times out of
-    order. `RuntimeError` if a solve fails. Reverse mode passes through the result,
-    forward mode does not; with `nodegrad.hessian_blocks` it is the other way round.
+    order. `RuntimeError` if a solve fails. The result can be differentiated by reverse
+    mode, and not by forward mode; for `nodegrad.hessian_blocks` the opposite holds.
 
     **Cost:** for $m$ states and $n$ parameters, an evaluation of the backward
     equations costs $m$ pullbacks of the vector field and matrix products of
     $m (m + n)^2$. A running cost adds $m + n$ second-order products, and so does
-    `exact=True`.
+    `exact=True`. A new function object compiles again: define the vector field and the
+    costs once, outside of loops.
+
     Memory: some copies of $(m + n)^2$ numbers, one for each stage of the solver.
     `backsolve=False` also stores the dense output of `max_steps` forward steps;
-    `backsolve=True` stores the final state only.
-    A new function object compiles again: define the vector field and the costs once,
-    outside of loops.
+    `backsolve=True` stores only the final state.
 
     **When not to use it:** for the derivatives of the computed loss, for terms that are
     not a plain vector field, or for memory that does not depend on `max_steps`:
-    `nodegrad.hessian_blocks`. `backsolve=True` on a problem that decays: integrated
-    backwards, it grows, and so do the errors. This function is for reproducing the
-    paper, and for checking a tolerance: the two functions agree if it is tight enough.
+    `nodegrad.hessian_blocks`. Do not use `backsolve=True` on decaying problems: errors
+    grow when they are integrated backwards. This function is for reproducing the paper,
+    and for checking a tolerance: the two functions agree if it is tight enough.
 
     ??? cite "Reference"
 
         Liu, Chen, Theodorou: Second-order Neural ODE Optimizer, NeurIPS 2021, Theorem 1
         (without the bracket above).
-
-    ??? example "Example"
-
-        ```python
-        import diffrax
-        import jax.numpy as jnp
-        import nodegrad
-
-
-        def field(t, y, rate):
-            return -rate * y
-
-
-        def misfit(y):
-            return 0.5 * jnp.sum((y - 1.0) ** 2)
-
-
-        blocks = nodegrad.theorem1_blocks(
-            field,
-            diffrax.Tsit5(),
-            0.0,
-            1.0,
-            0.1,
-            jnp.array([2.0]),
-            jnp.array(0.7),
-            terminal_cost=misfit,
-            exact=True,
-        )
-        print(blocks.hess_argsargs)  # 0.9796
-        ```
     """
     check_flag("backsolve", backsolve)
     loss = checked_loss(
@@ -179,7 +169,7 @@ def _solve_both_ways(
     exact: bool,
     backsolve: bool,
 ) -> diffrax.Solution:
-    """The solution of the backward equations, after that of the forward ones.
+    """Solves forwards, then backwards. Returns the solution of the backward equations.
 
     `solve` is `odesolve` with the options that both solves share.
     """
@@ -193,6 +183,7 @@ def _solve_both_ways(
         saveat=diffrax.SaveAt(t1=True, dense=not backsolve),
         stepsize_controller=stepsize_controller,
     )
+    # `None` with `backsolve`: then the state is part of the `LossToGo`.
     states: Any = forward.interpolation
     rates = LossToGoRates(field, loss.running_cost, states, exact, loss.dtype)
     return solve(
@@ -207,18 +198,26 @@ def _solve_both_ways(
     )
 
 
+# Jitted, because differentiating the cost twice may take many operations.
 @eqx.filter_jit
 def _at_the_end(
     loss: Loss, ys: PyTree[Array] | None, args: PyTree, backsolve: bool
 ) -> LossToGo:
-    """The start of the backward solve, from the saved end of the forward solve."""
+    """Returns the initial value of the backward solve.
+
+    `ys` is the end of the forward solve, with a leading axis of length 1.
+    """
     y1 = jax.tree.map(lambda x: x[0], ys)
     return loss_to_go(loss.terminal_cost, y1, args, loss.dtype, with_state=backsolve)
 
 
 @eqx.filter_jit
 def _blocks_of(loss: Loss, ys: Any, args: PyTree) -> HessianBlocks:
-    """The blocks in the order of `loss.ts`, or at `t0`; `ys` are saved backwards."""
+    """Returns the blocks in the order of `loss.ts`, or at `t0`.
+
+    `ys` is what the backward solve saved: a `LossToGo` with a leading axis for times,
+    last to first.
+    """
     if loss.ts is None:
         to_go: LossToGo = jax.tree.map(lambda x: x[0], ys)
     else:
@@ -226,12 +225,16 @@ def _blocks_of(loss: Loss, ys: Any, args: PyTree) -> HessianBlocks:
     return structured(to_go.value, to_go.gradient, to_go.hessian, loss.y0, args)
 
 
-def _save_backwards(ts: Array | None) -> diffrax.SaveAt:
+def _save_backwards(ts: Real[Array, " times"] | None) -> diffrax.SaveAt:
+    """Returns where the backward solve saves: at `ts`, or at its end if `None`."""
     return diffrax.SaveAt(t1=True) if ts is None else diffrax.SaveAt(ts=ts[::-1])
 
 
-def _reversed(controller: diffrax.AbstractStepSizeController):
-    """The controller of the backward solve: prescribed times in the reverse order."""
+def _reversed(
+    controller: diffrax.AbstractStepSizeController,
+) -> diffrax.AbstractStepSizeController:
+    """Returns the controller of the backward solve."""
+    # Prescribed times in the reverse order. Other controllers work in both directions.
     if isinstance(controller, diffrax.StepTo):
         return diffrax.StepTo(controller.ts[::-1])
     return controller

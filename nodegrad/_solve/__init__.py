@@ -1,1 +1,1 @@
-"""The ways into a solve: `odesolve` and the adjoints for `diffrax.diffeqsolve`."""
+"""Solving: `odesolve`, and the adjoints for it and for `diffrax.diffeqsolve`."""

@@ -1,84 +1,104 @@
-"""The adjoints: how a gradient through a solve is computed."""
+"""The two adjoints. They differ in how states are recovered in the backward pass.
+
+`ACAAdjoint` stores states, and makes the steps between them again.
+`ReversibleAdjoint` undoes the steps, from the final state on.
+"""
 
 from typing import Any, ClassVar
 
+import diffrax
 import equinox as eqx
 
 from .._reversible.invertible_step import make_invertible_step
 from .._reversible.reconstruction import ReconstructedStates, Resyncs
+from .._steps.step import AbstractStep
 from .._trajectory.checkpoints import CheckpointedStates, choose_checkpoints
-from .._trajectory.step_times import has_unknown_jumps, may_jump
+from .._trajectory.step_times import AbstractGrid, has_unknown_jumps, may_jump
 from .._trajectory.trajectory import choose_recorded_steps
 from .recorded_adjoint import AbstractRecordedAdjoint
 
 
 class ACAAdjoint(AbstractRecordedAdjoint):
-    r"""The adaptive checkpoint adjoint: search once, replay the accepted steps once.
+    r"""The adaptive checkpoint adjoint (ACA): replays each accepted step once.
 
     The forward pass searches for the step sizes without derivatives and records the
-    accepted steps. The backward pass replays each of them once and pulls back through
-    it, last to first. With $\Phi_i$ the map of accepted step $i$ from $y_i$ to
-    $y_{i+1}$ and $\theta$ whatever it depends on (`args`, arrays inside the terms,
-    arrays that the vector field closes over),
+    accepted steps. The backward pass replays each of them once, last to first, and
+    pulls cotangents back through it. Let $\Phi_i$ be the map of accepted step $i$ from
+    $y_i$ to $y_{i+1}$, and $\theta$ the arrays that it depends on: `args`, arrays
+    inside the terms, and arrays that the vector field closes over. Then
 
     $$\lambda_i = (\partial \Phi_i / \partial y)^\top \lambda_{i+1}, \qquad
       \frac{dL}{d\theta} = \sum_i (\partial \Phi_i / \partial \theta)^\top
       \lambda_{i+1}.$$
 
-    That is the exact gradient of the computed solution with the step sizes held
-    constant, to rounding; it is what `diffrax.RecursiveCheckpointAdjoint` computes, and
-    not, as with `diffrax.BacksolveAdjoint`, an approximation that comes apart wherever
-    the equation cannot be integrated backwards.
+    To rounding, this is the exact gradient of the computed solution with the step sizes
+    held constant. `diffrax.RecursiveCheckpointAdjoint` computes the same gradient.
+    `diffrax.BacksolveAdjoint` computes an approximation, which fails where the equation
+    cannot be integrated backwards.
 
-    One object serves `nodegrad.odesolve(..., adjoint=...)` and
-    `diffrax.diffeqsolve(..., adjoint=...)`; the latter with every term, solver,
-    controller, `SaveAt`, event and progress meter that Diffrax has.
+    The adjoint works in `nodegrad.odesolve(..., adjoint=...)` and in
+    `diffrax.diffeqsolve(..., adjoint=...)`, there with every term, solver, controller,
+    `SaveAt`, event and progress meter of Diffrax.
 
-    The derivative is one linear map, so every mode of JAX has it: `jax.grad`,
-    `jax.jvp`, `jax.linearize`, `jax.jacfwd`, `jax.jacrev`. Forward mode makes the
-    accepted steps again with tangents, and needs no stored state. Under `jax.vmap` each
-    sample takes its own steps, and the gradient of parameters that samples share is
-    summed inside every step.
+    All modes of JAX work: `jax.grad`, `jax.jvp`, `jax.linearize`, `jax.jacfwd`,
+    `jax.jacrev`. Forward mode makes the accepted steps again with tangents, and needs
+    no stored state. Under `jax.vmap` each sample takes its own steps, and the gradient
+    of parameters that samples share is summed inside every step.
+
+    **Example:**
+
+    ```python
+    import diffrax
+    import jax
+    import nodegrad
+
+    decay = diffrax.ODETerm(lambda t, y, rate: -rate * y)
+    solve = lambda rate: diffrax.diffeqsolve(
+        decay, diffrax.Tsit5(), 0.0, 1.0, 0.1, 2.0, rate, adjoint=nodegrad.ACAAdjoint()
+    )
+    print(jax.grad(lambda rate: solve(rate).ys[0])(0.7).round(3))  # -0.993
+    ```
 
     **Arguments:**
 
     - `checkpoints`: how many states to keep. `None` keeps about `2 sqrt(max_steps)` (a
-      power of two, and 32 at least: 128 for the default `max_steps=4096`), and nothing
-      is computed twice while the solve takes no more accepted steps than that. An
-      integer `K` keeps at most `K` states, and one segment of the `max_steps / K`
-      states between two of them (both numbers as powers of two); the sum is least near
+      power of two, and at least 32: 128 for the default `max_steps=4096`). No step is
+      made again if the solve takes no more accepted steps than that. An integer `K`
+      keeps at most `K` states, and one segment of the `max_steps / K` states between
+      two of them (both numbers as powers of two); the sum is least near
       `K = sqrt(max_steps)`. `"all"` keeps every accepted state, `max_steps` of them.
-    - `max_recorded_steps`: where an error estimate chooses the steps, the times of how
-      many accepted steps to keep; a derivative of a longer solve is refused. `None`
-      stands for a quarter of `max_steps`, between 1024 and 131072 (with
-      `checkpoints="all"` for `max_steps`): many times what a solve usually takes, and
-      few enough that a large `max_steps` costs little.
+    - `max_recorded_steps`: where an error estimate chooses the steps, the number of
+      accepted steps whose times are kept. A derivative of a longer solve is refused.
+      `None` stands for a quarter of `max_steps`, between 1024 and 131072 (with
+      `checkpoints="all"` for `max_steps`). This is many times what a solve usually
+      takes, and costs little memory for a large `max_steps`.
 
-    **Raises:** `TypeError` or `ValueError` for other arguments. `RuntimeError` on
-    differentiating by reverse mode with `max_steps=None`, with respect to tolerances,
-    or in reverse mode over any other derivative; and a solve of more accepted steps
-    than `max_recorded_steps` (with `throw=False` its derivative is NaN instead).
+    **Raises:** `TypeError` or `ValueError` for other arguments. `RuntimeError` for
+    reverse mode with `max_steps=None`, for derivatives with respect to tolerances, for
+    reverse mode over any other derivative, and for a derivative of a solve of more
+    accepted steps than `max_recorded_steps` (with `throw=False` that is NaN instead).
 
     **What is differentiated:** `y0`, `args`, terms, closures, `t0`, `t1`, `dt0`,
     `SaveAt(ts=...)`, the `ts` of `diffrax.StepTo`, and the `step_ts` and `jump_ts` of
-    `diffrax.ClipStepSizeController`; the times of the accepted steps move with these
-    as in Diffrax (an unclipped step size is a constant multiple of the one before).
+    `diffrax.ClipStepSizeController`. The times of the accepted steps move with these
+    as in Diffrax: an unclipped step size is a constant multiple of the previous one.
     Second derivatives: forward mode over reverse mode, `jax.jvp(jax.grad(f), ...)` or
     `jax.hessian(f)`, and forward mode over forward mode, with the step sizes held
     constant.
 
-    **Cost:** one forward pass; per accepted step, one replay and its pullback; at most
-    one more sweep over the accepted steps if `checkpoints` were too few for them.
-    Forward mode: one forward pass; per accepted step, one replay with its tangents,
-    however many these are. Rejected steps cost nothing in either. The replay evaluates
-    each stage once. So does the pullback, for vector fields of operations on single
-    elements, whose stages are loops; where products of matrices dominate, it evaluates
-    nothing again. Memory: the states kept and, with adaptive steps, 9 bytes (in
-    float32: 5) for each of `max_recorded_steps`; forward mode alone: none. With an
-    adaptive solver and `SaveAt(ts=...)`, `SaveAt(dense=True)` or an event, each
-    replay also evaluates the last stage, which interpolation needs.
+    **Cost:** one forward pass; one replay and its pullback for each accepted step; at
+    most one more pass over the accepted steps if they outnumber the `checkpoints`.
+    Forward mode: one forward pass, and for each accepted step one replay with all of
+    its tangents. Rejected steps cost nothing in both. The replay evaluates each stage
+    once. The pullback evaluates each stage again if the vector field consists of
+    elementwise operations, and evaluates nothing if matrix products dominate.
 
-    **When not to use it:** where memory must not grow with the number of steps at all
+    Memory: the states kept and, with adaptive steps, 9 bytes (in float32: 5) for each
+    of `max_recorded_steps`; forward mode alone: none. With an adaptive solver and
+    `SaveAt(ts=...)`, `SaveAt(dense=True)` or an event, each replay also evaluates the
+    last stage, which interpolation needs.
+
+    **When not to use it:** if memory must not grow with the number of steps
     (`nodegrad.ReversibleAdjoint`); for steady states (`diffrax.ImplicitAdjoint`).
 
     ??? cite "Reference"
@@ -90,9 +110,10 @@ class ACAAdjoint(AbstractRecordedAdjoint):
     checkpoints: int | str | None = eqx.field(static=True, default=None)
     max_recorded_steps: int | None = eqx.field(static=True, default=None)
 
+    # Nothing is reconstructed, so there is no error to measure.
     check: ClassVar[bool] = False
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         _check_recorded_steps("ACAAdjoint", self.max_recorded_steps)
         checkpoints = self.checkpoints
         if checkpoints is None or checkpoints == "all":
@@ -106,70 +127,95 @@ class ACAAdjoint(AbstractRecordedAdjoint):
         if checkpoints < 1:
             msg = (
                 "`ACAAdjoint(checkpoints=...)` needs room for at least one state; got "
-                f"{checkpoints}. The least memory is needed with about "
-                "`sqrt(max_steps)` of them."
+                f"{checkpoints}. The memory is least with about `sqrt(max_steps)` of "
+                "them."
             )
             raise ValueError(msg)
 
-    def recorded_steps(self, max_steps):
-        """Where all states are stored, so are all times."""
+    def recorded_steps(self, max_steps: int) -> int:
+        """Returns `max_recorded_steps`, or the number that `None` stands for."""
+        # The states of all steps take more memory than their times.
         if self.checkpoints == "all" and self.max_recorded_steps is None:
             return max_steps
         return choose_recorded_steps(self.max_recorded_steps, max_steps)
 
-    def make_state_source(self, step, controller, grid, max_steps, dense, first_jump):
-        """States are stored, thinned as need be."""
+    def make_state_source(
+        self,
+        step: AbstractStep,
+        controller: diffrax.AbstractStepSizeController,
+        grid: AbstractGrid,
+        max_steps: int,
+        dense: bool,
+        first_jump: bool,
+    ) -> CheckpointedStates:
+        """Returns a source that stores states, thinned out as the solve goes on."""
+        # Jumps need no rows: the state before any step may be replayed from.
         del controller, grid, first_jump
         checkpoints = choose_checkpoints(self.checkpoints, max_steps)
         return CheckpointedStates(step, checkpoints, dense)
 
 
 class ReversibleAdjoint(AbstractRecordedAdjoint):
-    r"""Undoes the steps of a reversible solver, so that no state need be stored.
+    r"""Undoes the steps of a reversible solver, so that no state is stored.
 
-    The backward pass starts from the final state and walks back: the inverse of an
-    accepted step $y_{i+1} = \Phi_i(y_i)$ is known in closed form, and takes the very
-    evaluations that the pullback of the step is built on. The recursion of cotangents
-    is that of `nodegrad.ACAAdjoint`, and the gradient is exact for the computed
-    solution, to the rounding that the way back picks up.
+    The backward pass starts from the final state and reconstructs the states, last to
+    first. The inverse of an accepted step $y_{i+1} = \Phi_i(y_i)$ is known in closed
+    form, and makes the same evaluations as the pullback of the step, which are shared.
+    The recursion of cotangents is that of `nodegrad.ACAAdjoint`. The gradient is that
+    of the computed solution, up to the rounding errors of the reconstruction.
 
-    One object serves `nodegrad.odesolve(..., adjoint=...)` and
+    The adjoint works in `nodegrad.odesolve(..., adjoint=...)` and in
     `diffrax.diffeqsolve(..., adjoint=...)`, with every `SaveAt`, term and event of
-    theirs, and every controller of Diffrax.
+    these, and every controller of Diffrax.
 
     The solver has to be one of `nodegrad.Reversible(...)`, `nodegrad.ALF(...)`,
     `diffrax.ReversibleHeun()`, `diffrax.SemiImplicitEuler()` and
     `diffrax.LeapfrogMidpoint()`.
 
+    **Example:**
+
+    ```python
+    import diffrax
+    import nodegrad
+
+    solver = nodegrad.Reversible(diffrax.Bosh3(), resync_every=10)
+    sol = nodegrad.odesolve(
+        lambda t, y, rate: -rate * y, solver, 0.0, 1.0, 0.01, 2.0, 0.7,
+        adjoint=nodegrad.ReversibleAdjoint(check=True),
+    )
+    print(sol.stats["reconstruction_error"] < 1e-3)  # True
+    ```
+
     **Arguments:**
 
-    - `check`: whether to walk back right after the solve, once more and without
-      derivatives, for `Solution.stats["reconstruction_error"]`: by how much the way
-      back misses `y0` (and states before resyncs), relatively. Rounding makes about
-      $10^{-12}$ (in float32: $10^{-4}$) of it; a gradient is refused from $10^{-3}$ on,
-      whether or not this is asked for.
+    - `check`: whether to reconstruct the states right after the solve, without
+      derivatives, and return `Solution.stats["reconstruction_error"]`: the largest
+      relative difference between a reconstructed state and one that is known (`y0`, and
+      the states before resyncs). Rounding alone makes about $10^{-12}$ (in float32:
+      $10^{-4}$). A gradient is refused from $10^{-3}$ on, also without `check`.
     - `max_recorded_steps`: as for `nodegrad.ACAAdjoint`.
 
-    **Raises:** `TypeError` for another solver. `RuntimeError` if the way back misses
-    a known state (the start of the solve, or a resync) by more than a relative
-    $10^{-3}$; with `throw=False` the gradient of that solve is NaN instead. Otherwise
-    as `nodegrad.ACAAdjoint`.
+    **Raises:** `TypeError` for another solver. `RuntimeError` if a reconstructed state
+    differs from a known one by more than a relative $10^{-3}$; with `throw=False` the
+    gradient of that solve is NaN instead. Otherwise as `nodegrad.ACAAdjoint`.
 
     **What is differentiated:** as with `nodegrad.ACAAdjoint`, second derivatives
     included.
 
-    **Cost:** per accepted step as many evaluations and pullbacks as the step has
-    evaluations (12 of each for `Reversible(Tsit5())`, whose pullbacks evaluate cheap
-    vector fields once more, see `nodegrad.ACAAdjoint`; `ReversibleHeun` takes two
-    evaluations and one pullback). Memory: no state, whatever the number of steps. With
-    `resync_every=K` two states for each `K` of `max_steps`. Times: 9 bytes for each of
-    `max_recorded_steps` where an error estimate chooses the steps, none with
-    `diffrax.ConstantStepSize` and `diffrax.StepTo`.
+    **Cost:** for each accepted step, as many evaluations and pullbacks as the step has
+    evaluations. `Reversible(Tsit5())` has 12 of each, and its pullbacks evaluate cheap
+    vector fields once more (see `nodegrad.ACAAdjoint`); `ReversibleHeun` has two
+    evaluations and one pullback.
 
-    **When not to use it:** where the memory for about `2.5 sqrt(max_steps)` states is
-    there: a plain solver with `nodegrad.ACAAdjoint` takes half the evaluations. On
-    problems that decay, only with `resync_every`: what the solution forgets on the way
-    forwards, rounding reinvents on the way back, at the same rate.
+    Memory: no state, for any number of steps. With `resync_every=K` two states for each
+    `K` of `max_steps`. Times: 9 bytes for each of `max_recorded_steps` where an error
+    estimate chooses the steps, none with `diffrax.ConstantStepSize` and
+    `diffrax.StepTo`.
+
+    **When not to use it:** if there is memory for about `2.5 sqrt(max_steps)` states: a
+    plain solver with `nodegrad.ACAAdjoint` takes half the evaluations. On decaying
+    problems use it only with `resync_every`: rounding errors grow in the backward pass
+    at the rate at which the solution decays.
 
     ??? cite "Reference"
 
@@ -181,28 +227,42 @@ class ReversibleAdjoint(AbstractRecordedAdjoint):
     check: bool = eqx.field(static=True, default=False)
     max_recorded_steps: int | None = eqx.field(static=True, default=None)
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         _check_recorded_steps("ReversibleAdjoint", self.max_recorded_steps)
 
-    def recorded_steps(self, max_steps):
-        """Those that are asked for, or a number that almost always suffices."""
+    def recorded_steps(self, max_steps: int) -> int:
+        """Returns `max_recorded_steps`, or the number that `None` stands for."""
         return choose_recorded_steps(self.max_recorded_steps, max_steps)
 
-    def make_state_source(self, step, controller, grid, max_steps, dense, first_jump):
-        """Steps are undone; states are stored before resyncs."""
+    def make_state_source(
+        self,
+        step: AbstractStep,
+        controller: diffrax.AbstractStepSizeController,
+        grid: AbstractGrid,
+        max_steps: int,
+        dense: bool,
+        first_jump: bool,
+    ) -> ReconstructedStates:
+        """Returns a source that undoes steps, and stores the states before resyncs.
+
+        A jump is such a resync for solvers that carry an evaluation from step to step.
+        A row is allocated for each, so their number must be known before the solve.
+        """
+        # The inverse makes all evaluations of the step, also those for interpolation.
         del dense
         invertible_step = make_invertible_step(step.solver, step.terms, step.args)
         jumps = 0
         if invertible_step.resyncs_at_jumps and may_jump(controller):
             if has_unknown_jumps(controller):
                 msg = (
-                    f"`{type(step.solver).__name__}` has to be resynced where the "
-                    "vector field jumps, and `nodegrad.ReversibleAdjoint` cannot tell "
-                    f"how often {controller} makes it jump. Use "
+                    f"`{type(step.solver).__name__}` is resynced at every jump of the "
+                    "vector field, and `nodegrad.ReversibleAdjoint` cannot find out "
+                    f"how many jumps {controller} makes. Use "
                     "`diffrax.ClipStepSizeController(..., jump_ts=...)` around one of "
                     "Diffrax's controllers, or `nodegrad.ACAAdjoint()`."
                 )
                 raise TypeError(msg)
+            # At most one jump between two anchors, which contain the `jump_ts`.
             jumps = len(grid.anchors) + 1
         first_jump = first_jump and invertible_step.resyncs_at_jumps
         resyncs = Resyncs(invertible_step.resync_every, jumps, first_jump, max_steps)
@@ -210,7 +270,8 @@ class ReversibleAdjoint(AbstractRecordedAdjoint):
 
 
 def _check_recorded_steps(name: str, value: Any) -> None:
-    """Raises unless it is `None` or a positive integer."""
+    """Raises an error unless `value` is `None` or a positive integer."""
+    # `True` and `False` are integers in Python.
     is_integer = isinstance(value, int) and not isinstance(value, bool)
     if value is None or (is_integer and value > 0):
         return

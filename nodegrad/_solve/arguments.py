@@ -1,4 +1,8 @@
-"""Arguments of `odesolve`: checked, with words for what is wrong, and converted."""
+"""Checks and converts the arguments of `odesolve`.
+
+Errors name the argument that is wrong, and are raised at trace time if the value is
+known then. Times are scalars; `ts` has shape `(num_ts,)`.
+"""
 
 from typing import Any
 
@@ -7,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, ArrayLike, Bool, PyTree, Real
 
 from .._internal.compat import default_floating_dtype, use_stepsize_tol
 from .._internal.tree import is_traced
@@ -19,12 +23,13 @@ def _is_term(x: Any) -> bool:
 
 
 def is_terms(terms: Any) -> bool:
-    """Whether `terms` are Diffrax terms, rather than a plain vector field."""
+    """Returns whether `terms` is a pytree of Diffrax terms, not a vector field."""
     leaves = jax.tree.leaves(terms, is_leaf=_is_term)
     return len(leaves) > 0 and all(map(_is_term, leaves))
 
 
-def check_supported(adjoint, saveat):
+def check_supported(adjoint: Any, saveat: diffrax.SaveAt) -> None:
+    """Raises an error for another adjoint, and for outputs of `diffeqsolve` alone."""
     if not isinstance(adjoint, AbstractRecordedAdjoint):
         msg = (
             "`odesolve(adjoint=...)` takes a `nodegrad.ACAAdjoint` or a "
@@ -41,12 +46,19 @@ def check_supported(adjoint, saveat):
             raise ValueError(msg)
 
 
-def as_times(t0, t1, dt0, saveat):
-    """`(t0, t1, dt0)` and the times to save at in one floating point type."""
+def as_times(
+    t0: ArrayLike, t1: ArrayLike, dt0: ArrayLike | None, saveat: diffrax.SaveAt
+) -> tuple[Real[Array, ""], Real[Array, ""], Real[Array, ""] | None]:
+    """Returns `(t0, t1, dt0)` as scalars of one floating point type.
+
+    That is the common type of these times and the times to save at.
+    """
     times = [t0, t1, dt0, *(sub.ts for sub in subs_of(saveat))]
+    # Also if the user has set JAX's strict promotion: times may be Python numbers.
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.result_type(*(t for t in times if t is not None))
     if jnp.issubdtype(dtype, jnp.integer):
+        # As Diffrax does, so `t0=0, t1=1` are the same as `t0=0.0, t1=1.0`.
         dtype = default_floating_dtype()
     elif not jnp.issubdtype(dtype, jnp.floating):
         msg = f"Times must be real numbers; `t0`, `t1`, `dt0` or `ts` are {dtype}."
@@ -69,8 +81,12 @@ def as_times(t0, t1, dt0, saveat):
     return t0, t1, dt0
 
 
-def as_state(time_dtype, x):
-    """A leaf of the state in a type that the time can be added to."""
+def as_state(time_dtype: Any, x: Any) -> Array:
+    """Returns a leaf of the state as an array, in the common type with the times.
+
+    A step multiplies the vector field by the step size. An integer state, or a state
+    of lower precision than the times, would change its type in the loop.
+    """
     if not eqx.is_array_like(x):
         msg = (
             f"Every leaf of `y0` must be a number or an array; got {x!r}. Anything "
@@ -81,9 +97,18 @@ def as_state(time_dtype, x):
         return jnp.asarray(x, jnp.result_type(x, time_dtype))
 
 
-def check_vector_field(terms, t0, y0, args):
-    """Compares what a plain vector field returns with the state, leaf by leaf."""
+def check_vector_field(
+    terms: PyTree[diffrax.AbstractTerm],
+    t0: Real[Array, ""],
+    y0: PyTree[Array],
+    args: PyTree,
+) -> None:
+    """Raises an error if a vector field does not return the structure of the state.
+
+    Also if it does not return the shapes of the leaves; scalars are broadcast.
+    """
     if type(terms) is not diffrax.ODETerm:
+        # Diffrax checks other terms itself (`assert_term_compatible`).
         return
     out = eqx.filter_eval_shape(terms.vector_field, t0, y0, args)
     if jax.tree.structure(out) != jax.tree.structure(y0):
@@ -93,6 +118,7 @@ def check_vector_field(terms, t0, y0, args):
         )
         raise ValueError(msg)
     leaves, _ = jax.tree.flatten_with_path(y0)
+    # A scalar is broadcast to its leaf, as in Diffrax: `lambda t, y, args: 0.0`.
     for (path, y), f in zip(leaves, jax.tree.leaves(out), strict=True):
         if jnp.broadcast_shapes((), f.shape) not in ((), y.shape):
             msg = (
@@ -102,9 +128,10 @@ def check_vector_field(terms, t0, y0, args):
             raise ValueError(msg)
 
 
-def check_ts(saveat: diffrax.SaveAt, t0, t1):
-    """Names the first time that is out of place, if the times are known by now."""
+def check_ts(saveat: diffrax.SaveAt, t0: Real[Array, ""], t1: Real[Array, ""]) -> None:
+    """Raises an error that names the first time in `ts` that is out of order."""
     for sub in subs_of(saveat):
+        # Traced times are checked at run time (`forwards`).
         if sub.ts is None or any(map(is_traced, (sub.ts, t0, t1))):
             continue
         ts, backwards = np.asarray(sub.ts), t1 < t0
@@ -120,7 +147,8 @@ def check_ts(saveat: diffrax.SaveAt, t0, t1):
             raise ValueError(msg)
 
 
-def check_batched(y0: PyTree):
+def check_batched(y0: PyTree[Array]) -> None:
+    """Raises an error unless all leaves of `y0` have the same leading axis."""
     sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(y0)}
     if len(sizes) != 1 or () in sizes:
         shapes = [jnp.shape(x) for x in jax.tree.leaves(y0)]
@@ -132,7 +160,7 @@ def check_batched(y0: PyTree):
 
 
 def _checked(x: Array, pred: Bool[Array, "..."], msg: str) -> Array:
-    """`x`; raises where `pred` is known to hold, now or at run time."""
+    """Returns `x`; raises an error if `pred` is true, at run time if it is traced."""
     if is_traced(pred):
         return eqx.error_if(x, pred, msg)
     if pred.any():
@@ -140,8 +168,16 @@ def _checked(x: Array, pred: Bool[Array, "..."], msg: str) -> Array:
     return x
 
 
-def forwards(sub: diffrax.SubSaveAt, direction, t0, t1) -> diffrax.SubSaveAt:
-    """`sub` in the time that runs forwards from `t0` to `t1`."""
+def forwards(
+    sub: diffrax.SubSaveAt,
+    direction: Real[Array, ""],
+    t0: Real[Array, ""],
+    t1: Real[Array, ""],
+) -> diffrax.SubSaveAt:
+    """Returns `sub` in the time of the problem, which runs forwards from `t0` to `t1`.
+
+    `direction` is 1 or -1: the factor between that time and the user's time.
+    """
     ts = sub.ts
     if ts is not None:
         ts = ts.astype(t0.dtype) * direction
@@ -153,12 +189,19 @@ def forwards(sub: diffrax.SubSaveAt, direction, t0, t1) -> diffrax.SubSaveAt:
             (ts < t0) | (ts > t1),
             "`SaveAt(ts=...)` must lie between `t0` and `t1`.",
         )
+    # The user's function expects the user's time.
     fn = lambda t, y, args: sub.fn(direction * t, y, args)
     return diffrax.SubSaveAt(t0=sub.t0, t1=sub.t1, ts=ts, steps=sub.steps, fn=fn)
 
 
-def with_tolerances(solver, controller):
-    """Gives the root finder of an implicit solver the controller's tolerances."""
+def with_tolerances(
+    solver: diffrax.AbstractSolver, controller: diffrax.AbstractStepSizeController
+) -> diffrax.AbstractSolver:
+    """Returns `solver` with the controller's tolerances in its root finder.
+
+    Only implicit solvers have one, and only fields that hold Diffrax's placeholder
+    `use_stepsize_tol` are replaced.
+    """
     if not isinstance(solver, diffrax.AbstractImplicitSolver):
         return solver
     names = [

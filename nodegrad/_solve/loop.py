@@ -1,7 +1,8 @@
-"""The native solver loop: one attempted step after another, lean.
+"""The solver loop of `odesolve`: each iteration attempts one step.
 
-It takes the decisions of Diffrax's loop in the same order and arithmetic, for the
-features that `odesolve` offers, and checks besides that what it accepts is finite.
+The loop makes the decisions of Diffrax's loop in the same order and arithmetic, for the
+features that `odesolve` has. In addition it accepts finite states only. All times here
+run forwards (see `Problem`); they are scalars, and `y` is the state of one sample.
 """
 
 from typing import Any
@@ -10,7 +11,7 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, Int, PyTree, Real
 
 from .._internal.results import (
     comparable,
@@ -36,39 +37,57 @@ RESULTS: Any = _RESULTS
 
 
 class State(eqx.Module):
-    """What the loop carries; the names are Diffrax's, see `recorded_loop.py`.
+    """What the loop carries. `recorded_loop.py` reads it, so the names are Diffrax's.
 
-    `last_finite` tells whether the last attempt was free of NaNs and infinities.
+    - `y`: the state at `tprev`, after the last accepted step.
+    - `tprev`, `tnext`: the start and end of the next attempt.
+    - `made_jump`: whether the vector field jumps at `tprev`.
+    - `result`: an item of `RESULTS`; the loop ends when it is not `successful`.
+    - `num_steps`, `num_accepted_steps`: of all attempts, and of those accepted.
+    - `num_evaluations`: of the vector field; `None` if the solver does not know.
+    - `last_finite`: whether the last attempt had a finite state and an error estimate
+      without NaN.
+    - `save_state`: the rows saved so far, for each `SubSaveAt`.
+    - `dense_ts`, `dense_infos`: shapes `(max_steps + 1,)` and `(max_steps, ...)`; the
+      ends of the steps, and what interpolates inside them. `None` without
+      `SaveAt(dense=True)`.
     """
 
-    y: PyTree
-    tprev: Array
-    tnext: Array
-    made_jump: Any
+    y: PyTree[Array]
+    tprev: Real[Array, ""]
+    tnext: Real[Array, ""]
+    made_jump: bool | Bool[Array, ""]
     solver_state: PyTree
     controller_state: PyTree
     result: Any
+    # `Any` for what is a Python number before the loop, or `None` without a feature: a
+    # type checker cannot know in which case a method runs.
     num_steps: Any
     num_accepted_steps: Any
     num_evaluations: Any
-    last_finite: Any
+    last_finite: bool | Bool[Array, ""]
     save_state: list[SaveState]
     dense_ts: Any
-    dense_infos: PyTree
+    dense_infos: PyTree[Array]
 
 
 class Problem(eqx.Module):
     """A differential equation whose time runs forwards, and how to solve it.
 
-    `direction` is 1 or -1: the time of the problem is that of the user times this.
+    - `direction`: 1 or -1. The user's times are multiplied by it, so that `t0 <= t1`.
+    - `nearly_t1`: a step that would end later than this ends at `t1`.
+    - `dt0`: the first step size; `None` if the controller chooses it.
+    - `subs`, `saves`: what to save, and the part of it that is saved during the loop.
+    - `jumps`: whether the controller may report jumps of the vector field.
+    - `max_steps`: a bound on the number of attempts, or `None`.
     """
 
-    direction: Array
+    direction: Real[Array, ""]
     solver: diffrax.AbstractSolver
-    t0: Array
-    t1: Array
-    nearly_t1: Array
-    dt0: Array | None
+    t0: Real[Array, ""]
+    t1: Real[Array, ""]
+    nearly_t1: Real[Array, ""]
+    dt0: Real[Array, ""] | None
     controller: diffrax.AbstractStepSizeController
     step: AbstractStep
     subs: list[diffrax.SubSaveAt]
@@ -78,17 +97,17 @@ class Problem(eqx.Module):
     max_steps: int | None = eqx.field(static=True)
 
     @property
-    def terms(self) -> PyTree:
-        """Those of the step."""
+    def terms(self) -> PyTree[diffrax.AbstractTerm]:
+        """The terms, which the step has."""
         return self.step.terms
 
     @property
     def args(self) -> PyTree:
-        """Those of the step."""
+        """The user's `args`, which the step has."""
         return self.step.args
 
-    def initial_state(self, y0: PyTree) -> State:
-        """The state before the first step, what is saved at `t0` included."""
+    def initial_state(self, y0: PyTree[Array]) -> State:
+        """Returns the state before the first step. `SaveAt(t0=True)` is saved in it."""
         tnext, controller_state = self.controller.init(
             self.terms,
             self.t0,
@@ -104,6 +123,7 @@ class Problem(eqx.Module):
         evaluations = self.step.evaluations
         dense_ts, dense_infos = None, None
         if self.dense:
+            # Only the shapes of the dense information are needed: nothing is computed.
             _, _, info, _, _ = eqx.filter_eval_shape(
                 self.step.advance, self.t0, tnext, y0, solver_state, False
             )
@@ -125,18 +145,20 @@ class Problem(eqx.Module):
             dense_infos=dense_infos,
         )
 
-    def _saved_t0(self, sub: diffrax.SubSaveAt, y0: PyTree) -> SaveState:
+    def _saved_t0(self, sub: diffrax.SubSaveAt, y0: PyTree[Array]) -> SaveState:
         state = allocate(sub, self.t0, y0, self.args, self.max_steps)
         if sub.t0:
             state = write(state, self.t0, sub.fn(self.t0, y0, self.args))
         return state
 
-    def is_running(self, state: State) -> Array:
-        """The condition of the loop."""
+    def is_running(self, state: State) -> Bool[Array, ""]:
+        """Returns the condition of the loop: before `t1`, and without a failure."""
         return (state.tprev < self.t1) & (state.result == RESULTS.successful)
 
     def attempt_step(self, state: State) -> State:
-        """The body of the loop: attempts one step, and keeps it or not."""
+        """Attempts one step, and accepts or rejects it. The body of the loop."""
+        # Make the numerical step. If there are no jumps, the literal `False` says so at
+        # trace time, and the step has no code for them.
         y, y_error, dense_info, solver_state, step_result = self.step.advance(
             state.tprev,
             state.tnext,
@@ -144,14 +166,21 @@ class Problem(eqx.Module):
             state.solver_state,
             state.made_jump if self.jumps else False,
         )
+        # An infinite error estimate alone is no sign of a NaN: it may be an overflow.
         no_nan = all_finite(y) & (y_error is None or ~_has_nan(y_error))
+
+        # Let the controller decide, and choose the next attempt.
         keep, tprev, tnext, made_jump, controller_state, control_result = self._control(
             state, y, y_error
         )
+        # `ConstantStepSize` and `StepTo` keep every step, also one that is not finite.
+        # Then the time does not advance, so `y` and the saved rows stay finite.
         accepted = keep & all_finite(y)
-        # What is kept must be finite: the time does not advance over anything else.
         tprev = jnp.where(keep & ~accepted, state.tprev, jnp.minimum(tprev, self.t1))
         tnext = self._clip_to_end(tprev, tnext, accepted)
+
+        # Look for failures. A failure inside of a rejected step does not count: the
+        # next attempt is smaller and may succeed.
         result = _result_of_attempt(
             diverged=keep & ~accepted,
             no_nan=no_nan,
@@ -161,19 +190,13 @@ class Problem(eqx.Module):
             ),
             control_result=promoted(control_result),
         )
+
+        # Save, and keep the previous values of what a rejected step would change. The
+        # controller has done so for its own state.
         count = state.num_accepted_steps + jnp.where(accepted, 1, 0)
-        interpolation = self.solver.interpolation_cls(
-            t0=state.tprev, t1=state.tnext, **dense_info
+        save_state, dense_ts, dense_infos = self._save(
+            state, accepted, count, tprev, y, dense_info
         )
-        save_state = [
-            self._save_step(save, old, accepted, count, interpolation, tprev, y)
-            for save, old in zip(self.saves, state.save_state, strict=True)
-        ]
-        dense_ts, dense_infos = state.dense_ts, state.dense_infos
-        if self.dense:
-            dense_ts, dense_infos = write_dense(
-                dense_ts, dense_infos, count - 1, tprev, dense_info, accepted
-            )
         return State(
             y=where(accepted, y, state.y),
             tprev=tprev,
@@ -191,26 +214,71 @@ class Problem(eqx.Module):
             dense_infos=dense_infos,
         )
 
+    def _save(
+        self,
+        state: State,
+        accepted: Bool[Array, ""],
+        count: Int[Array, ""],
+        tprev: Real[Array, ""],
+        y: PyTree[Array],
+        dense_info: dict[str, PyTree[Array]],
+    ) -> tuple[list[SaveState], Any, PyTree[Array]]:
+        """Writes the outputs of the step that was attempted, if it is `accepted`.
+
+        Returns `(save_state, dense_ts, dense_infos)`. `state` is the state before the
+        step; `count`, `tprev`, `y` and `dense_info` are those after it.
+        """
+        interpolation = self.solver.interpolation_cls(
+            t0=state.tprev, t1=state.tnext, **dense_info
+        )
+        save_state = [
+            self._save_step(save, old, accepted, count, interpolation, tprev, y)
+            for save, old in zip(self.saves, state.save_state, strict=True)
+        ]
+        dense_ts, dense_infos = state.dense_ts, state.dense_infos
+        if self.dense:
+            dense_ts, dense_infos = write_dense(
+                dense_ts, dense_infos, count - 1, tprev, dense_info, accepted
+            )
+        return save_state, dense_ts, dense_infos
+
     def _save_step(
-        self, save: Save, old: SaveState, accepted, count, interpolation, t, y
+        self,
+        save: Save,
+        old: SaveState,
+        accepted: Bool[Array, ""],
+        count: Int[Array, ""],
+        interpolation: Any,
+        t: Real[Array, ""],
+        y: PyTree[Array],
     ) -> SaveState:
+        """Writes the rows of one save. `interpolation` is of any class of a solver."""
         at_end = lambda: (t, save.fn(t, y, self.args))
         inside = lambda t: save.fn(t, interpolation.evaluate(t), self.args)
         return write_step(
             old, save.ts, save.steps, at_end, inside, accepted, count, interpolation.t1
         )
 
-    def _count_evaluations(self, state: State) -> Any:
+    def _count_evaluations(self, state: State) -> Int[Array, ""] | None:
+        """Returns the number of evaluations after one more attempt, if it is known."""
         if self.step.evaluations is None:
             return None
         first, each_attempt = self.step.evaluations
-        # After a jump the first stage is evaluated anew.
+        # After a jump the first stage is evaluated again.
         again = jnp.where(state.made_jump, first, 0) if self.jumps else 0
         return state.num_evaluations + each_attempt + again
 
-    def _control(self, state: State, y: PyTree, y_error: PyTree) -> Any:
-        """The controller's decision, which is not differentiated through `y`."""
+    def _control(
+        self, state: State, y: PyTree[Array], y_error: PyTree[Array] | None
+    ) -> Any:
+        """Returns the controller's decision, which has no derivative through `y`.
+
+        That is `(keep, tprev, tnext, made_jump, controller_state, result)`, as
+        `adapt_step_size` of Diffrax's controllers returns it.
+        """
         if y_error is not None:
+            # As in Diffrax: an infinite error is rejected with the largest decrease of
+            # the step size, but a NaN would make the step size NaN.
             y_error = jax.tree.map(
                 lambda x: jnp.where(jnp.isnan(x), jnp.inf, x), y_error
             )
@@ -228,12 +296,24 @@ class Problem(eqx.Module):
         )
         return jnp.asarray(keep), *rest
 
-    def _clip_to_end(self, tprev, tnext, accepted):
+    def _clip_to_end(
+        self,
+        tprev: Real[Array, ""],
+        tnext: Real[Array, ""],
+        accepted: Bool[Array, ""],
+    ) -> Real[Array, ""]:
+        """Returns the end of the next attempt: `tnext`, or what replaces it near `t1`.
+
+        After a rejected attempt that is the middle between `tprev` and `t1`: otherwise
+        an attempt that ended at `t1` could be repeated.
+        """
         clipped = jnp.where(accepted, self.t1, tprev + 0.5 * (self.t1 - tprev))
         return jnp.where(tnext > self.nearly_t1, clipped, tnext)
 
     def result(self, state: State) -> Any:
-        """How the solve ended, given the state after the loop."""
+        """Returns how the solve ended, given the state after the loop."""
+        # A loop that is still running was stopped by `max_steps`. If its last attempt
+        # met a NaN, the steps were used up by rejections, and the NaN is the cause.
         out_of_steps = RESULTS.where(
             state.last_finite,
             RESULTS.max_steps_reached,
@@ -244,34 +324,58 @@ class Problem(eqx.Module):
 
 
 def loop_buffers(state: State) -> PyTree:
-    """The parts of the state that are written row by row."""
+    """Returns the arrays of the state that are written in place, row by row."""
     saved = [(s.ts, s.ys) for s in state.save_state]
     return saved, state.dense_ts, state.dense_infos
 
 
-def nearly(t1: Array) -> Array:
-    """100 ulp before `t1`, from where on Diffrax goes to `t1` at once."""
-    # Diffrax takes 100 single steps; read as integers, floats are that far apart.
+def nearly(t1: Real[Array, ""]) -> Real[Array, ""]:
+    """Returns the floating point number 100 ulp before `t1`.
+
+    A step that would end after it ends at `t1`, as in Diffrax: an interval of a few ulp
+    would spoil dense output by rounding.
+    """
+    # Diffrax calls `prevbefore` 100 times. The bits of positive floats, read as signed
+    # integers, count the floats: 100 ulp are 100 integers. Those of negative floats
+    # descend, so `in_order` mirrors them; it is its own inverse.
     integer = jnp.dtype(f"int{8 * t1.dtype.itemsize}")
     lowest = jnp.iinfo(integer).min
     in_order = lambda bits: jnp.where(bits < 0, lowest - bits, bits)
     bits = in_order(jax.lax.bitcast_convert_type(t1, integer)) - 100
     before = jax.lax.bitcast_convert_type(in_order(bits), t1.dtype)
-    # Around zero those are denormals, which count as zero.
+    # Around zero these are denormals, which XLA may flush to zero: then at least 100 of
+    # the smallest normal number.
     return jnp.minimum(before, t1 - 100 * jnp.finfo(t1.dtype).tiny)
 
 
-def _is_too_small(tprev, tnext, keep):
-    """Whether rejections have brought the step size down to the spacing of floats.
+def _is_too_small(
+    tprev: Real[Array, ""], tnext: Real[Array, ""], keep: Bool[Array, ""]
+) -> Bool[Array, ""]:
+    """Returns whether rejections have reduced the step size to the spacing of floats.
 
-    (Accepted steps may be as small as that: to step over a jump takes one.)
+    Accepted steps may be this small: stepping over a jump takes a step of one ulp.
     """
+    # In steps of a few ulp, rounding dominates the error estimate, so the rejections
+    # would go on until `max_steps`. A larger factor finds that earlier, but also
+    # refuses more steps that might still succeed.
     spacing = jnp.finfo(tprev.dtype).eps * jnp.abs(tnext)
     return (tnext <= tprev) | (~keep & (tnext - tprev <= 16 * spacing))
 
 
-def _result_of_attempt(*, diverged, no_nan, too_small, step_result, control_result):
-    """The first failure that applies; a NaN explains those of the step size."""
+def _result_of_attempt(
+    *,
+    diverged: Bool[Array, ""],
+    no_nan: Bool[Array, ""],
+    too_small: Bool[Array, ""],
+    step_result: Any,
+    control_result: Any,
+) -> Any:
+    """Returns the result of an attempt, an item of `RESULTS`.
+
+    In order of precedence: a step that was kept although it is not finite (`diverged`);
+    a failure inside of the step; a failure of the step size. If the attempt met a NaN,
+    then that is the cause of a failure of the step size, and is reported for it.
+    """
     small = RESULTS.where(too_small, RESULTS.step_too_small, control_result)
     small_or_nan = RESULTS.where(
         no_nan | (small == RESULTS.successful), small, RESULTS.vector_field_not_finite
@@ -280,7 +384,8 @@ def _result_of_attempt(*, diverged, no_nan, too_small, step_result, control_resu
     return RESULTS.where(diverged, RESULTS.vector_field_not_finite, out)
 
 
-def _has_nan(tree: PyTree) -> Array:
+def _has_nan(tree: PyTree[Array]) -> Bool[Array, ""]:
+    """Returns whether there is a NaN in any leaf of `tree`."""
     out = jnp.array(False)
     for x in jax.tree.leaves(tree):
         out = out | jnp.any(jnp.isnan(x))

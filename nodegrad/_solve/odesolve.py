@@ -1,4 +1,7 @@
-"""`odesolve`: the native door."""
+"""`odesolve`, which solves a differential equation with nodegrad's loop."""
+
+# Annotations stay strings, so `help(odesolve)` shows them as they are written here.
+from __future__ import annotations
 
 import functools as ft
 from collections.abc import Callable
@@ -8,7 +11,7 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, PyTree, Real
+from jaxtyping import Array, ArrayLike, Float, PyTree, Real
 
 from .._internal.compat import while_loop
 from .._internal.results import RESULTS
@@ -28,8 +31,6 @@ from .problem import make_problem, solution_of, solve_of
 from .recorded_adjoint import AbstractRecordedAdjoint, without_gradient
 
 
-_Time = Real[ArrayLike, ""]
-
 _SAVE_T1 = diffrax.SaveAt(t1=True)
 _CONSTANT = diffrax.ConstantStepSize()
 _ACA = ACAAdjoint()
@@ -38,9 +39,9 @@ _ACA = ACAAdjoint()
 def odesolve(
     terms: Callable[[Array, PyTree, PyTree], PyTree] | PyTree[diffrax.AbstractTerm],
     solver: diffrax.AbstractSolver,
-    t0: _Time,
-    t1: _Time,
-    dt0: _Time | None,
+    t0: Real[ArrayLike, ""],
+    t1: Real[ArrayLike, ""],
+    dt0: Real[ArrayLike, ""] | None,
     y0: PyTree[ArrayLike],
     args: PyTree = None,
     *,
@@ -54,54 +55,69 @@ def odesolve(
     r"""Solves $y'(t) = f(t, y(t), \mathrm{args})$, $y(t_0) = y_0$, from `t0` to `t1`.
 
     The arguments and the result are those of `diffrax.diffeqsolve`, and so are the
-    numbers (up to rounding, which can move adaptive steps by as little). What is
-    different: it traces and compiles in a fraction of the time, tells apart more kinds
+    numbers (up to rounding, which can move adaptive steps slightly). The differences:
+    `odesolve` traces and compiles in a fraction of the time, distinguishes more kinds
     of failure, counts vector field evaluations, and integrates batches.
+
+    **Example:**
+
+    ```python
+    import diffrax
+    import jax.numpy as jnp
+    import nodegrad
+
+    sol = nodegrad.odesolve(
+        lambda t, y, rate: -rate * y, diffrax.Tsit5(), 0.0, 1.0, None, jnp.ones(2), 2.0,
+        stepsize_controller=diffrax.PIDController(rtol=1e-5, atol=1e-5),
+    )
+    print(sol.ys[0].round(3))  # [0.135 0.135]
+    ```
 
     **Arguments:**
 
     - `terms`: the vector field `f(t, y, args)`, or Diffrax terms.
     - `solver`: any Diffrax solver, or `nodegrad.RK4()`.
     - `t0`, `t1`: start and end, real scalars; `t1 < t0` integrates backwards.
-    - `dt0`: the first step size, or the size of all steps; `None` where the step size
-      controller finds it. It has the sign of `t1 - t0`.
+    - `dt0`: the first step size, or the size of all steps; `None` if the step size
+      controller chooses it. It has the sign of `t1 - t0`.
     - `y0`: the initial state, any pytree of arrays.
-    - `args`: anything, handed on to the vector field.
-    - `saveat`: what to save; any `diffrax.SaveAt` but for the `solver_state`,
+    - `args`: passed to the vector field, any pytree.
+    - `saveat`: what to save; any `diffrax.SaveAt` without `solver_state`,
       `controller_state` and `made_jump`.
     - `stepsize_controller`: any Diffrax step size controller.
     - `adjoint`: how to differentiate: `nodegrad.ACAAdjoint(...)`, or for reversible
       solvers `nodegrad.ReversibleAdjoint()`.
-    - `max_steps`: a bound on the number of attempted steps. `None` for none, which can
-      be differentiated by forward mode only.
-    - `throw`: whether to raise if the solve fails. Otherwise look at `result`.
+    - `max_steps`: a bound on the number of attempted steps. `None` is no bound; then
+      only forward mode can differentiate the solve.
+    - `throw`: whether to raise an error if the solve fails. Otherwise see `result`.
     - `batched`: whether every leaf of `y0` has a leading batch axis. The vector field
       is written for one sample; every sample takes its own steps; `args` and the terms
-      are shared. This is `jax.vmap` over `y0`, in result, time and memory; a failure
-      raises with the number of the sample.
+      are shared. Result, time and memory are those of `jax.vmap` over `y0`, but the
+      error for a failure contains the number of the sample.
 
-    **Returns:** a `diffrax.Solution`. Its `stats` have, besides Diffrax's,
+    **Returns:** a `diffrax.Solution`. Its `stats` are Diffrax's and
     `"num_vector_field_evaluations"` (`None` for solvers that iterate) and
-    `"time_reached"`. Its `result` is one of `nodegrad.RESULTS`, which compare with
-    those of `diffrax.RESULTS`.
+    `"time_reached"`. Its `result` is one of `nodegrad.RESULTS`, which can be compared
+    with those of `diffrax.RESULTS`.
 
     If the solve fails, `ys` hold the finite solution up to `stats["time_reached"]`, and
-    the gradient is that of this part. In a batch, or under `jax.vmap`, one sample's
-    failure changes nothing for the others.
+    the gradient is that of this part. In a batch, or under `jax.vmap`, the failure of
+    one sample does not affect the others.
 
     **Raises:** `ValueError` or `TypeError` for arguments that do not fit together, at
-    trace time where they are known then. With `throw=True`, a `RuntimeError` saying
+    trace time if they are known then. With `throw=True`, a `RuntimeError` that says
     what failed, when, and what to do.
 
     **Cost:** an explicit Runge-Kutta method with $s$ stages evaluates the vector field
-    $s$ times a step, or $s - 1$ times if its first stage is the last one of the step
-    before. For gradients see `nodegrad.ACAAdjoint`.
+    $s$ times a step, or $s - 1$ times if its first stage is the last stage of the
+    previous step. For gradients see `nodegrad.ACAAdjoint`.
 
-    **When not to use it:** for events, progress meters, and continuing with a
-    `solver_state`, take `diffrax.diffeqsolve(..., adjoint=nodegrad.ACAAdjoint())`.
+    **When not to use it:** for events, for progress meters, and to continue from a
+    `solver_state`. Use `diffrax.diffeqsolve(..., adjoint=nodegrad.ACAAdjoint())`.
     """
     check_supported(adjoint, saveat)
     if not is_terms(terms):
+        # A type checker does not know that `is_terms` distinguishes the two types.
         terms = diffrax.ODETerm(terms)  # pyright: ignore[reportArgumentType]
     t0, t1, dt0 = as_times(t0, t1, dt0, saveat)
     y0 = jax.tree.map(ft.partial(as_state, t0.dtype), y0)
@@ -123,26 +139,29 @@ def odesolve(
         throw,
         batched,
     )
+    # Outside of the jitted function, where the numbers for the message are known.
     return raised(sol) if throw else sol
 
 
 @eqx.filter_jit
 def _odesolve(
-    terms,
-    solver,
-    t0,
-    t1,
-    dt0,
-    y0,
-    args,
-    saveat,
-    controller,
-    adjoint,
-    max_steps,
-    throw,
-    batched,
+    terms: PyTree[diffrax.AbstractTerm],
+    solver: diffrax.AbstractSolver,
+    t0: Float[Array, ""],
+    t1: Float[Array, ""],
+    dt0: Float[Array, ""] | None,
+    y0: PyTree[Array],
+    args: PyTree,
+    saveat: diffrax.SaveAt,
+    controller: diffrax.AbstractStepSizeController,
+    adjoint: AbstractRecordedAdjoint,
+    max_steps: int | None,
+    throw: bool,
+    batched: bool,
 ) -> diffrax.Solution:
-    def solve(y0):
+    """Solves for one sample, or (if `batched`) for every row of the leaves of `y0`."""
+
+    def solve(y0: PyTree[Array]) -> diffrax.Solution:
         problem = make_problem(
             terms, solver, t0, t1, dt0, y0, args, saveat, controller, max_steps
         )
@@ -155,10 +174,12 @@ def _odesolve(
 def _run(
     problem: Problem, adjoint: AbstractRecordedAdjoint, state: State, throw: bool
 ) -> tuple[State, Array | None]:
-    """Runs the loop, recorded if there is a bound on the number of steps.
+    """Runs the loop, and records it if there is a bound on the number of steps.
 
-    Returns the state after it, and the reconstruction error if `adjoint` checks that.
+    Returns the state after the loop, and the reconstruction error, which is `None`
+    unless `adjoint.check`.
     """
+    # Without a bound there is no memory to record into. A `lax` loop has forward mode.
     if problem.max_steps is None:
         final_state = while_loop(
             problem.is_running,
@@ -179,16 +200,25 @@ def _run(
 
 
 def raised(sol: diffrax.Solution) -> diffrax.Solution:
-    """`sol`, or an error saying what went wrong, where, and what to do."""
+    """Returns `sol` if it is successful; otherwise raises an error.
+
+    The error says what failed, when, and what to do; in a batch, for the first sample
+    that failed. `sol.result` is a scalar, or has shape `(batch,)`.
+    """
     failed = sol.result != RESULTS.successful
     if is_traced(failed):
+        # Inside of `jax.jit` the message cannot contain numbers.
         return sol.result.error_if(sol, failed)
     if not failed.any():
         return sol
-    lane: Any = tuple(int(i[0]) for i in failed.nonzero()) if failed.ndim else ()
-    message = str(RESULTS[jax.tree.map(lambda x: x[lane], sol.result)])
-    number = lambda x: f"{float(jnp.asarray(x)[lane]):.9g}"
-    sample = f" (sample {lane[0]} of the batch)" if lane else ""
+    # The index of the sample, as a tuple: empty for a single solve.
+    first: Any = tuple(int(i[0]) for i in failed.nonzero()) if failed.ndim else ()
+    message = str(RESULTS[jax.tree.map(lambda x: x[first], sol.result)])
+
+    def number(x: ArrayLike) -> str:
+        return f"{float(jnp.asarray(x)[first]):.9g}"
+
+    sample = f" (sample {first[0]} of the batch)" if first else ""
     reached, steps = sol.stats["time_reached"], sol.stats["num_accepted_steps"]
     distance = sol.stats.get("coupling_distance")
     apart = "" if distance is None else f", its copies apart by {number(distance)}"

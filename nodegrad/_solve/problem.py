@@ -1,9 +1,13 @@
-"""The front of every solve of our own: a problem, its recording, and its solution."""
+"""Converts between the user's arguments, a `Problem`, and a `diffrax.Solution`.
+
+`odesolve` and the second derivatives along a solve share it. A problem is one solve,
+without a batch axis, in a time that runs forwards.
+"""
 
 import diffrax
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, PyTree, Real
 
 from .._internal.compat import assert_term_compatible, WrapTerm
 from .._internal.results import coupling_stats
@@ -19,23 +23,30 @@ from .recorded_adjoint import AbstractRecordedAdjoint, make_solve, saves_of, sub
 def make_problem(
     terms: PyTree[diffrax.AbstractTerm],
     solver: diffrax.AbstractSolver,
-    t0: Array,
-    t1: Array,
-    dt0: Array | None,
+    t0: Real[Array, ""],
+    t1: Real[Array, ""],
+    dt0: Real[Array, ""] | None,
     y0: PyTree[Array],
     args: PyTree,
     saveat: diffrax.SaveAt,
     controller: diffrax.AbstractStepSizeController,
     max_steps: int | None,
 ) -> Problem:
-    """The problem with time flipped, if need be, so that it runs forwards."""
+    """Returns the problem, with its time reversed if `t1 < t0`.
+
+    `t0`, `t1`, `dt0` and `saveat` are in the user's time, those of the problem are
+    multiplied by its `direction`.
+    """
     check_vector_field(terms, t0, y0, args)
     kwargs = solver.term_compatible_contr_kwargs
     assert_term_compatible(t0, y0, args, terms, solver.term_structure, kwargs)
     direction = jnp.where(t0 < t1, 1, -1).astype(t0.dtype)
     t0, t1 = t0 * direction, t1 * direction
     dt0 = None if dt0 is None else dt0 * direction
+    # `wrap` changes the times that a controller has, such as `step_ts`.
     controller = without_derivatives(controller.wrap(direction))
+    # `WrapTerm` evaluates a term at the user's times, and multiplies its control by
+    # `direction`. The terms of a `MultiTerm` are wrapped one by one.
     terms = jax.tree.map(
         lambda x: WrapTerm(x, direction), terms, is_leaf=_is_single_term
     )
@@ -46,6 +57,7 @@ def make_problem(
         solver=solver,
         t0=t0,
         t1=t1,
+        # Only compared with times. Reading the bits of a float has no derivative.
         nearly_t1=nearly(jax.lax.stop_gradient(t1)),
         dt0=dt0,
         controller=controller,
@@ -59,12 +71,13 @@ def make_problem(
 
 
 def _is_single_term(x: object) -> bool:
+    """Returns whether `x` is a term, and not a sum of terms."""
     is_term = isinstance(x, diffrax.AbstractTerm)
     return is_term and not isinstance(x, diffrax.MultiTerm)
 
 
 def solve_of(problem: Problem, adjoint: AbstractRecordedAdjoint, throw: bool) -> Solve:
-    """What to record of a problem."""
+    """Returns what to record of a problem that has a bound on its number of steps."""
     assert problem.max_steps is not None
     return make_solve(
         adjoint,
@@ -89,7 +102,10 @@ def solution_of(
     state: State,
     error: Array | None,
 ) -> diffrax.Solution:
-    """The solution of one solve, from the state after its loop."""
+    """Returns the solution in the user's time, from the state after the loop.
+
+    `error` is the reconstruction error, or `None` if it was not computed.
+    """
     t, y, count = state.tprev, state.y, state.num_accepted_steps
     direction = problem.direction
     saved = [
@@ -100,6 +116,7 @@ def solution_of(
     structure = jax.tree.structure(saveat.subs, is_leaf=is_sub)
     interpolation = None
     if problem.dense:
+        # Its `ts` run forwards: Diffrax converts the user's times when it interpolates.
         interpolation = diffrax.DenseInterpolation(
             ts=state.dense_ts,
             ts_size=count + 1,
@@ -137,6 +154,8 @@ def solution_of(
     )
 
 
-def _in_user_time(ts: Array, direction) -> Array:
-    """Saved times as they were asked for; rows not written are at plus infinity."""
+def _in_user_time(
+    ts: Real[Array, " num_saved"], direction: Real[Array, ""]
+) -> Real[Array, " num_saved"]:
+    """Returns saved times in the user's time. Rows not written stay plus infinity."""
     return jnp.where(jnp.isinf(ts), jnp.inf, ts * direction)

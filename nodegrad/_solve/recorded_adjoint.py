@@ -1,12 +1,14 @@
-"""The Diffrax door: adjoints of `diffrax.diffeqsolve` that record the solve.
+"""Adjoints for `diffrax.diffeqsolve` that record the accepted steps of the solve.
 
-The forward pass is Diffrax's own loop, with every `SaveAt`, event, progress meter, term
-and solver it knows; it takes the `while` loop it runs as an argument, and is handed
-ours (`_recorded_loop.recorded_loop`).
+The forward pass is Diffrax's solver loop, so every `SaveAt`, event, progress meter,
+term and solver of Diffrax works. That loop takes the `while` loop to run as an
+argument; the adjoints pass `recorded_loop` (`recorded_loop.py`), which records the
+accepted steps and defines the derivative.
 """
 
 import abc
 import functools as ft
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +16,7 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool, PyTree, Real
 
 from .._internal.compat import nondifferentiable_backward, solver_loop, while_loop
 from .._internal.results import coupling_stats, with_coupling_lost
@@ -32,9 +34,13 @@ from .._trajectory.step_times import (
 
 
 class AbstractRecordedAdjoint(diffrax.AbstractAdjoint):
-    """An adjoint that records the accepted steps and differentiates these."""
+    """An adjoint that records the accepted steps and differentiates them.
 
-    #: Whether to reconstruct the states right after the solve, for the error alone.
+    A subclass chooses how states are recovered in the backward pass, and how many
+    steps can be recorded. Everything else is shared.
+    """
+
+    #: Whether to reconstruct the states right after the solve, to measure the error.
     check: eqx.AbstractVar[bool]
 
     @abc.abstractmethod
@@ -47,25 +53,44 @@ class AbstractRecordedAdjoint(diffrax.AbstractAdjoint):
         dense: bool,
         first_jump: bool,
     ) -> AbstractStateSource:
-        """Where a derivative gets the states before the accepted steps from.
+        """Returns how states are recovered in the backward pass, and which are stored.
 
-        `dense` says whether anything reads between the ends of a step, `first_jump`
-        whether the first step may start just after a jump.
+        **Arguments:**
+
+        - `step`, `controller`, `max_steps`: those of the solve.
+        - `grid`: how the times of the steps depend on the user's times.
+        - `dense`: whether the solution is read inside of steps (by interpolation).
+        - `first_jump`: whether the first step may start just after a jump.
         """
 
     @abc.abstractmethod
     def recorded_steps(self, max_steps: int) -> int:
-        """How many accepted steps there is room to write down."""
+        """Returns the number of accepted steps whose times can be stored."""
 
     def loop(
-        self, *, solver, stepsize_controller, saveat, terms, args, init_state,
-        max_steps, throw, passed_solver_state, passed_controller_state, **kwargs,
-    ):  # fmt: skip
-        """Diffrax's loop, recorded. Called by `diffrax.diffeqsolve`."""
+        self,
+        *,
+        solver: diffrax.AbstractSolver,
+        stepsize_controller: diffrax.AbstractStepSizeController,
+        saveat: diffrax.SaveAt,
+        terms: PyTree[diffrax.AbstractTerm],
+        args: PyTree,
+        init_state: Any,
+        max_steps: int | None,
+        throw: bool,
+        passed_solver_state: bool,
+        passed_controller_state: bool,
+        **kwargs: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Runs Diffrax's loop and records it. Called by `diffrax.diffeqsolve`.
+
+        `init_state` and the state returned have a private class of Diffrax. `kwargs`
+        has the other arguments of Diffrax's loop: `event`, `t0`, `t1`, `dt0` and
+        `progress_meter`.
+        """
         del passed_controller_state
-        step = make_step(
-            solver, terms, args, init_state.tprev, init_state.tnext, init_state.y
-        )
+        first = init_state.tprev, init_state.tnext, init_state.y
+        step = make_step(solver, terms, args, *first)
         run = ft.partial(
             solver_loop,
             solver=_StepSolver(solver, step),
@@ -75,15 +100,17 @@ class AbstractRecordedAdjoint(diffrax.AbstractAdjoint):
             args=args,
             init_state=_started(step, init_state, passed_solver_state),
             max_steps=max_steps,
+            # The inner loop writes the rows of `SaveAt(ts=...)`. It needs no reverse
+            # mode, because `recorded_loop` has a rule for these rows.
             inner_while_loop=ft.partial(while_loop, kind="lax"),
             **kwargs,
         )
         if max_steps is None:
-            loop = ft.partial(while_loop, kind="lax")
-            final_state, stats = run(outer_while_loop=loop)
+            # Without a bound there is no memory to record into.
+            final_state, stats = run(
+                outer_while_loop=ft.partial(while_loop, kind="lax")
+            )
             return without_gradient(final_state), stats
-        saves = saves_of(subs_of(saveat))
-        is_event = kwargs["event"] is not None
         solve = make_solve(
             self,
             step,
@@ -92,24 +119,14 @@ class AbstractRecordedAdjoint(diffrax.AbstractAdjoint):
             kwargs["t1"],
             kwargs["dt0"],
             max_steps,
-            saves,
+            saves_of(subs_of(saveat)),
             dense=saveat.dense,
-            event=is_event,
+            event=kwargs["event"] is not None,
             throw=throw,
-            # `made_jump` is the literal `False` unless the user passed it.
+            # `made_jump` is the literal `False` unless the user passed another value.
             first_jump=init_state.made_jump is not False,
         )
-        errors = []
-
-        def outer_while_loop(*args, **kwargs):
-            # Diffrax's loop hands on the state alone.
-            final_state, error = recorded_loop(solve, *args, **kwargs)
-            errors.append(error)
-            return final_state
-
-        final_state, stats = run(outer_while_loop=outer_while_loop)
-        if solve.check:
-            stats = {**stats, "reconstruction_error": errors.pop()}
+        final_state, stats = _run_recorded(run, solve)
         if isinstance(step, RungeKuttaStep):
             final_state = _with_diffrax_solver_state(step, saveat, final_state)
         solver_state = final_state.solver_state
@@ -122,9 +139,9 @@ def make_solve(
     adjoint: AbstractRecordedAdjoint,
     step: AbstractStep,
     controller: diffrax.AbstractStepSizeController,
-    t0: Array,
-    t1: Array,
-    dt0: Array | None,
+    t0: Real[Array, ""],
+    t1: Real[Array, ""],
+    dt0: Real[Array, ""] | None,
     max_steps: int,
     saves: list[Save],
     *,
@@ -133,8 +150,12 @@ def make_solve(
     throw: bool,
     first_jump: bool,
 ) -> Solve:
-    """What either door records."""
+    """Returns what to record of a solve, by `diffeqsolve` or by `odesolve`.
+
+    `dt0` is `None` if the controller chooses the first step size.
+    """
     grid = make_grid(controller, t0, t1, dt0)
+    # These outputs interpolate inside of steps, and need the stages of each step.
     between = dense or event or any(save.ts is not None for save in saves)
     states = adjoint.make_state_source(
         step, controller, grid, max_steps, between, first_jump
@@ -156,8 +177,36 @@ def make_solve(
     )
 
 
+def _run_recorded(
+    run: Callable[..., tuple[Any, dict[str, Any]]], solve: Solve
+) -> tuple[Any, dict[str, Any]]:
+    """Runs Diffrax's loop with `recorded_loop` for its `while` loop.
+
+    `run(outer_while_loop=...)` returns the final state and the statistics. With
+    `solve.check` the reconstruction error is added to the statistics.
+    """
+    # `recorded_loop` has two results, but Diffrax's loop expects only a state from its
+    # `while` loop, so the error leaves the loop in this list. Both results belong to
+    # the same trace: no tracer leaks.
+    errors: list[Array | None] = []
+
+    def recording_while_loop(*loop_args: Any, **loop_kwargs: Any) -> Any:
+        # Diffrax calls it once, with the arguments of `equinox.internal.while_loop`.
+        final_state, error = recorded_loop(solve, *loop_args, **loop_kwargs)
+        errors.append(error)
+        return final_state
+
+    final_state, stats = run(outer_while_loop=recording_while_loop)
+    if solve.check:
+        stats = {**stats, "reconstruction_error": errors.pop()}
+    return final_state, stats
+
+
 class _StepSolver(DelegatingSolver):
-    """`solver`, stepping through `step`."""
+    """`solver` for Diffrax's loop, with its steps made by `stepper`.
+
+    The terms and `args` are those of `stepper`: the loop passes the same ones again.
+    """
 
     solver: diffrax.AbstractSolver
     stepper: AbstractStep
@@ -166,41 +215,72 @@ class _StepSolver(DelegatingSolver):
     def interpolation_cls(self):  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.solver.interpolation_cls
 
-    def init(self, terms, t0, t1, y0, args):
+    def init(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t0: Real[Array, ""],
+        t1: Real[Array, ""],
+        y0: PyTree[Array],
+        args: PyTree,
+    ) -> PyTree:
         del terms, args
         return self.stepper.start(t0, t1, y0)
 
-    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+    def step(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t0: Real[Array, ""],
+        t1: Real[Array, ""],
+        y0: PyTree[Array],
+        args: PyTree,
+        solver_state: PyTree,
+        made_jump: bool | Bool[Array, ""],
+    ) -> Any:
         del terms, args
         return self.stepper.advance(t0, t1, y0, solver_state, made_jump)
 
 
 def _started(step: AbstractStep, init_state: Any, passed_solver_state: bool) -> Any:
-    """Diffrax's initial state with the solver state that `step` wants.
-
-    Diffrax evaluates the first stage inside its loop; we do it once, before. And a jump
-    before the first step it would take for one before every step.
-    """
+    """Returns Diffrax's initial state with the solver state that `step` expects."""
     if init_state.made_jump is True:
+        # Diffrax treats a Python bool as static: as a jump before every step. An array
+        # applies to the first step only.
         init_state = replace(init_state, made_jump=jnp.array(True))
+    # Diffrax's Runge-Kutta methods evaluate their first stage inside the loop, and have
+    # a solver state to do so once. A `RungeKuttaStep` evaluates it here, before the
+    # loop, so its solver state differs also where the user passed one.
     if passed_solver_state and not isinstance(step, RungeKuttaStep):
         return init_state
+    # The result of `solver.init`, which Diffrax has called, is replaced: only the
+    # evaluation made by the recorded step may have cotangents, otherwise the statistics
+    # of a layer would count it twice.
     solver_state = step.start(init_state.tprev, init_state.tnext, init_state.y)
     return replace(init_state, solver_state=solver_state)
 
 
-def _with_diffrax_solver_state(step: RungeKuttaStep, saveat, final_state: Any) -> Any:
-    """The final state with the solver state that Diffrax's Runge-Kutta methods have."""
+def _with_diffrax_solver_state(
+    step: RungeKuttaStep, saveat: diffrax.SaveAt, final_state: Any
+) -> Any:
+    """Returns the final state with a solver state as Diffrax's own solver has it.
+
+    That is a pair for first-same-as-last methods: whether no step was made yet, and the
+    first stage of the next step. Other methods have `None`.
+    """
     solver_state = None
     if saveat.solver_state and step.tableau.fsal:
-        # Evaluated anew, because its gradient must reach `y` and `args`.
+        # Evaluated again: `recorded_loop` returns the solver state as a constant, but
+        # this value has a gradient with respect to `y` and `args`.
         f0 = step.start(final_state.tprev, final_state.tnext, final_state.y)
         solver_state = jnp.array(False), f0
     return replace(final_state, solver_state=solver_state)
 
 
-def _counted(solve: Solve, final_state: Any) -> dict:
-    """The number of vector field evaluations, if it is known."""
+def _counted(solve: Solve, final_state: Any) -> dict[str, Any]:
+    """Returns the number of vector field evaluations as a statistic, if it is known.
+
+    It is not known if there may be jumps: the first stage is evaluated again after each
+    of them, and Diffrax's loop does not count them.
+    """
     if solve.step.evaluations is None or solve.jumps:
         return {}
     first, each_attempt = solve.step.evaluations
@@ -210,18 +290,18 @@ def _counted(solve: Solve, final_state: Any) -> dict:
 
 
 def subs_of(saveat: diffrax.SaveAt) -> list[diffrax.SubSaveAt]:
-    """The `SubSaveAt`s of `saveat`, in order."""
+    """Returns the `SubSaveAt`s of `saveat`, in the order of its pytree."""
     is_sub = lambda x: isinstance(x, diffrax.SubSaveAt)
     return jax.tree.leaves(saveat.subs, is_leaf=is_sub)
 
 
 def saves_of(subs: list[diffrax.SubSaveAt]) -> list[Save]:
-    """What is to be saved during the loop."""
+    """Returns the part of each of `subs` that is saved during the loop."""
     return [Save(ts=sub.ts, steps=sub.steps, fn=sub.fn) for sub in subs]
 
 
 def without_gradient(tree: Any) -> Any:
-    """Refuses reverse mode, for which the number of steps has to be bounded."""
+    """Returns `tree`; reverse mode through it raises, because `max_steps` is `None`."""
     msg = (
         "`max_steps=None` cannot be combined with a gradient through an adjoint of "
         "nodegrad: the memory for the accepted steps must be allocated "

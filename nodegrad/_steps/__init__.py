@@ -1,1 +1,1 @@
-"""One step of a solver as a pure function, and the pullback of its stages."""
+"""Makes one step of a solver as a pure function, and pulls back its stages."""

@@ -1,27 +1,27 @@
-r"""The increment of a Runge-Kutta step, with a pullback that takes stage by stage.
+r"""Computes the increment of a Runge-Kutta step, and pulls it back stage by stage.
 
 With stages $k_i = f(t_0 + c_i h, Y_i)\, u$, $Y_i = y_0 + \sum_{j<i} a_{ij} k_j$ and
-control $u$, the increment is $\sum_i b_i k_i$. Given its cotangent $\lambda$, and
-$\mu_i$ for the cotangent of $Y_i$, for $i = s, \dots, 1$
+control $u$, the increment is $\sum_i b_i k_i$. Let $\lambda$ be its cotangent and
+$\mu_i$ that of $Y_i$. Then, for $i = s, \dots, 1$,
 
 $$\lambda_{k_i} = b_i \lambda + \sum_{j>i} a_{ji} \mu_j, \qquad
   (\mu_i, \Delta\lambda_\theta) = (f u)^* \lambda_{k_i}, \qquad
   \lambda_{y_0} = \sum_i \mu_i.$$
 
-For some vector fields (`_stages.is_scanned`) the stages are a loop, and so is this; its
-body evaluates the vector field once more. For others JAX differentiates the stages one
-after another, with what it kept of their evaluation.
+If `tableau.is_scanned`, the stages are a loop, and so is this recursion. Its body
+evaluates and linearises the vector field again, at the stored $Y_i$. Otherwise JAX
+differentiates the unrolled stages and stores the intermediate values of all of them.
 """
 
 import functools as ft
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, PyTree, Real
 
 from .._internal.batch import Axes, Batch
 from .._internal.closure_convert import as_struct, closure_convert, pullback, Pure
@@ -36,51 +36,77 @@ from .tableau import (
     stacked,
     stage_time,
     stages,
+    Tableau,
     unstacked,
 )
 
 
 class Increment:
-    """`(t0, t1, control, y0)` to the increment of a step, and to some of its stages.
+    """A function from `(t0, t1, control, y0)` to the increment and some stages.
 
-    - `tableau`: the coefficients.
-    - `product`: `(t, y, control)` to the vector field times the control.
-    - `returns`: which stages: `"none"`, the `"first"`, or `"all"` of them as one array,
-      with the one that is shared with the next step.
+    This is for one solve; `closure_convert` makes the form that works for a batch.
+
+    - `tableau`: an explicit Butcher tableau.
+    - `product`: a function from `(t, y, control)` to vector field times control.
+    - `returns`: which stages to return. `"none"`, `"first"`, or `"all"`: an array with
+      an axis of stages, the stage that is shared with the next step included.
     """
 
-    def __init__(self, tableau: Any, product: Callable, returns: str):
+    def __init__(
+        self,
+        tableau: Tableau,
+        product: Callable[..., PyTree[Array]],
+        returns: Literal["none", "first", "all"],
+    ):
+        """Stores the arguments; see the class."""
         self.tableau = tableau
         self.product = product
-        self.returns = returns
+        self.returns: Literal["none", "first", "all"] = returns
 
-    def __call__(self, t0, t1, control: PyTree, y0: PyTree) -> tuple[PyTree, PyTree]:
-        """The increment and the stages, one after another."""
+    def __call__(
+        self,
+        t0: Real[Array, ""],
+        t1: Real[Array, ""],
+        control: PyTree[Array],
+        y0: PyTree[Array],
+    ) -> tuple[PyTree[Array], PyTree[Array]]:
+        """Returns the increment, and the stages that `returns` asks for or `None`."""
         increment, ks = self.evaluate(t0, t1, control, y0)
         return increment, self.returned(ks)
 
     def returned(self, ks: list[PyTree], axis: int = 0) -> PyTree[Array]:
-        """What to return of the stages; `axis` is that of the stages in the array."""
+        """Returns what `returns` asks for of the stages `ks`.
+
+        For `"all"` this is one array with the stages along `axis`.
+        """
         if self.returns == "none":
             return None
         return ks[0] if self.returns == "first" else stacked(ks, axis)
 
-    def evaluate(self, t0, t1, control, y0) -> tuple[PyTree, list[PyTree]]:
-        """The increment and the list of the stages."""
+    def evaluate(
+        self,
+        t0: Real[Array, ""],
+        t1: Real[Array, ""],
+        control: PyTree[Array],
+        y0: PyTree[Array],
+    ) -> tuple[PyTree[Array], list[PyTree[Array]]]:
+        """Returns the increment and the list of the stages."""
         product = lambda t, y: self.product(t, y, control)
         ks = stages(self.tableau, product, t0, t1, y0)
         increment = self.weighted(ks)
+        # Only "all" asks for the stage that is shared with the next step.
         if len(ks) < self.num_stages:
             ks.append(product(t1, add(y0, increment)))
         return increment, ks
 
     def weighted(self, ks: list[PyTree]) -> PyTree:
-        r"""$\sum_i b_i k_i$."""
+        r"""Returns $\sum_i b_i k_i$."""
         return combine(self.weights[: len(ks)], ks)
 
     @property
     def weights(self) -> np.ndarray:
-        """$b_i$, for all stages."""
+        """The weights $b_i$ of `num_stages` stages, an array of shape `(stages,)`."""
+        # The stage that is shared with the next step has weight zero.
         b = np.zeros(self.num_stages)
         inner = num_inner_stages(self.tableau)
         b[:inner] = self.tableau.b_sol[:inner]
@@ -88,24 +114,36 @@ class Increment:
 
     @property
     def num_stages(self) -> int:
-        """How many stages there are."""
+        """The number of stages to evaluate."""
         every = self.returns == "all"
         return self.tableau.num_stages if every else num_inner_stages(self.tableau)
 
     def closure_convert(
-        self, t0, t1, control, y0
+        self,
+        t0: PyTree[Array],
+        t1: PyTree[Array],
+        control: PyTree[Array],
+        y0: PyTree[Array],
     ) -> "tuple[list[Array], StagedIncrement]":
-        """The arrays that it closes over, and a function of those."""
+        """Returns the arrays that `product` closes over, and a function of those.
+
+        The arguments are examples (or their shapes), as for the function
+        `closure_convert`.
+        """
+        # Only `product` is traced, not all stages: the loops below call it.
         del t1
         consts, product = closure_convert(self.product, *as_struct((t0, y0, control)))
         return consts, StagedIncrement(self, product)
 
 
 class _Cotangents(NamedTuple):
-    """What the scan over the stages carries.
+    """The cotangents that the scan over the stages carries.
 
-    - `states`: those of all $Y_i$, zero for the stages to come.
-    - `t0`, `t1`: those of the times, by way of the times of the stages.
+    - `states`: those of all $Y_i$, `(stages, *batch, *y)`; zero for those that the scan
+      has not reached.
+    - `constants`: the sum over the stages so far, of constants with `wrt`.
+    - `control`: the same, of the control.
+    - `t0`, `t1`: the same, of the times of the step, through the times of the stages.
     """
 
     states: PyTree[Array]
@@ -116,19 +154,19 @@ class _Cotangents(NamedTuple):
 
 
 class StagedIncrement:
-    """A hoisted `Increment`, used as a `Pure` is."""
+    """The closure-converted form of an `Increment`, with the interface of `Pure`."""
 
     def __init__(self, increment: Increment, product: Pure):
-        """`product` is the hoisted vector field of `increment`."""
+        """`product` is the closure-converted `increment.product`."""
         self.increment = increment
         self.product = product
-        #: What the vector field does.
+        #: The traced vector field.
         self.jaxpr = product.jaxpr
-        #: Whether derivatives take the stages in a loop.
+        #: Whether the stages and their pullbacks are loops.
         self.scanned = is_scanned(increment.tableau, product.jaxpr)
 
     def __call__(self, consts: list[Array], *args: PyTree) -> PyTree:
-        """The increment and the stages for these constants."""
+        """Returns what `Increment` returns, for one solve with these constants."""
         if self.scanned:
             return self.evaluate(Batch(), consts, [Axes(()) for _ in consts], args)
         product = ft.partial(self.product, consts)
@@ -138,16 +176,18 @@ class StagedIncrement:
     def evaluate(
         self, batch: Batch, consts: list[Array], axes: list[Axes], args: tuple
     ) -> PyTree:
-        """As `Pure.evaluate`. The stages are a loop, which compiles fast."""
+        """Returns the results for every solve of a batch, as `Pure.evaluate` does."""
+        # Nothing is differentiated here, so a loop costs little and compiles fast.
         ks, _ = self._stages(batch, consts, axes, args)
         return self._results(batch, ks)
 
     def _stages(
         self, batch: Batch, consts: list[Array], axes: list[Axes], args: tuple
     ) -> tuple[PyTree, PyTree]:
-        """The stages, and the states that they are evaluated at.
+        """Returns the stages and the states $Y_i$: arrays `(stages, *batch, *y)`.
 
-        Here and in the pullback stages are the first axis of all that has one.
+        Here and in the pullback the axis of stages comes first, because `scan` runs
+        over it. In what is returned it comes after the batch axes.
         """
         t0, t1, control, y0 = args
         evaluate = batch.map_shared(self.product, consts, axes)
@@ -155,7 +195,8 @@ class StagedIncrement:
         tableau, num = self.increment.tableau, self.increment.num_stages
         return scanned_stages(tableau, num, product, t0, t1, y0)
 
-    def _results(self, batch: Batch, ks: PyTree) -> tuple[PyTree, PyTree]:
+    def _results(self, batch: Batch, ks: PyTree[Array]) -> tuple[PyTree, PyTree]:
+        """Returns what `Increment` returns, from the stages `(stages, *batch, *y)`."""
         as_list = unstacked(ks, self.increment.num_stages)
         returned = self.increment.returned(as_list, len(batch.sizes))
         return self.increment.weighted(as_list), returned
@@ -169,7 +210,11 @@ class StagedIncrement:
         args: tuple,
         spec: tuple,
     ) -> tuple[PyTree, Callable]:
-        """As `_hoist.pullback`."""
+        """Returns the results and their pullback, as the function `pullback` does.
+
+        `args` are `(t0, t1, control, y0)`, with all batch axes; `spec` marks which of
+        them to differentiate.
+        """
         if not self.scanned:
             return pullback(self, batch, consts, axes, wrt, args, spec)
         t0, t1, control, y0 = args
@@ -179,7 +224,9 @@ class StagedIncrement:
         increment, num = self.increment, self.increment.num_stages
         a, c = coefficients(increment.tableau, num, jnp.result_type(t0))
 
-        def stage(cts: _Cotangents, inputs):
+        def stage(cts: _Cotangents, inputs: tuple[PyTree[Array], ...]):
+            # `a` is a column of the matrix, `(stages,)`. Stages before this one have
+            # weight 0 in it, and their `cts.states` are zero as well.
             index, state, ct_k, a, c = inputs
             ct_k = jax.tree.map(ft.partial(add_weighted, a), ct_k, cts.states)
             t = stage_time(c, t0, t1)
@@ -187,6 +234,7 @@ class StagedIncrement:
                 batch, consts, axes, wrt, (t, state, control), product_spec
             )
             ct_consts, (ct_t, ct_state, ct_control) = pull(ct_k)
+            # The stage time is `(1 - c) * t0 + c * t1`.
             new = _Cotangents(
                 states=set_row(cts.states, index, ct_state),
                 constants=add(cts.constants, ct_consts),
@@ -196,7 +244,8 @@ class StagedIncrement:
             )
             return new, None
 
-        def pull(ct):
+        def pull(ct: tuple[PyTree, PyTree]) -> tuple[list[Any], tuple[PyTree, ...]]:
+            # Cotangents of what is not differentiated are `None`.
             init = _Cotangents(
                 states=zeros_like(states),
                 constants=zeros_like(eqx.filter(consts, wrt)),
@@ -204,10 +253,12 @@ class StagedIncrement:
                 t0=jnp.zeros_like(t0),
                 t1=jnp.zeros_like(t1),
             )
-            # Column `i` of the matrix has the weights that `k_i` has in later states.
+            # Column `i` of the matrix, row `i` of `a.T`, has the weights of `k_i` in
+            # the states of later stages.
             ct_ks = self._cotangents_of_stages(batch, *ct)
             inputs = jnp.arange(num), states, ct_ks, a.T, c
             cts, _ = jax.lax.scan(stage, init, inputs, reverse=True)
+            # `y0` enters every state with weight one.
             ct_y0 = ft.reduce(add, unstacked(cts.states, num))
             ct_t0, ct_t1 = cts.t0 if wrt_t0 else None, cts.t1 if wrt_t1 else None
             return cts.constants, (ct_t0, ct_t1, cts.control, ct_y0)
@@ -217,7 +268,11 @@ class StagedIncrement:
     def _cotangents_of_stages(
         self, batch: Batch, ct_increment: PyTree, ct_returned: PyTree
     ) -> PyTree[Array]:
-        """Those that do not come by way of later stages."""
+        r"""Returns the part of $\lambda_{k_i}$ that does not depend on later stages.
+
+        An array `(stages, *batch, *y)`: $b_i \lambda$, plus the cotangents of the
+        stages that were returned.
+        """
         b = self.increment.weights
         weigh = lambda ct: jnp.multiply.outer(jnp.asarray(b, ct.dtype), ct)
         ct_ks = jax.tree.map(weigh, ct_increment)
@@ -225,6 +280,7 @@ class StagedIncrement:
             return ct_ks
         if self.increment.returns == "first":
             return jax.tree.map(lambda x, ct: x.at[0].add(ct), ct_ks, ct_returned)
+        # From `(*batch, stages, *y)` to `(stages, *batch, *y)`.
         axis = len(batch.sizes)
         in_front = lambda x, ct: x + jnp.moveaxis(ct, axis, 0)
         return jax.tree.map(in_front, ct_ks, ct_returned)

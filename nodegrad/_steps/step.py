@@ -1,14 +1,18 @@
-"""One step of a solver, as a pure function that is cheap to differentiate.
+"""Defines one step of a solver as a pure function that is cheap to differentiate.
 
-Two kinds of step, one interface, `AbstractStep`:
+There are two kinds of step with one interface, `AbstractStep`:
 
 - `RungeKuttaStep` evaluates the stages of an explicit Butcher tableau directly.
-  Diffrax's own `step` loops over the stages with a checkpointed loop, which is run
-  again when a step is replayed; here the stages are unrolled (or, for long tableaus,
-  scanned), the first-same-as-last stage is carried forward, and a replay leaves out
-  the stage that only the error estimate needs.
-- `SolverStep` is any other Diffrax solver (implicit, stochastic, multistep, your own)
-  through its `step` method and `solver_state`.
+  Diffrax's own `step` loops over the stages with a checkpointed loop, whose pullback
+  runs the loop again. Here the stages are unrolled (or, for long tableaus, scanned),
+  the first-same-as-last stage is carried forward, and a replay leaves out the stage
+  that only the error estimate needs.
+- `SolverStep` calls the `step` of any other Diffrax solver: implicit, stochastic,
+  multistep, or a user's own.
+
+A step is made twice. `advance` attempts it in the forward pass. `replay` makes an
+accepted step again for a derivative, from `y` and the *replay state*: the part of the
+solver state that it needs next to `y`.
 """
 
 import abc
@@ -20,7 +24,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, Bool, PyTree, Real
 
 from .._internal.tree import as_arrays
 from .._layers.find_products import without_statistics
@@ -28,8 +32,13 @@ from .increment import Increment
 from .tableau import advance_by, combine, has_explicit_tableau, stacked, stages
 
 
+# Whether a step starts just after a jump of the vector field. The literal `False` means
+# that no step does, which saves a `cond`.
+_MadeJump = bool | Bool[Array, "..."]
+
+
 class AbstractStep(eqx.Module):
-    """A step of `solver`. It is the one owner of the terms and of `args`."""
+    """A step of `solver`. Only the step holds the terms and `args` of a solve."""
 
     solver: eqx.AbstractVar[diffrax.AbstractSolver]
     terms: eqx.AbstractVar[PyTree]
@@ -38,46 +47,69 @@ class AbstractStep(eqx.Module):
     @property
     @abc.abstractmethod
     def evaluations(self) -> tuple[int, int] | None:
-        """Vector field evaluations before the first attempt, and of each attempt.
+        """The numbers of vector field evaluations: before the solve, and per attempt.
 
-        `None` where they are not known, as for solvers that iterate.
+        `None` if they are not known, as for solvers that iterate.
         """
 
     @abc.abstractmethod
-    def start(self, t0, t1, y0: PyTree) -> PyTree:
-        """The solver state before the first step."""
+    def start(
+        self, t0: Real[Array, ""], t1: Real[Array, ""], y0: PyTree[Array]
+    ) -> PyTree:
+        """Returns the solver state before the first step, from `t0` to `t1`."""
 
     @abc.abstractmethod
-    def replay_state(self, solver_state: PyTree, made_jump: Any) -> PyTree:
-        """The part of the solver state that a replay needs besides `y`."""
+    def replay_state(self, solver_state: PyTree, made_jump: _MadeJump | None) -> PyTree:
+        """Returns the part of the solver state that a replay needs, next to `y`.
+
+        `made_jump` is `None` if `solver_state` is a tangent or a cotangent.
+        """
 
     @abc.abstractmethod
     def with_replay_state(self, solver_state: PyTree, replay_state: PyTree) -> PyTree:
-        """`solver_state` with that part replaced."""
+        """Returns `solver_state` with that part replaced."""
 
     @abc.abstractmethod
-    def replay_state_at(self, replay_state: PyTree, made_jump: Any) -> PyTree:
-        """`replay_state` for a step that does or does not start just after a jump."""
+    def replay_state_at(self, replay_state: PyTree, made_jump: _MadeJump) -> PyTree:
+        """Returns `replay_state` with its jump flag, if any, set to `made_jump`."""
 
     @abc.abstractmethod
-    def advance(self, t0, t1, y0: PyTree, solver_state: PyTree, made_jump: Any) -> Any:
-        """As `diffrax.AbstractSolver.step`."""
+    def advance(
+        self,
+        t0: Real[Array, ""],
+        t1: Real[Array, ""],
+        y0: PyTree[Array],
+        solver_state: PyTree,
+        made_jump: _MadeJump,
+    ) -> tuple[PyTree, PyTree, dict[str, PyTree], PyTree, Any]:
+        """Attempts the step of one solve, as `diffrax.AbstractSolver.step` does.
+
+        Returns `(y1, y_error, dense_info, solver_state1, result)`. `result` is an item
+        of `diffrax.RESULTS`, for which type checkers have no type.
+        """
 
     @abc.abstractmethod
     def parts(self, dense: bool) -> dict[str, Callable]:
-        """The functions that a replay calls and that may depend on parameters.
+        """Returns the functions that a replay calls and that may depend on parameters.
 
-        `dense` is whether anything reads between the ends of a step.
+        They are for one solve. `dense` says whether a save or an event needs the
+        solution between the ends of a step.
         """
 
     @abc.abstractmethod
     def replay(
-        self, evaluate: Callable, t0, t1, y0: PyTree, replay_state: PyTree
+        self,
+        evaluate: Callable[..., PyTree[Array]],
+        t0: Real[Array, "..."],
+        t1: Real[Array, "..."],
+        y0: PyTree[Array],
+        replay_state: PyTree,
     ) -> tuple[PyTree, PyTree, PyTree]:
-        """The accepted step again: `(y1, replay_state1, dense_info)`.
+        """Makes an accepted step again: returns `(y1, replay_state1, dense_info)`.
 
-        `evaluate(part, key, *args)` calls a part. All else is arithmetic that works
-        alike on one state and on a batch.
+        `evaluate(part, key, *args)` calls a part. The rest is arithmetic that works for
+        one solve and for a batch, whose arrays have the batch axes first. Without
+        `dense` in `parts`, `dense_info` may be `None`.
         """
 
 
@@ -85,9 +117,10 @@ class RungeKuttaStep(AbstractStep):
     r"""A step of an explicit Runge-Kutta method with tableau $(A, b, \hat b, c)$.
 
     $k_i = f(t_0 + c_i h, y_0 + \sum_{j<i} a_{ij} k_j) \cdot h$ and
-    $y_1 = y_0 + \sum_i b_i k_i$, with $f \cdot h$ the product of the terms' vector
-    field and control. The solver state is $f(t_0, y_0)$ if the last stage of one step
-    is the first of the next (`tableau.fsal`), otherwise there is none.
+    $y_1 = y_0 + \sum_i b_i k_i$, where $f \cdot h$ is the product of the terms' vector
+    field and control. If the last stage of a step is the first one of the next
+    (`tableau.fsal`), the solver state is $f(t_0, y_0)$, otherwise `None`. The replay
+    state is `None`: a replay evaluates the first stage again.
     """
 
     solver: diffrax.AbstractERK
@@ -98,19 +131,21 @@ class RungeKuttaStep(AbstractStep):
     def tableau(self) -> diffrax.ButcherTableau:
         return self.solver.tableau  # pyright: ignore[reportReturnType]
 
-    def start(self, t0, t1, y0):
+    def start(
+        self, t0: Real[Array, ""], t1: Real[Array, ""], y0: PyTree[Array]
+    ) -> PyTree:
         del t1
         return self.terms.vf(t0, y0, self.args) if self.tableau.fsal else None
 
-    def replay_state(self, solver_state, made_jump):
-        # The first stage is evaluated again, so nothing is needed.
+    def replay_state(self, solver_state: PyTree, made_jump: _MadeJump | None) -> PyTree:
+        # A derivative linearises the first stage, so it is evaluated again from `y0`.
         del solver_state, made_jump
 
-    def with_replay_state(self, solver_state, replay_state):
+    def with_replay_state(self, solver_state: PyTree, replay_state: PyTree) -> PyTree:
         del replay_state
         return solver_state
 
-    def replay_state_at(self, replay_state, made_jump):
+    def replay_state_at(self, replay_state: PyTree, made_jump: _MadeJump) -> PyTree:
         del made_jump
         return replay_state
 
@@ -119,17 +154,25 @@ class RungeKuttaStep(AbstractStep):
         stages = self.tableau.num_stages
         return (1, stages - 1) if self.tableau.fsal else (0, stages)
 
-    def advance(self, t0, t1, y0, solver_state, made_jump):
+    def advance(
+        self,
+        t0: Real[Array, ""],
+        t1: Real[Array, ""],
+        y0: PyTree[Array],
+        solver_state: PyTree,
+        made_jump: _MadeJump,
+    ) -> tuple[PyTree, PyTree, dict[str, PyTree], PyTree, Any]:
         if self.tableau.fsal:
             f0 = solver_state
             if made_jump is not False:
-                # The vector field is discontinuous here: the carried value is stale.
+                # The carried value is from before the jump of the vector field.
                 f0 = jax.lax.cond(
                     made_jump, lambda: self.terms.vf(t0, y0, self.args), lambda: f0
                 )
         else:
             f0 = None
         y1, ks, f1 = self._stages(t0, t1, y0, f0)
+        # `RK4` has no error estimate, and says so with zeros.
         if np.any(self.tableau.b_error):
             y_error = combine(self.tableau.b_error, ks)
         else:
@@ -137,70 +180,98 @@ class RungeKuttaStep(AbstractStep):
         dense_info = dict(y0=y0, y1=y1, k=stacked(ks))
         return y1, y_error, dense_info, f1, diffrax.RESULTS.successful
 
-    def parts(self, dense):
+    def parts(self, dense: bool) -> dict[str, Callable]:
         if self.tableau.fsal:
-            # As in a step, where the last stage is the first of the next one.
+            # `vf` and `prod` separately, as in `_stages`: the carried value is `vf`.
             vf = lambda t, y: self.terms.vf(t, y, self.args)
             product = lambda t, y, control: self.terms.prod(vf(t, y), control)
         else:
             product = lambda t, y, control: self.terms.vf_prod(t, y, self.args, control)
+        # Interpolation inside the step needs all stages, the shared one included.
         increment = Increment(self.tableau, product, "all" if dense else "none")
         return dict(control=self.terms.contr, increment=increment)
 
-    def replay(self, evaluate, t0, t1, y0, replay_state):
+    def replay(
+        self,
+        evaluate: Callable[..., PyTree[Array]],
+        t0: Real[Array, "..."],
+        t1: Real[Array, "..."],
+        y0: PyTree[Array],
+        replay_state: PyTree,
+    ) -> tuple[PyTree, PyTree, PyTree]:
         del replay_state
         control = evaluate("control", "control", t0, t1)
         increment, k = evaluate("increment", "increment", t0, t1, control, y0)
         y1 = jax.tree.map(jnp.add, y0, increment)
         return y1, None, None if k is None else dict(y0=y0, y1=y1, k=k)
 
-    def _stages(self, t0, t1, y0, f0):
-        """`(y1, stages, f(t1, y1))`, the first stage taken from `f0` if given.
+    def _stages(
+        self,
+        t0: Real[Array, ""],
+        t1: Real[Array, ""],
+        y0: PyTree[Array],
+        f0: PyTree[Array],
+    ) -> tuple[PyTree[Array], list[PyTree[Array]], PyTree[Array]]:
+        """Returns `(y1, stages, f(t1, y1))`.
 
-        `f(t1, y1)` is known if the tableau is first-same-as-last, and else `None`.
+        For a first-same-as-last tableau `f0` is $f(t_0, y_0)$, otherwise `f0` and
+        `f(t1, y1)` are `None`.
         """
         tableau, terms, args = self.tableau, self.terms, self.args
         control = terms.contr(t0, t1)
+
+        def vf(t: Real[Array, ""], y: PyTree[Array]) -> PyTree[Array]:
+            return terms.vf(t, y, args)
+
         if tableau.fsal:
-            vf = lambda t, y: terms.vf(t, y, args)
             product = lambda t, y: terms.prod(vf(t, y), control)
             k0 = terms.prod(f0, control)
         else:
-            vf, k0 = None, None
+            k0 = None
+            # Terms may have a faster product than `prod` of the vector field.
             product = lambda t, y: terms.vf_prod(t, y, args, control)
         ks = stages(tableau, product, t0, t1, y0, k0)
         y1 = advance_by(y0, tableau.b_sol[: len(ks)], ks)
-        if vf is None:
+        if not tableau.fsal:
             return y1, ks, None
+        # The last stage, at `(t1, y1)`, is carried to the next step as a vector field
+        # value: the control of the next step differs.
         f1 = vf(t1, y1)
         return y1, [*ks, terms.prod(f1, control)], f1
 
 
 class SolverStep(AbstractStep):
-    """A step of any Diffrax solver, through its own `step`."""
+    """A step of any Diffrax solver, made by the `step` of that solver.
+
+    The replay state is `(solver_state, made_jump)`: such a `step` may read all of it.
+    """
 
     solver: diffrax.AbstractSolver
     terms: PyTree
     args: PyTree
 
-    def start(self, t0, t1, y0):
+    def start(
+        self, t0: Real[Array, ""], t1: Real[Array, ""], y0: PyTree[Array]
+    ) -> PyTree:
+        # The statistics of layers are those of the steps, so `init` reports none.
         init = lambda t0, t1, y0: self.solver.init(self.terms, t0, t1, y0, self.args)
         return without_statistics(init, t0, t1, y0)
 
-    def replay_state(self, solver_state, made_jump):
+    def replay_state(self, solver_state: PyTree, made_jump: _MadeJump | None) -> PyTree:
         return solver_state, made_jump
 
-    def with_replay_state(self, solver_state, replay_state):
+    def with_replay_state(self, solver_state: PyTree, replay_state: PyTree) -> PyTree:
         del solver_state
         solver_state, _ = replay_state
         return solver_state
 
-    def replay_state_at(self, replay_state, made_jump):
+    def replay_state_at(self, replay_state: PyTree, made_jump: _MadeJump) -> PyTree:
         solver_state, _ = replay_state
         return solver_state, made_jump
 
     @property
     def evaluations(self) -> tuple[int, int] | None:
+        # Solvers of nodegrad have an attribute, those of Diffrax do not.
         known = {
             diffrax.Euler: (0, 1),
             diffrax.ReversibleHeun: (1, 1),
@@ -208,16 +279,29 @@ class SolverStep(AbstractStep):
         }
         return getattr(self.solver, "evaluations", known.get(type(self.solver)))
 
-    def advance(self, t0, t1, y0, solver_state, made_jump):
-        # A loop that forward mode can pass.
+    def advance(
+        self,
+        t0: Real[Array, ""],
+        t1: Real[Array, ""],
+        y0: PyTree[Array],
+        solver_state: PyTree,
+        made_jump: _MadeJump,
+    ) -> tuple[PyTree, PyTree, dict[str, PyTree], PyTree, Any]:
+        # Forward mode works through a "lax" loop, not through a "checkpointed" one.
         solver = with_scan_kind(self.solver, "lax")
         return solver.step(self.terms, t0, t1, y0, self.args, solver_state, made_jump)
 
-    def parts(self, dense):
-        # Diffrax's default for loops over stages cannot be differentiated twice.
+    def parts(self, dense: bool) -> dict[str, Callable]:
+        # Diffrax's default loop over stages, "checkpointed", cannot be differentiated
+        # twice; a "lax" loop has no reverse mode. A "bounded" loop has both.
         solver = with_scan_kind(self.solver, "bounded")
 
-        def step(t0, t1, y0, replay_state):
+        def step(
+            t0: Real[Array, ""],
+            t1: Real[Array, ""],
+            y0: PyTree[Array],
+            replay_state: PyTree,
+        ) -> tuple[PyTree, PyTree, PyTree]:
             solver_state, made_jump = replay_state
             y1, _, dense_info, solver_state, _ = solver.step(
                 self.terms, t0, t1, y0, self.args, solver_state, made_jump
@@ -227,45 +311,72 @@ class SolverStep(AbstractStep):
 
         return dict(step=step)
 
-    def replay(self, evaluate, t0, t1, y0, replay_state):
+    def replay(
+        self,
+        evaluate: Callable[..., PyTree[Array]],
+        t0: Real[Array, "..."],
+        t1: Real[Array, "..."],
+        y0: PyTree[Array],
+        replay_state: PyTree,
+    ) -> tuple[PyTree, PyTree, PyTree]:
         return evaluate("step", "step", t0, t1, y0, replay_state)
 
 
 class DelegatingSolver(diffrax.AbstractWrappedSolver):
-    """A solver with the terms, orders and vector field of the one that it wraps."""
+    """A base class for solvers that delegate all but the step to a wrapped solver."""
 
     @property
     def term_structure(self):
         return self.solver.term_structure
 
-    def order(self, terms):
+    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int | None:
         return self.solver.order(terms)
 
-    def strong_order(self, terms):
+    def strong_order(self, terms: PyTree[diffrax.AbstractTerm]):
         return self.solver.strong_order(terms)
 
-    def error_order(self, terms):
+    def error_order(self, terms: PyTree[diffrax.AbstractTerm]):
         return self.solver.error_order(terms)
 
-    def func(self, terms, t0, y0, args):
+    def func(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t0: Real[Array, ""],
+        y0: PyTree,
+        args: PyTree,
+    ) -> PyTree:
         return self.solver.func(terms, t0, y0, args)
 
 
-def make_step(solver, terms, args, t0, t1, y0) -> AbstractStep:
-    """The cheapest step that does exactly what `solver` does."""
+def make_step(
+    solver: diffrax.AbstractSolver,
+    terms: PyTree,
+    args: PyTree,
+    t0: Real[Array, ""],
+    t1: Real[Array, ""],
+    y0: PyTree[Array],
+) -> AbstractStep:
+    """Returns the cheapest step that computes what `solver.step` computes."""
+    # If `is_vf_expensive`, `vf_prod` twice is cheaper than `vf` once. Diffrax's step
+    # then does without `vf`, and `RungeKuttaStep` does not.
     if has_explicit_tableau(solver) and not terms.is_vf_expensive(t0, t1, y0, args):
         return RungeKuttaStep(solver, terms, args)
     return SolverStep(solver, terms, args)
 
 
 def with_scan_kind(solver: Any, kind: str) -> Any:
-    """`solver`, and any solver inside it, with the given kind of loop over stages."""
+    """Returns `solver` with the given `scan_kind`, also in the solvers that it wraps.
+
+    A `scan_kind` that the user chose stays. Solvers without one are returned as they
+    are. `solver` is any object that may be a solver, so it has no narrower type.
+    """
     if isinstance(getattr(solver, "solver", None), diffrax.AbstractSolver):
         inner = with_scan_kind(solver.solver, kind)
         solver = eqx.tree_at(lambda s: s.solver, solver, inner)
+    # `issubclass`, as `isinstance` is also true of a wrapper around such a solver.
     if issubclass(type(solver), diffrax.AbstractRungeKutta | diffrax.AbstractSRK):
         if issubclass(type(solver), diffrax.AbstractSRK):
-            # These run over the stages with a scan, which knows no bounded kind.
+            # Their loops over the stages are scans, which have no "bounded" kind.
             kind = "lax"
         if solver.scan_kind is None:
             solver = eqx.tree_at(

@@ -1,14 +1,14 @@
-"""Explicit Butcher tableaus, and the evaluation of their stages."""
+"""Reads explicit Butcher tableaus and evaluates their stages."""
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, PyTree, Real
 
 from .._internal.compat import Jaxpr
 from .._internal.tree import set_row
@@ -16,12 +16,17 @@ from .rk4 import RK4
 from .work import products_dominate
 
 
-# Beyond this many stages unrolling costs more to compile than it saves at run time.
+# Tableaus with more stages are always scanned. Unrolled stages run faster, but the time
+# to compile them, and with many stages that of their pullback as well, grows with their
+# number. On CPUs unrolling paid for Tsit5 (7 stages) and not for Dopri8 (14 stages).
 _MAX_UNROLLED_STAGES = 7
 
 
 class _EulerTableau:
-    """Euler's method; `diffrax.ButcherTableau` takes no fewer than two stages."""
+    """The tableau of Euler's method: `diffrax.ButcherTableau` needs two stages or more.
+
+    It has the attributes of that class that this package reads.
+    """
 
     num_stages = 1
     fsal = False
@@ -31,11 +36,17 @@ class _EulerTableau:
     c = np.array([])
 
 
-def has_explicit_tableau(solver: Any) -> bool:
-    """Whether `solver` is an explicit Runge-Kutta method and nothing else.
+# An explicit tableau. Both classes have `num_stages`, `fsal`, `a_lower`, `b_sol`,
+# `b_error` and `c`; `Any`, because they have no base class in common.
+Tableau = Any
 
-    (`isinstance` would look through `diffrax.HalfSolver` at the solver inside.)
+
+def has_explicit_tableau(solver: Any) -> TypeGuard[diffrax.AbstractERK]:
+    """Whether `solver` is an explicit Runge-Kutta method, fully given by its tableau.
+
+    `isinstance` is also true of a wrapper, such as `diffrax.HalfSolver`, around one.
     """
+    # A subclass with another `step` does not do what its tableau says.
     cls = type(solver)
     return issubclass(cls, diffrax.AbstractERK) and cls.step in (
         diffrax.AbstractERK.step,
@@ -43,62 +54,80 @@ def has_explicit_tableau(solver: Any) -> bool:
     )
 
 
-def explicit_tableau(solver: Any) -> Any:
-    """The tableau of an explicit Runge-Kutta method, Euler's included; else `None`."""
+def explicit_tableau(solver: Any) -> Tableau | None:
+    """Returns the tableau of an explicit Runge-Kutta method or Euler; else `None`."""
     if type(solver) is diffrax.Euler:
         return _EulerTableau
     return solver.tableau if has_explicit_tableau(solver) else None
 
 
-def num_inner_stages(tableau: Any) -> int:
-    """How many stages the solution needs: all but one that the next step shares."""
+def num_inner_stages(tableau: Tableau) -> int:
+    """Returns how many stages `y1` needs: all but one that the next step shares."""
     return tableau.num_stages - (1 if tableau.fsal else 0)
 
 
-def is_scanned(tableau: Any, product: Jaxpr) -> bool:
-    """Whether to evaluate the stages in a loop, given the vector field that they use.
+def is_scanned(tableau: Tableau, product: Jaxpr) -> bool:
+    """Whether to evaluate the stages in a loop; `product` is the traced vector field.
 
-    XLA's compiler for CPUs fuses operations on single elements, and computes again in
-    each of the fused kernels what they share: the cost of unrolled stages, and of their
-    pullback above all, grows explosively with their number. A loop is what stops a
-    fusion. (2048 samples of the Lorenz equations, Tsit5, a step and its pullback: 9.4
-    ms unrolled, 0.4 ms in loops.) Products of matrices are not fused; a vector field
-    that mostly consists of these is better unrolled.
+    XLA's compiler for CPUs fuses elementwise operations, and every fused kernel
+    computes the values that it shares with other kernels again. So the cost of unrolled
+    stages, and of their pullback above all, grows much faster than their number. A loop
+    ends a fusion. `scripts/benchmarks/ensembles.py` has such problems, the Lorenz
+    equations for one. Matrix products are not fused, so a vector field that mostly
+    consists of them is better unrolled.
     """
     return tableau.num_stages > _MAX_UNROLLED_STAGES or not products_dominate(product)
 
 
-def stages(tableau: Any, product: Callable, t0, t1, y0, k0=None) -> list[PyTree]:
-    r"""The stages $k_i$ that the solution needs, of which `k0` is the first if given.
+def stages(
+    tableau: Tableau,
+    product: Callable[..., PyTree[Array]],
+    t0: Real[Array, ""],
+    t1: Real[Array, ""],
+    y0: PyTree[Array],
+    k0: PyTree[Array] = None,
+) -> list[PyTree[Array]]:
+    r"""Returns the stages $k_i$ that $y_1$ needs, each with the shape of `y0`.
 
-    `product(t, y)` is the vector field times the control of the whole step.
+    `product(t, y)` is the vector field times the control of the whole step. `k0` is the
+    first stage, or `None` to evaluate it.
     """
     num = num_inner_stages(tableau)
     if tableau.num_stages > _MAX_UNROLLED_STAGES:
         ks, _ = scanned_stages(tableau, num, product, t0, t1, y0, k0)
         return unstacked(ks, num)
-    # Tracing the vector field once serves every stage.
+    # `jit` traces the vector field once for all stages.
     run = jax.jit(product)
     ks = [run(t0, y0) if k0 is None else k0]
+    # `a_lower` and `c` start with the second stage; `c` has further entries.
     for a, c in zip(tableau.a_lower[: num - 1], tableau.c, strict=False):
-        # No rounding error at the end of the step.
+        # `t0 + (t1 - t0)` may differ from `t1` by rounding.
         t = t1 if c == 1 else t0 + float(c) * (t1 - t0)
         ks.append(run(t, advance_by(y0, a, ks)))
     return ks
 
 
 def scanned_stages(
-    tableau: Any, num: int, product: Callable, t0, t1, y0: PyTree, k0: PyTree = None
+    tableau: Tableau,
+    num: int,
+    product: Callable[..., PyTree[Array]],
+    t0: Real[Array, "..."],
+    t1: Real[Array, "..."],
+    y0: PyTree[Array],
+    k0: PyTree[Array] = None,
 ) -> tuple[PyTree[Array], PyTree[Array]]:
-    """The first `num` stages, and the states they are evaluated at.
+    """Returns the first `num` stages, and the states they are evaluated at.
 
-    Arrays with one more axis in front, for the stages. With `k0` the states lack the
-    first one.
+    Both have the shape of `y0` after a first axis of stages. Times and states may have
+    batch axes. If the first stage `k0` is given, the states start with the second one.
     """
     a, c = coefficients(tableau, num, jnp.result_type(t0))
     first = 0 if k0 is None else 1
 
-    def stage(ks, inputs):
+    # `ks` has zeros for stages to come, and their weights in `a` are zero too.
+    def stage(
+        ks: PyTree[Array], inputs: tuple[Array, Array, Array]
+    ) -> tuple[PyTree[Array], PyTree[Array]]:
         index, a, c = inputs
         state = jax.tree.map(functools.partial(add_weighted, a), y0, ks)
         return set_row(ks, index, product(stage_time(c, t0, t1), state)), state
@@ -111,20 +140,22 @@ def scanned_stages(
 
 
 def add_weighted(weights: Array, x: Array, rows: Array) -> Array:
-    """`x` plus the weighted sum of `rows`."""
-    # Some accelerators multiply matrices in less than the precision of their entries.
+    """Returns `x + sum_j weights[j] * rows[j]`; `rows` is `(stages, *x.shape)`."""
+    # By default some accelerators multiply float32 matrices with a lower precision.
     precision = jax.lax.Precision.HIGHEST
     return x + jnp.tensordot(weights.astype(rows.dtype), rows, 1, precision=precision)
 
 
 def stage_time(c: Array, t0: Array, t1: Array) -> Array:
-    """The time of the stage with node `c`."""
-    # No rounding error at the end of the step.
+    """Returns the time of the stage with node `c`."""
+    # `t0 + (t1 - t0)` may differ from `t1` by rounding.
     return jnp.where(c == 1, t1, t0 + c * (t1 - t0))
 
 
-def coefficients(tableau: Any, num: int, dtype: Any) -> tuple[Array, Array]:
-    """The matrix and the nodes of the first `num` stages."""
+def coefficients(
+    tableau: Tableau, num: int, dtype: Any
+) -> tuple[Real[Array, "stages stages"], Real[Array, " stages"]]:
+    """Returns the matrix $A$ and the nodes $c$ of the first `num` stages."""
     a = np.zeros((num, num))
     for i, row in enumerate(tableau.a_lower[: num - 1], start=1):
         a[i, :i] = row
@@ -133,7 +164,8 @@ def coefficients(tableau: Any, num: int, dtype: Any) -> tuple[Array, Array]:
 
 
 def combine(weights: np.ndarray, ks: list[PyTree]) -> PyTree[Array]:
-    r"""$\sum_j w_j k_j$."""
+    r"""Returns $\sum_j w_j k_j$; `None` if all weights are zero."""
+    # Leaving out zero weights saves work, and a NaN in such a stage does no harm.
     total = None
     for weight, k in zip(weights, ks, strict=True):
         if weight != 0:
@@ -143,15 +175,15 @@ def combine(weights: np.ndarray, ks: list[PyTree]) -> PyTree[Array]:
 
 
 def advance_by(y0: PyTree, weights: np.ndarray, ks: list[PyTree]) -> PyTree[Array]:
-    r"""$y_0 + \sum_j w_j k_j$."""
+    r"""Returns $y_0 + \sum_j w_j k_j$."""
     return jax.tree.map(jnp.add, y0, combine(weights, ks))
 
 
 def stacked(ks: list[PyTree], axis: int = 0) -> PyTree[Array]:
-    """The stages as one array with a new axis."""
+    """Returns the stages `ks` as one array with a new axis."""
     return jax.tree.map(lambda *k: jnp.stack(k, axis), *ks)
 
 
 def unstacked(rows: PyTree[Array], num: int) -> list[PyTree]:
-    """The inverse of `stacked`."""
+    """Returns the `num` rows along the first axis: the inverse of `stacked`."""
     return [jax.tree.map(lambda k, i=i: k[i], rows) for i in range(num)]

@@ -1,4 +1,4 @@
-"""How much work a traced function does, and of which kind."""
+"""Estimates how much work a traced function does, and what kind of work."""
 
 import math
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 from .._internal.compat import Jaxpr, jaxprs_in_params
 
 
-# Of these the work is not counted: they are never cheap.
+# Linear algebra and Fourier transforms. Their work is taken to be infinite, as that of
+# products: like products they are not fused with elementwise operations.
 _EXPENSIVE = frozenset(
     "cholesky custom_linear_solve eig eigh fft householder_product lu qr schur svd "
     "triangular_solve tridiagonal_solve".split()
@@ -14,31 +15,36 @@ _EXPENSIVE = frozenset(
 
 
 def products_dominate(jaxpr: Jaxpr) -> bool:
-    """Whether most of the work is multiplications inside of products of matrices."""
+    """Whether most of the work is multiplications inside matrix products."""
     in_products, others = _work(jaxpr)
     return in_products > others
 
 
 def _work(jaxpr: Jaxpr) -> tuple[float, float]:
-    """Multiplications inside of products, and numbers computed otherwise."""
+    """Counts multiplications inside products, and numbers computed otherwise."""
     in_products, others = 0.0, 0.0
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         size = sum(math.prod(_shape(v.aval)) for v in eqn.outvars)
+        # Parameters hold jaxprs either open or closed.
         inner = [getattr(x, "jaxpr", x) for x in jaxprs_in_params(eqn.params)]
         if name in _EXPENSIVE:
             in_products = math.inf
         elif name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
+            # Every number of the result is a sum over the contracted axes.
             shape = _shape(eqn.invars[0].aval)
             in_products += size * math.prod(shape[i] for i in contracted)
         elif name == "conv_general_dilated":
             kernel = _shape(eqn.invars[1].aval)
+            # Every number of the result is a sum over the kernel of its output channel.
             outputs = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
             in_products += size * math.prod(kernel) / outputs
         elif inner:
             for part in inner:
                 more_in_products, more_others = _work(part)
+                # A `scan` runs `length` times. A `while` loop counts once, as its
+                # number of iterations is not known. All branches of a `cond` count.
                 times = eqn.params.get("length", 1)
                 in_products += times * more_in_products
                 others += times * more_others

@@ -1,1 +1,1 @@
-"""What the forward pass recorded, and where the backward pass gets the states from."""
+"""Records the forward pass, and provides its states to the backward pass."""

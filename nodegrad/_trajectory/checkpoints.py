@@ -1,39 +1,49 @@
-"""States from checkpoints: stored on the way forwards, stepped again in between.
+"""Recovers states from checkpoints: stores some states, computes the others again.
 
 The number of steps is not known in advance, so the stored states are thinned as the
-solve goes on: of steps `0, 1, ..., m` exactly those divisible by a power of two,
-`2**level`, are kept, where `level` is the smallest for which they fit into `slots`
-slots. Nothing is ever moved. When the level rises by one, the odd multiples of the old
-stride become free, and new states go there; written out, the slot of step
-`m = j * 2**level` is the `log2(slots)`-bit number `j` rotated left by `level` bits.
+solve goes on. Of steps `0, 1, ..., m` exactly the multiples of the *stride* `2**level`
+are kept, where `level` is the smallest for which they fit into `slots` slots. No state
+is moved. When the level rises by one, the odd multiples of the old stride are no longer
+needed, and new states overwrite them. So the slot of step `m = j * 2**level` is the
+`log2(slots)`-bit number `j`, rotated left by `level` bits; `Checkpoints.slot` has the
+proof.
 
-The way back goes from the last stored state to the first and steps through each stretch
-between two of them once more, into a *segment* of `stride - 1` further rows. So a
-gradient costs at most one extra pass over the accepted steps, and nothing extra while
-`level == 0`, that is for up to `slots` steps.
+The backward pass goes from the last stored state to the first. It makes the steps
+between two stored states again and writes their states to a *segment*: `2**max_level`
+further rows. The first row is a copy of the stored state. A gradient costs at most one
+extra pass over the accepted steps, and nothing extra while `level == 0`, that is for up
+to `slots` steps.
 """
 
 import functools as ft
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree, Real
 
 from .._internal.tree import take
 from .._steps.step import AbstractStep
 from .linearized_calls import LinearizedCalls
-from .state_source import AbstractStateSource, BackwardStep, RecordedSteps
-from .step_times import StepTimes
+from .state_source import (
+    AbstractStateSource,
+    BackwardStep,
+    Evaluate,
+    RecordedSteps,
+)
+from .step_times import AbstractGrid, StepTimes
 
 
 C = TypeVar("C")
 
 
 class Checkpoints(eqx.Module):
-    """The thinning schedule for at most `max_steps` steps in `slots` slots."""
+    """The thinning schedule for at most `max_steps` steps in `slots` slots.
+
+    `slots` is a power of two, or `max_steps` if all states have a slot.
+    """
 
     slots: int = eqx.field(static=True)
     max_steps: int = eqx.field(static=True)
@@ -45,11 +55,12 @@ class Checkpoints(eqx.Module):
 
     @property
     def rows(self) -> int:
-        """Rows to allocate: the slots, then one segment to step through."""
+        """Rows to allocate: the slots, then the segment if there is a second level."""
         return self.slots + (2**self.max_level if self.max_level > 0 else 0)
 
     def level(self, step: Int[Array, ""]) -> Int[Array, ""]:
-        """The smallest level at which `step` has a slot."""
+        """The smallest level at which step `0, ..., step` fit into the slots."""
+        # At level `L` the slots hold the multiples of `2**L` below `slots * 2**L`.
         thresholds = [self.slots << level for level in range(self.max_level)]
         out = jnp.zeros_like(step)
         for threshold in thresholds:
@@ -58,10 +69,21 @@ class Checkpoints(eqx.Module):
 
     def slot(self, step: Int[Array, ""], level: Int[Array, ""]) -> Int[Array, ""]:
         """The slot that holds `step`, a multiple of `2**level`."""
+        # Let `rot(j, L)` rotate the `bits`-bit number `j` to the left by `L` bits. The
+        # claim is that at level `L` slot `rot(j, L)` holds step `j * 2**L`, for every
+        # `j < slots`. At level 0 that is slot `j` for step `j`. If it holds at level
+        # `L`, it holds at `L + 1`, where `j` counts multiples of the doubled stride:
+        # - `j < slots / 2`: the step was number `2 * j` at level `L`, in slot
+        #   `rot(2 * j, L)`. The highest bit of `j` is 0, so `2 * j = rot(j, 1)`, and
+        #   the slot is `rot(j, L + 1)` already.
+        # - `j >= slots / 2`: the step is a new one. The highest bit of `j` is 1, so
+        #   `rot(j, 1) = 2 * j - slots + 1` is odd, and `rot(j, L + 1)` is the slot of
+        #   an odd multiple of the old stride, which is not needed at level `L + 1`.
         if self.max_level == 0:
             return step
         bits = self.slots.bit_length() - 1
         if bits == 0:
+            # One slot holds step 0. Shifts by `turn` would need `level % 0`.
             return jnp.zeros_like(step)
         index, turn = step >> level, level % bits
         return ((index << turn) | (index >> (bits - turn))) & (self.slots - 1)
@@ -71,16 +93,19 @@ class Checkpoints(eqx.Module):
         if self.max_level == 0:
             return step
         level = self.level(step)
+        # Row `slots` is the first one of the segment, which the backward pass
+        # overwrites before it reads it.
         kept = (step & ((1 << level) - 1)) == 0
         return jnp.where(kept, self.slot(step, level), self.slots)
 
 
 def choose_checkpoints(checkpoints: int | str | None, max_steps: int) -> Checkpoints:
-    """The schedule that `ACAAdjoint(checkpoints)` stands for.
+    """Returns the schedule of `ACAAdjoint(checkpoints)`.
 
-    `None` takes the power of two nearest to `2 sqrt(max_steps)`: few enough that
-    zeroing the buffer costs nothing against the solve, many enough that most solves
-    never step through a segment again.
+    `"all"` gives every step a slot. An integer is rounded down to a power of two.
+    `None` takes the power of two nearest to `2 sqrt(max_steps)`, and at least 32. With
+    fewer slots more solves have to make steps again. With more, allocating and zeroing
+    the buffer takes a larger part of the time of a short solve.
     """
     if checkpoints == "all":
         slots = max_steps
@@ -93,10 +118,11 @@ def choose_checkpoints(checkpoints: int | str | None, max_steps: int) -> Checkpo
 
 
 class CheckpointedStates(AbstractStateSource):
-    """Stored states, and steps again from these to the states between them.
+    """A state source that stores some states and steps again to those in between.
 
-    - `stepper`: the step.
-    - `dense`: whether anything reads between the ends of a step.
+    - `stepper`: the step of the solver.
+    - `checkpoints`: which states are stored, and in which rows.
+    - `dense`: whether a save or an event needs the solution between the ends of a step.
     """
 
     stepper: AbstractStep
@@ -107,42 +133,82 @@ class CheckpointedStates(AbstractStateSource):
     def rows(self) -> int:
         return self.checkpoints.rows
 
-    def row_to_write(self, index, step_offset, start, made_jump, grid):
+    def row_to_write(
+        self,
+        index: Int[Array, ""],
+        step_offset: Int[Array, ""],
+        start: Real[Array, ""],
+        made_jump: Bool[Array, ""],
+        grid: AbstractGrid,
+    ) -> Int[Array, ""]:
         del step_offset, start, made_jump, grid
         return self.checkpoints.row_to_write(index)
 
-    def replay_state(self, solver_state, made_jump):
+    def replay_state(
+        self, solver_state: PyTree, made_jump: bool | Bool[Array, "..."] | None
+    ) -> PyTree:
         return self.stepper.replay_state(solver_state, made_jump)
 
-    def with_replay_state(self, solver_state, replay_state):
+    def with_replay_state(self, solver_state: PyTree, replay_state: PyTree) -> PyTree:
         return self.stepper.with_replay_state(solver_state, replay_state)
 
-    def parts(self):
+    def parts(self) -> dict[str, Callable]:
         return self.stepper.parts(self.dense)
 
-    def step(self, evaluate, times, t0, t1, y, state):
-        # Several steps are replayed from one stored state, each with a jump or without.
+    def step(
+        self,
+        evaluate: Evaluate,
+        times: StepTimes,
+        t0: Real[Array, "..."],
+        t1: Real[Array, "..."],
+        y: PyTree,
+        state: PyTree,
+    ) -> tuple[PyTree, PyTree, PyTree]:
+        # `state` may be that of a step before this one, from which several steps are
+        # replayed. The jump flag in it is then not the one of this step.
         state = self.stepper.replay_state_at(state, times.made_jump)
         return self.stepper.replay(evaluate, t0, t1, y, state)
 
-    def walk(self, steps, visit, carry, linearizes):
+    def walk(
+        self,
+        steps: RecordedSteps,
+        visit: Callable[[C, BackwardStep], C],
+        carry: C,
+        linearizes: bool,
+    ) -> tuple[C, None]:
         del linearizes
         batch, checkpoints = steps.batch, self.checkpoints
         first_times = steps.times(jnp.zeros((), steps.trajectory.num_steps.dtype))
         first = steps.valid((first_times, steps.y0, steps.replay_state0))
         walk = _Walk(self, steps, first)
-        # Solves go back over step `i` together, whatever number of steps they took.
+        # All solves of a batch go back over step `i` together. So the walk starts at
+        # the last step of the longest solve, and `level` is the level of that solve.
         stop = jnp.max(steps.trajectory.num_steps)
         rows, zero = steps.trajectory.rows, jnp.zeros_like(stop)
         if checkpoints.max_level == 0:
+            # Every state has a slot, and there are no rows for a segment.
             return walk.visit(visit, carry, rows, zero, stop, zero), None
         level = checkpoints.level(jnp.maximum(stop - 1, 0))
 
-        def segment(stop__rows__carry):
+        def segment(
+            stop__rows__carry: tuple[Int[Array, ""], PyTree[Array], C],
+        ) -> tuple[Int[Array, ""], PyTree[Array], C]:
             stop, rows, carry = stop__rows__carry
-            # The last stored step before `stop`, a multiple of `2**level`. With all
-            # states stored there is one segment, from the first step on.
+            # Invariant: steps `stop, stop + 1, ...` have been visited, and `stop` is
+            # the number of steps (at first) or a multiple of the stride `2**level`.
+            # `start` is the largest multiple of the stride that is less than `stop`.
+            # Why `stop - 1`? If `stop = k * stride`, step `stop` was the first one of
+            # the segment visited before. This segment is then the stride before it,
+            # and `((stop - 1) >> level) << level` is `(k - 1) * stride`. Without the
+            # `- 1` it would be `stop` again, and the loop would not end.
+            # By induction: `start` is a multiple of the stride, so its state is stored
+            # and the invariant holds for the next segment. A segment has at least one
+            # step and at most `stride` steps, so it fits into `2**max_level` rows. The
+            # last one has `start == 0`, where the loop ends.
+            # `maximum` keeps `start` at 0 where `stop` is 0: under an outer `vmap` the
+            # body also runs for solves whose loop has ended.
             start = ((jnp.maximum(stop, 1) - 1) >> level) << level
+            # At level 0 the slots hold every state, and all steps are one segment.
             start = jnp.where(level == 0, 0, start)
             rows = walk.step_again(rows, start, stop, level)
             carry = walk.visit(visit, carry, rows, start, stop, level)
@@ -153,31 +219,55 @@ class CheckpointedStates(AbstractStateSource):
         )
         return carry, None
 
-    def linearize(self, steps: RecordedSteps, times: StepTimes, y, state) -> Any:
-        """The results of a step, and the pullback; see `BackwardStep`."""
+    def linearize(
+        self, steps: RecordedSteps, times: StepTimes, y: PyTree, state: PyTree
+    ) -> tuple[PyTree, Callable]:
+        """Returns the results of a step and its pullback; see `BackwardStep`."""
         calls = LinearizedCalls(steps, times)
         args = times.start, times.end, y, state
         return calls.linearize(self.stepper.replay, args)
 
 
 class _Walk(NamedTuple):
-    """Going back over the steps of a batch of solves.
+    """Goes back over the steps of a batch of solves, segment by segment.
 
-    - `first`: times and state of the first step of every solve. They stand in for those
-      of steps that a solve did not take.
+    In both methods steps `start, ..., stop - 1` are those of a segment. Above level 0
+    row `slots + (index - start)` of `rows` is for the state before step `index`, as the
+    rows of the segment come after the slots. `rows` has the batch axes first, then the
+    axis of the rows.
+
+    - `first`: times, `y` and replay state of the first step of every solve. They
+      replace those of steps that a solve did not take.
     """
 
     source: CheckpointedStates
     steps: RecordedSteps
     first: tuple[StepTimes, PyTree, PyTree]
 
-    def step_again(self, rows: PyTree, start, stop, level) -> PyTree:
-        """Fills the segment with the states before steps `start, ..., stop - 1`."""
+    def step_again(
+        self,
+        rows: PyTree[Array],
+        start: Int[Array, ""],
+        stop: Int[Array, ""],
+        level: Int[Array, ""],
+    ) -> PyTree[Array]:
+        """Fills the segment with the states before steps `start, ..., stop - 1`.
+
+        At level 0 nothing reads the segment, and no steps are made.
+        """
         batch, checkpoints = self.steps.batch, self.source.checkpoints
         trajectory = self.steps.trajectory
         segment = jnp.full_like(start, checkpoints.slots)
 
-        def body(index__rows):
+        def is_between(index__rows: tuple[Int[Array, ""], PyTree[Array]]) -> Array:
+            # Step `stop - 1` leads out of the segment and is not made.
+            index, _ = index__rows
+            return (index < stop - 1) & (level > 0)
+
+        def body(
+            index__rows: tuple[Int[Array, ""], PyTree[Array]],
+        ) -> tuple[Int[Array, ""], PyTree[Array]]:
+            # Invariant: the states before steps `start, ..., index` are in the segment.
             index, rows = index__rows
             _, times, y, state = self._at(index, rows, segment + index - start)
             y1, state1, _ = self.source.step(
@@ -186,22 +276,32 @@ class _Walk(NamedTuple):
             new = _arrays((y1, state1))
             return index + 1, batch.put(rows, segment + index + 1 - start, new)
 
-        # Solves with fewer steps may have stored more of them, in other slots.
+        # A shorter solve may be at a lower level. `start` is a multiple of its stride
+        # as well, but has another slot. If that solve did not take step `start`, the
+        # row copied here has no meaning, and `_at` replaces it.
         own_level = checkpoints.level(jnp.maximum(trajectory.num_steps - 1, 0))
         first = batch.map(take)(rows, checkpoints.slot(start, own_level))
         rows = batch.put(rows, segment, first)
-        is_between = lambda index: (index < stop - 1) & (level > 0)
-        _, rows = batch.while_loop(
-            lambda c: is_between(c[0]), body, (start, rows), lambda c: c[1]
-        )
+        _, rows = batch.while_loop(is_between, body, (start, rows), lambda c: c[1])
         return rows
 
-    def visit(self, visit: Callable, carry: C, rows, start, stop, level) -> C:
+    def visit(
+        self,
+        visit: Callable[[C, BackwardStep], C],
+        carry: C,
+        rows: PyTree[Array],
+        start: Int[Array, ""],
+        stop: Int[Array, ""],
+        level: Int[Array, ""],
+    ) -> C:
         """Visits steps `stop - 1, ..., start`, whose states are in `rows`."""
         batch, segment = self.steps.batch, self.source.checkpoints.slots
 
-        def body(index__carry):
+        def body(
+            index__carry: tuple[Int[Array, ""], C],
+        ) -> tuple[Int[Array, ""], C]:
             index, carry = index__carry
+            # At level 0 the slot of a step is its number.
             row = jnp.where(level == 0, index, segment + index - start)
             active, times, y, state = self._at(index, rows, row)
             state = self.source.stepper.replay_state_at(state, times.made_jump)
@@ -212,13 +312,18 @@ class _Walk(NamedTuple):
         _, carry = batch.while_loop(lambda c: c[0] >= start, body, (stop - 1, carry))
         return carry
 
-    def _at(self, index, rows: PyTree, row) -> tuple[Any, StepTimes, PyTree, PyTree]:
-        """Which solves took step `index`, its times, and the state before it."""
+    def _at(
+        self, index: Int[Array, ""], rows: PyTree[Array], row: Int[Array, ""]
+    ) -> tuple[Bool[Array, "..."], StepTimes, PyTree, PyTree]:
+        """Returns which solves took step `index`, its times, and the state before it.
+
+        The state is `y` and the replay state, from row `row` of `rows`.
+        """
         batch = self.steps.batch
         active = index < self.steps.trajectory.num_steps
         found = self.steps.times(index), *batch.take(rows, row)
         return active, *batch.where_active(active, found, self.first)
 
 
-def _arrays(tree: PyTree) -> PyTree[Any]:
+def _arrays(tree: PyTree) -> PyTree[Array]:
     return eqx.filter(tree, eqx.is_array)

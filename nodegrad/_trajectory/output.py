@@ -1,8 +1,8 @@
-"""What a native solve saves: allocating, filling and finishing its output.
+"""Allocates and writes the output of a native solve.
 
-Rows are written in the order of their times, like Diffrax's: first `t0`, then during
-the loop `ts` and every `steps`-th step, then `t1`. Rows that were not written hold
-infinity.
+Rows are written in the order of their times, as in Diffrax: first `t0`, then during the
+loop `ts` and every `steps`-th step, then `t1`. Rows that were not written hold
+infinity. All functions are for one solve.
 """
 
 from collections.abc import Callable
@@ -12,14 +12,21 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, PyTree, Real
+from jaxtyping import Array, Bool, Int, PyTree, Real, Shaped
 
 from .._internal.compat import buffer_at_set, while_loop
 from .._internal.tree import where
 
 
 class SaveState(eqx.Module):
-    """The output of one `diffrax.SubSaveAt` so far."""
+    """The output of one `diffrax.SubSaveAt` so far; the names are Diffrax's.
+
+    - `saveat_ts_index`: how many of `SubSaveAt.ts` have been saved.
+    - `ts`, `ys`: times and values, with one row for each.
+    - `save_index`: how many rows have been written.
+
+    In a tangent any field may be `None`.
+    """
 
     saveat_ts_index: Any
     ts: Any
@@ -27,8 +34,17 @@ class SaveState(eqx.Module):
     save_index: Any
 
 
-def allocate(sub: diffrax.SubSaveAt, t0, y0, args, max_steps: int | None) -> SaveState:
-    """Room for everything that `sub` may save."""
+def allocate(
+    sub: diffrax.SubSaveAt,
+    t0: Real[Array, ""],
+    y0: PyTree[Array],
+    args: PyTree,
+    max_steps: int | None,
+) -> SaveState:
+    """Returns an empty output with rows for everything that `sub` may save.
+
+    **Raises:** `ValueError` if `sub` saves every few steps and `max_steps` is `None`.
+    """
     size = int(sub.t0) + (0 if sub.ts is None else len(sub.ts))
     if sub.steps:
         if max_steps is None:
@@ -37,6 +53,8 @@ def allocate(sub: diffrax.SubSaveAt, t0, y0, args, max_steps: int | None) -> Sav
             )
             raise ValueError(msg)
         size += max_steps // sub.steps
+    # If `steps` divides `max_steps`, `t1` needs no further row: it is either the end of
+    # step `max_steps`, or there are fewer steps and one of their rows is free.
     if sub.t1 and (not sub.steps or max_steps % sub.steps):  # pyright: ignore
         size += 1
     struct = eqx.filter_eval_shape(sub.fn, t0, y0, args)
@@ -46,8 +64,16 @@ def allocate(sub: diffrax.SubSaveAt, t0, y0, args, max_steps: int | None) -> Sav
     return SaveState(saveat_ts_index=0, ts=ts, ys=ys, save_index=0)
 
 
-def write(state: SaveState, t, value: PyTree, pred: Any = True) -> SaveState:
-    """Writes the next row, where `pred`."""
+def write(
+    state: SaveState,
+    t: Real[Array, ""],
+    value: PyTree[Array],
+    pred: Any = True,
+) -> SaveState:
+    """Writes `t` and `value` to the next row if `pred`, and otherwise nothing.
+
+    `pred` is a boolean or a scalar array. Equinox annotates it as `bool` only.
+    """
     row = state.save_index
     set_row = lambda buffer, x: buffer_at_set(buffer, row, x, pred=pred)
     ys = jax.tree.map(lambda x, buffer: set_row(buffer, x), value, state.ys)
@@ -65,10 +91,14 @@ def write_step(
     count: Int[Array, ""],
     tnext: Real[Array, ""],
 ) -> SaveState:
-    """Writes what a save wants of the step to `tnext`, if that is `accepted`.
+    """Writes the rows of a save that are inside a step or at its end, if `accepted`.
 
-    `inside(t)` is the row of a time within the step. `at_end()` are time and row of its
-    end, which is the end of step number `count`.
+    - `ts`: the times of `SaveAt(ts=...)`, or `None`.
+    - `steps`: a row is due after every `steps`-th step; 0 for no such rows.
+    - `at_end`: returns the time and the value at the end of the step.
+    - `inside`: returns the value at a time inside the step.
+    - `count`: the number of accepted steps, this one included.
+    - `tnext`: where the step ends.
     """
     if ts is not None:
         state = _write_ts(ts, inside, state, accepted, tnext)
@@ -77,13 +107,22 @@ def write_step(
     return state
 
 
-def _write_ts(ts, inside: Callable, state: SaveState, accepted, tnext) -> SaveState:
-    def is_inside(state):
+def _write_ts(
+    ts: Real[Array, " ts"],
+    inside: Callable[[Real[Array, ""]], PyTree[Array]],
+    state: SaveState,
+    accepted: Bool[Array, ""],
+    tnext: Real[Array, ""],
+) -> SaveState:
+    """Writes the rows of all `ts` up to `tnext` that have not been written."""
+
+    def is_inside(state: SaveState) -> Bool[Array, ""]:
+        # The index is clamped: all `ts` may have been written.
         index = state.saveat_ts_index
         due = ts[jnp.minimum(index, len(ts) - 1)] <= tnext
         return accepted & (index < len(ts)) & due
 
-    def body(state):
+    def body(state: SaveState) -> SaveState:
         t = ts[state.saveat_ts_index]
         new = write(state, t, inside(t))
         index = state.saveat_ts_index + 1
@@ -100,11 +139,18 @@ def _write_ts(ts, inside: Callable, state: SaveState, accepted, tnext) -> SaveSt
 
 
 def write_final(
-    sub: diffrax.SubSaveAt, state: SaveState, t0, t1, t, y, num_accepted, args
+    sub: diffrax.SubSaveAt,
+    state: SaveState,
+    t0: Real[Array, ""],
+    t1: Real[Array, ""],
+    t: Real[Array, ""],
+    y: PyTree[Array],
+    num_accepted: Int[Array, ""],
+    args: PyTree,
 ) -> SaveState:
-    """Writes what is saved after the loop, which reached `y` at `t`."""
+    """Writes the rows that are saved after the loop, which ended at `t` with `y`."""
     if sub.ts is not None:
-        # With `t0 == t1` no step was made that could have saved these.
+        # If `t0 == t1` the loop made no step. All `ts` are then equal to `t0`.
         value = sub.fn(t0, y, args)
         ys = jax.tree.map(
             lambda buffer, x: where(t0 == t1, _fill(buffer, sub, x), buffer),
@@ -114,20 +160,35 @@ def write_final(
         ts = where(t0 == t1, _fill(state.ts, sub, t0), state.ts)
         index = state.save_index + jnp.where(t0 == t1, len(sub.ts), 0)
         state = SaveState(state.saveat_ts_index, ts, ys, index)
+    # With `steps`, the row of `t1` may have been written after the last step.
     if sub.t1 and sub.steps != 1:
         pred = True if sub.steps == 0 else num_accepted % sub.steps != 0
         state = write(state, t, sub.fn(t, y, args), pred)
     return state
 
 
-def _fill(buffer: Array, sub: diffrax.SubSaveAt, value: Array) -> Array:
+def _fill(
+    buffer: Shaped[Array, "rows ..."],
+    sub: diffrax.SubSaveAt,
+    value: Shaped[Array, "..."],
+) -> Shaped[Array, "rows ..."]:
+    """Returns `buffer` with `value` in the rows of all `sub.ts`, after that of `t0`."""
     start = int(sub.t0)
     assert sub.ts is not None
     return buffer.at[start : start + len(sub.ts)].set(value)
 
 
-def allocate_dense(struct: PyTree, t0, max_steps: int | None) -> tuple[Any, PyTree]:
-    """Room for the ends of `max_steps` steps and for what interpolates within them."""
+def allocate_dense(
+    struct: PyTree[jax.ShapeDtypeStruct], t0: Real[Array, ""], max_steps: int | None
+) -> tuple[Real[Array, " times"], PyTree[Array]]:
+    """Returns empty dense output for `max_steps` steps.
+
+    That is the times at the ends of the steps, `max_steps + 1` with `t0`, and what
+    interpolates within each step: arrays of the shapes `struct`, with a first axis of
+    `max_steps` rows.
+
+    **Raises:** `ValueError` if `max_steps` is `None`.
+    """
     if max_steps is None:
         msg = "`SaveAt(dense=True)` needs a bound on the steps: pass `max_steps=...`."
         raise ValueError(msg)
@@ -136,8 +197,22 @@ def allocate_dense(struct: PyTree, t0, max_steps: int | None) -> tuple[Any, PyTr
     return ts, jax.tree.map(full, struct)
 
 
-def write_dense(ts, infos: PyTree, index, t, info: PyTree, accepted):
-    """Writes what interpolates within step `index`, which led to `t`."""
-    set_row = lambda buffer, x, row: buffer_at_set(buffer, row, x, pred=accepted)
+def write_dense(
+    ts: Real[Array, " times"],
+    infos: PyTree[Array],
+    index: Int[Array, ""],
+    t: Real[Array, ""],
+    info: PyTree[Array],
+    accepted: Any,
+) -> tuple[Real[Array, " times"], PyTree[Array]]:
+    """Writes the dense output of step `index`, which ended at `t`, if `accepted`.
+
+    `accepted` is a boolean or a scalar array, as `pred` of `write`.
+    """
+
+    # Row 0 of `ts` is `t0`, so the end of step `index` is row `index + 1`.
+    def set_row(buffer: Array, x: Array, row: Int[Array, ""]) -> Any:
+        return buffer_at_set(buffer, row, x, pred=accepted)
+
     infos = jax.tree.map(lambda x, buffer: set_row(buffer, x, index), info, infos)
     return set_row(ts, t, index + 1), infos

@@ -1,4 +1,4 @@
-"""A recorded solve as its derivative sees it, forwards and backwards."""
+"""Defines the record of a solve that its derivatives work on, in both modes."""
 
 from typing import Any, NamedTuple
 
@@ -13,12 +13,13 @@ from .trajectory import Trajectory
 
 
 class PureSave(NamedTuple):
-    """How a `diffrax.SubSaveAt` computes what it saves during the loop.
+    """How a `diffrax.SubSaveAt` computes the rows that it saves during the loop.
 
-    - `steps`: it saves every `steps`-th step; 0 for none.
-    - `at_end`: a row at the end of a step, from `(t, y)`; `None` if not `steps`.
-    - `inside`: a row inside a step, from `(t, start, end, dense_info)`; `None` if the
-      save has no `ts`.
+    - `steps`: a row is saved after every `steps`-th step; 0 for no such rows.
+    - `at_end`: computes the row at the end of a step from `(t, y)`; `None` if `steps`
+      is 0.
+    - `inside`: computes the row at a time inside a step from `(t, start, end,
+      dense_info)`; `None` if the save has no `ts`.
     """
 
     steps: int
@@ -27,18 +28,21 @@ class PureSave(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Everything static about a recorded solve.
+    """The static part of a recorded solve, which holds no arrays.
 
-    - `states`: where a derivative gets the states from; without arrays.
-    - `parts`: the pure functions that make up a step.
-    - `statistics`: what the gradient collects of layers, or `None`.
+    - `states`: the state source, with its arrays removed.
+    - `parts`: the pure functions that a step calls, by name.
+    - `saves`: how each save computes its rows.
+    - `statistics`: what the gradient collects of layers (`layer_statistics.py`), or
+      `None`.
     - `dense`, `event`: whether there are dense output and an event.
-    - `throw`: whether a failure should have raised.
+    - `throw`: whether a failure raises.
     """
 
     states: AbstractStateSource
     parts: dict[str, Part]
     saves: list[PureSave]
+    # `Any`: the class is in `_reverse`, which this sub-package must not import.
     statistics: Any
     dense: bool
     event: bool
@@ -46,13 +50,23 @@ class Plan(NamedTuple):
 
 
 class Inputs(eqx.Module):
-    """What a recorded solve depends on; also its tangents, cotangents, axes and so on.
+    """What a recorded solve depends on.
 
-    - `y`, `replay_state`, `first_start`, `first_end`: the state before the first step
-      and the times of that step. They belong to one solve.
-    - `constants`, `save_constants`, `grid`, `ts`, `statistics`: what the steps, the
-      saves, the step times, the times to save at and the statistics depend on. Solves
-      may share these.
+    Each solve of a batch has its own:
+
+    - `y`, `replay_state`: the state before the first step.
+    - `first_start`, `first_end`: the times of the first attempted step.
+
+    Solves of a batch may share:
+
+    - `constants`: the arrays that every part of a step depends on, by part.
+    - `save_constants`: for every save, the arrays that its two functions depend on.
+    - `grid`: the grid of step times.
+    - `ts`: for every save, the times to save at, or `None`.
+    - `statistics`: the arrays that the statistics of layers depend on.
+
+    The same structure also holds tangents and cotangents (`None` for those that are
+    zero), `Axes`, and booleans. So most leaves are annotated as `Any`.
     """
 
     y: PyTree
@@ -67,7 +81,7 @@ class Inputs(eqx.Module):
 
 
 class Saved(eqx.Module):
-    """The rows of one save."""
+    """The rows of one save: times and values; `None` if it saves none in the loop."""
 
     ts: Any
     ys: PyTree
@@ -76,8 +90,14 @@ class Saved(eqx.Module):
 class Outputs(eqx.Module):
     """What depends on `Inputs` after the loop; also its tangents and cotangents.
 
-    `rows`, `ends` and `starts` are the stored states and times of the trajectory. Only
-    second derivatives have use for their tangents.
+    A field is `None` if the solve does not have it.
+
+    - `y`, `replay_state`: the state after the last step.
+    - `saved`: the rows of every save.
+    - `dense_ts`, `dense_infos`: dense output.
+    - `event_start`, `event_end`, `event_info`: the step in which an event was found.
+    - `rows`, `ends`, `starts`: the stored states and times of the trajectory. Only
+      second derivatives use their tangents.
     """
 
     y: PyTree
@@ -96,7 +116,10 @@ class Outputs(eqx.Module):
 class Recording(eqx.Module):
     """A recorded solve, or a batch of them.
 
-    - `inputs`, `trajectory`: what the solve depended on, and its steps.
+    - `plan`: its static part, the same for all solves of the batch.
+    - `inputs`: what the solve depends on.
+    - `trajectory`: its accepted steps.
+    - `batch`: the levels of `vmap` around the solve.
     - `axes`: for every array of `inputs`, the levels of `batch` it has axes for.
     - `wrt`: for every array of `inputs`, whether to differentiate by it.
     """
@@ -105,6 +128,7 @@ class Recording(eqx.Module):
     inputs: Inputs
     trajectory: Trajectory
     batch: Batch
+    # Static: these decide how the pullbacks are mapped and what they differentiate.
     axes: Inputs = eqx.field(static=True)
     wrt: Inputs = eqx.field(static=True)
 
@@ -115,7 +139,7 @@ class Recording(eqx.Module):
 
     @property
     def steps(self) -> RecordedSteps:
-        """The part that a state source needs."""
+        """The part of this that a state source needs."""
         return RecordedSteps(
             trajectory=self.trajectory,
             grid=self.inputs.grid,
@@ -132,17 +156,18 @@ class Recording(eqx.Module):
 
 
 def moving_times(perturbed: Inputs) -> bool:
-    """Whether any time that the steps depend on is among the `perturbed` inputs."""
+    """Whether `perturbed`, booleans, marks any time that the step times depend on."""
+    # The other fields of a grid (`AdaptiveGrid.ends`, ...) have no derivatives.
     first = perturbed.first_start or perturbed.first_end
     return bool(first or perturbed.grid.anchors)
 
 
 def all_axes(inputs: Inputs, batch: Batch) -> Inputs:
-    """Axes for every level, for every array of `inputs`."""
+    """Returns axes for every level of `batch`, for every array of `inputs`."""
     axes: Axes = batch.all_axes
     return jax.tree.map(lambda _: axes, inputs)
 
 
 def none_like(tree: PyTree[Array]) -> PyTree[None]:
-    """`tree` with `None` in place of its arrays."""
+    """Returns `tree` with `None` in place of its arrays."""
     return jax.tree.map(lambda _: None, tree)

@@ -1,11 +1,11 @@
-"""Where the states of a solve come from when its steps are gone back over.
+"""Defines state sources, which provide the state before every step to a derivative.
 
-A state source hands every accepted step, last to first, to a *visitor*: a function that
-takes what it carries from step to step, and the `BackwardStep`. There are two sources:
-`CheckpointedStates` (`checkpoints.py`) steps again from stored states, and
-`ReconstructedStates` (`reconstruction.py`) undoes the steps of a reversible solver.
-The visitors are the gradient (`gradient.py`) and the expansion to second order
-(`expansion.py`). A source knows nothing of what its visitor does.
+A state source calls a *visitor* for every accepted step, last to first. A visitor is a
+function `(carry, BackwardStep) -> carry`. There are two sources: `CheckpointedStates`
+(`checkpoints.py`) steps again from stored states, and `ReconstructedStates`
+(`reconstruction.py`) undoes the steps of a reversible solver. The visitors are the
+gradient (`gradient.py`) and the expansion to second order (`expansion.py`). A source
+does not depend on its visitor.
 """
 
 import abc
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree, Real
 
@@ -26,23 +27,24 @@ from .trajectory import Trajectory
 
 
 C = TypeVar("C")
-# A function that a step calls, pure in its constants.
+# A function that a step calls, pure in its constants: `part(constants, *args)`.
 Part = Pure | StagedIncrement
-# `evaluate(part, key, *args)` calls a part of the step; calls with the same part and
-# key are the same call.
+# `evaluate(part, key, *args)` calls a part of the step by its name. Calls with the same
+# part and key are the same call, which may be evaluated once and stored.
 Evaluate = Callable[..., PyTree[Array]]
 
 
 class BackwardStep(NamedTuple):
-    """One accepted step of every solve of a batch, met on the way back.
+    """Accepted step `index` of every solve of a batch, as a visitor sees it.
 
     - `index`: the number of the step, the same for all solves.
-    - `active`: which solves took so many steps. For the others the rest is some step
-      of theirs, so that whatever is computed is free of NaNs.
-    - `y`, `replay_state`: the state that the step starts from.
-    - `linearize`: returns `((y1, replay_state1, dense_info), pull)`, where `pull` takes
-      cotangents of these to those of the constants and of `(start, end, y,
-      replay_state)`. Nothing is linearised until it is called.
+    - `times`: when the step was made, with the batch axes.
+    - `active`: which solves took step `index`. For the others `times`, `y` and
+      `replay_state` are those of another step, so that no NaN is computed from them.
+    - `y`, `replay_state`: the state before the step, with the batch axes first.
+    - `linearize`: returns `((y1, replay_state1, dense_info), pull)`. `pull` takes
+      cotangents of these results to those of the constants and of `(start, end, y,
+      replay_state)`. The step is linearised when `linearize` is called, not before.
     """
 
     index: Int[Array, ""]
@@ -54,13 +56,15 @@ class BackwardStep(NamedTuple):
 
 
 class RecordedSteps(eqx.Module):
-    """The steps of a recorded solve, or of a batch of them, as a source needs them.
+    """What a source needs to know of the steps of one recorded solve, or of a batch.
 
-    - `parts`: the functions that make up a step, pure in their constants.
-    - `constants`, `axes`, `wrt`: for every part the arrays it depends on, the levels of
-      the batch that they differ in, and whether to differentiate by them.
+    - `trajectory`: the recorded steps; its arrays have all batch axes.
+    - `grid`, `grid_axes`: what the step times depend on, and the axes of its arrays.
+    - `parts`: the functions that a step calls, by name.
+    - `constants`, `axes`, `wrt`: for every part the arrays it depends on, the batch
+      levels that these have axes for, and whether to differentiate by them.
     - `wrt_times`: whether to differentiate by the times of steps.
-    - `y0`, `replay_state0`: the state that the first step starts from.
+    - `y0`, `replay_state0`: the state before the first step.
     """
 
     trajectory: Trajectory
@@ -76,16 +80,25 @@ class RecordedSteps(eqx.Module):
     batch: Batch
 
     def times(self, index: Int[Array, "..."]) -> StepTimes:
-        """When step `index` (one number, or one for every solve) was made."""
+        """Returns when step `index` of every solve was made.
+
+        `index` is a scalar, or has one number for every solve.
+        """
         return self._read(Trajectory.times, index)
 
     def end(self, index: Int[Array, ""]) -> Real[Array, "..."]:
-        """Where step `index` of every solve ended."""
+        """Returns where step `index` of every solve ended."""
         return self._read(Trajectory.end, index)
 
-    def _read(self, method: Callable, index: Int[Array, "..."]) -> Any:
+    def _read(
+        self,
+        method: Callable[[Trajectory, AbstractGrid, Int[Array, ""]], PyTree[Array]],
+        index: Int[Array, "..."],
+    ) -> Any:
+        """Returns `method(trajectory, grid, index)` for every solve."""
         if jnp.ndim(index) == 0:
-            # Reading the same row of every log is no gather.
+            # `vmap` turns a row that differs between solves into a gather. A common row
+            # stays a slice, so `index` is not mapped.
             read = lambda grid, trajectory: method(trajectory, grid, index)
             read_all = self.batch.map_shared(read, self.grid, self.grid_axes)
             return read_all(self.trajectory)
@@ -94,20 +107,25 @@ class RecordedSteps(eqx.Module):
         return read_all(self.trajectory, index)
 
     def valid(self, tree: PyTree) -> PyTree:
-        """`tree`, with numbers of another solve for solves that took no step.
+        """Replaces the numbers of solves that took no step by those of one that did.
 
-        The pullback at these must be free of NaNs, so that zero cotangents stay zero.
+        The pullback at these numbers must be free of NaNs: 0 * NaN is NaN.
         """
         return self.batch.fill_from_valid(self.trajectory.num_steps == 0, tree)
 
     def evaluate(self, part: str, key: str, *args: PyTree) -> PyTree[Array]:
-        """Calls a part of the step, without linearising it."""
+        """Calls a part for every solve of the batch. This is an `Evaluate`."""
         del key
         consts, axes = self.constants[part], self.axes[part]
         return self.parts[part].evaluate(self.batch, consts, axes, args)
 
-    def pullback(self, part: str, args: tuple, spec: PyTree[bool]):
-        """As `evaluate`, with the pullback to the constants and to `args`."""
+    def pullback(
+        self, part: str, args: tuple[PyTree, ...], spec: PyTree[bool]
+    ) -> tuple[PyTree, Callable]:
+        """Returns the value of a call and its pullback to the constants and to `args`.
+
+        `spec` marks the leaves of `args` to differentiate.
+        """
         return self.parts[part].pullback(
             self.batch,
             self.constants[part],
@@ -117,21 +135,22 @@ class RecordedSteps(eqx.Module):
             spec,
         )
 
-    def step_spec(self, args: tuple) -> PyTree[bool]:
-        """What to differentiate of `(start, end, y, replay_state)` of a step."""
+    def step_spec(self, args: tuple[PyTree, ...]) -> PyTree[bool]:
+        """Marks what to differentiate of a step's `(start, end, y, replay_state)`."""
         return (self.wrt_times, self.wrt_times, *inexact_spec(args[2:]))
 
 
 class AbstractStateSource(eqx.Module):
-    """Where the states before the accepted steps come from.
+    """Provides the states before the accepted steps.
 
-    The methods for the forward pass are written for one solve; `walk` is for a batch.
+    `row_to_write`, `replay_state`, `with_replay_state` and `parts` are written for one
+    solve. `step` works for one solve and for a batch, `walk` for a batch.
     """
 
     @property
     @abc.abstractmethod
     def rows(self) -> int:
-        """How many rows of stored states to allocate."""
+        """The number of rows of stored states to allocate; 0 for none."""
 
     @abc.abstractmethod
     def row_to_write(
@@ -142,27 +161,44 @@ class AbstractStateSource(eqx.Module):
         made_jump: Bool[Array, ""],
         grid: AbstractGrid,
     ) -> Int[Array, ""]:
-        """The row for the state before step `index`, or one that is never read."""
+        """Returns the row for the state before step `index`, or one that is not read.
+
+        `step_offset` is the number of steps made before this solve. `start` is where
+        the step starts, and `made_jump` whether that is just after a jump.
+        """
 
     @abc.abstractmethod
-    def replay_state(self, solver_state: PyTree, made_jump: Any) -> PyTree:
-        """The part of a solver state (or of its cotangent) that a replay needs."""
+    def replay_state(
+        self, solver_state: PyTree, made_jump: bool | Bool[Array, "..."] | None
+    ) -> PyTree:
+        """Returns the part of a solver state that a replay needs, next to `y`.
+
+        `solver_state` may also be a cotangent or a tangent of a solver state. Then
+        `made_jump`, which has no tangent, is `None`.
+        """
 
     @abc.abstractmethod
     def with_replay_state(self, solver_state: PyTree, replay_state: PyTree) -> PyTree:
-        """`solver_state` with that part replaced."""
+        """Returns `solver_state` with that part replaced."""
 
     @abc.abstractmethod
     def parts(self) -> dict[str, Callable]:
-        """The functions that a step calls and that may depend on parameters."""
+        """Returns the functions that a step calls and that may depend on parameters."""
 
     @abc.abstractmethod
     def step(
-        self, evaluate: Evaluate, times: StepTimes, t0, t1, y: PyTree, state: PyTree
+        self,
+        evaluate: Evaluate,
+        times: StepTimes,
+        t0: Real[Array, "..."],
+        t1: Real[Array, "..."],
+        y: PyTree,
+        state: PyTree,
     ) -> tuple[PyTree, PyTree, PyTree]:
-        """A step again: `(y1, replay_state1, dense_info)`.
+        """Makes a step again: returns `(y1, replay_state1, dense_info)`.
 
-        `t0` and `t1` are the times in `times`, perhaps with tangents.
+        `t0` and `t1` have the values of `times.start` and `times.end`, and tangents if
+        step times are differentiated.
         """
 
     @abc.abstractmethod
@@ -173,10 +209,10 @@ class AbstractStateSource(eqx.Module):
         carry: C,
         linearizes: bool,
     ) -> tuple[C, Real[Array, "..."] | None]:
-        """Visits every step, last to first: `(carry, reconstruction error)`.
+        """Visits every step, last to first; returns `(carry, reconstruction error)`.
 
-        The visitor may call `linearize` only if `linearizes`. The error is `None` where
-        nothing is reconstructed.
+        The visitor may call `BackwardStep.linearize` only if `linearizes`. The error
+        has the batch shape; it is `None` if the source does not reconstruct states.
         """
 
     def guarded(
@@ -187,25 +223,34 @@ class AbstractStateSource(eqx.Module):
         throw: bool,
         nan_where: Callable[[Bool[Array, "..."], C], C],
     ) -> C:
-        """`carry`, unless states were reconstructed too badly to be trusted."""
+        """Returns `carry`, with NaNs for solves whose `error` is too large.
+
+        `nan_where(failed, carry)` puts the NaNs in. With `throw` an error that is too
+        large raises. A source that does not reconstruct states returns `carry`.
+        """
         del steps, error, throw, nan_where
         return carry
 
 
 def closure_convert_parts(
-    source: AbstractStateSource, t: Any, y: PyTree, replay_state: PyTree
+    source: AbstractStateSource,
+    t: jax.ShapeDtypeStruct,
+    y: PyTree[jax.ShapeDtypeStruct],
+    replay_state: PyTree[jax.ShapeDtypeStruct],
 ) -> tuple[dict[str, list[Array]], dict[str, Part], PyTree]:
-    """The parts of a step as pure functions of their constants.
+    """Turns the parts of a step into pure functions of their constants.
 
-    Returns the constants and the functions by name, and the shapes of the results of a
-    step.
+    `t`, `y` and `replay_state` are shapes and dtypes. Returns the constants by part,
+    the functions by part, and the shapes of the results of a step.
     """
     parts = source.parts()
     consts: dict[str, list[Array]] = {}
     pure: dict[str, Part] = {}
 
-    def evaluate(part, key, *args):
+    def evaluate(part: str, key: str, *args: PyTree) -> PyTree[Array]:
         del key
+        # The first call of a part provides the shapes to trace it with. All calls of a
+        # part have arguments of the same shapes.
         if part not in pure:
             fn = parts[part]
             split = (
@@ -216,7 +261,10 @@ def closure_convert_parts(
             consts[part], pure[part] = split(*as_struct(args))
         return pure[part](consts[part], *args)
 
-    def step(t0, t1, y, replay_state):
+    def step(
+        t0: Real[Array, ""], t1: Real[Array, ""], y: PyTree, replay_state: PyTree
+    ) -> tuple[PyTree, PyTree, PyTree]:
+        # Only shapes and dtypes matter here: these times stand for any step.
         zero, false = jnp.array(0), jnp.array(False)
         times = StepTimes(zero, t0, t1, false, zero, t0, t0, zero)
         return source.step(evaluate, times, t0, t1, y, replay_state)

@@ -1,18 +1,19 @@
-r"""How the times of the accepted steps depend on the times the user gave.
+r"""Differentiates the times of the accepted steps by the times that the user gave.
 
-A step size that the error control found is a constant of the gradient, but the grid as
-a whole still moves with `t0`, `t1`, and any time at which a step was made to end. Step
-`i` runs from $s_i$ to $e_i = s_i + h_i$ with $s_{i+1} = e_i$, and $h_i$ has one of
-three origins:
+The error control's decisions are constants of the gradient, but the grid as a whole
+still moves with `t0`, `t1`, and any time at which a step was made to end. Step `i` runs
+from $s_i$ to $e_i = s_i + h_i$ with $s_{i+1} = e_i$, and $h_i$ has one of three
+origins:
 
-- **ratio**: $h_i = \rho\, h_{i-1}$, the controller's constant factor times the size
-  before (the one proposed at the start for $i = 0$);
-- **anchor**: $h_i = q\,(A - s_i)$, the step was clipped to end at the time $A$
-  ($q = 1$; $q < 1$ if that attempt was rejected and shrunk);
+- **ratio**: $h_i = \rho\, h_{i-1}$, where $\rho$ is constant: the controller scaled the
+  previous size. $h_{-1}$ is the size of the first attempt.
+- **anchor**: $h_i = q\,(A - s_i)$, where $q$ is constant: the step was clipped to end
+  at the time $A$ ($q = 1$), or was clipped, rejected and shrunk ($q < 1$).
 - **constant**: $h_i$ was clipped to `dtmin` or `dtmax`.
 
-These are the derivatives that Diffrax's default adjoint takes. The three classes here
-differ in what their anchors are.
+These are the derivatives that Diffrax's default adjoint takes. A step is described by
+its *origin*, an integer: `RATIO`, `CONSTANT`, or `FIRST_ANCHOR` plus the index of $A$
+in the *anchors* of the grid. A grid class knows the anchors of one kind of controller.
 """
 
 import abc
@@ -22,21 +23,30 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, PyTree, Real
+from jaxtyping import Array, ArrayLike, Bool, Int, PyTree, Real
 
 from .._internal.compat import nondifferentiable, prevbefore
 
 
 RATIO, CONSTANT, FIRST_ANCHOR = 0, 1, 2
 
+# Arrays of one solve, in annotations. Indices and origins are integers.
+_Bool = Bool[Array, ""]
+_Int = Int[Array, ""]
+_Time = Real[Array, ""]
+_Anchors = Real[Array, " anchors"]
+
 
 class StepTimes(eqx.Module):
-    """When a step was made, and what its times are computed from.
+    """When one step of a solve, or of every solve of a batch, was made.
 
-    - `origin`: where its size comes from.
-    - `previous_size`: the size of the step before, as the controller saw it.
-    - `previous_start`: where the step before started, or this one if it is the first.
-    - `step_offset`: the steps of an earlier solve that this one continues.
+    - `index`: the number of the step, from 0.
+    - `made_jump`: whether the step starts just after a jump of the vector field.
+    - `origin`: what its size depends on; see the module.
+    - `previous_size`: the size of the previous step; for the first step, the size of
+      the first attempt.
+    - `previous_start`: the start of the previous step; for the first step, its own.
+    - `step_offset`: the number of steps that the solver made before this solve.
     """
 
     index: Int[Array, "..."]
@@ -50,85 +60,110 @@ class StepTimes(eqx.Module):
 
 
 class AbstractGrid(eqx.Module):
-    """Where the steps of a solve end, and which times that depends on."""
+    """Where the steps of one solve end, and which times that depends on.
 
-    anchors: eqx.AbstractVar[Real[Array, " anchors"]]
+    These times are `anchors`, and the start and end of the first attempt.
+    """
+
+    anchors: eqx.AbstractVar[_Anchors]
 
     @abc.abstractmethod
-    def end(self, index: Int[Array, ""], first_end: Real[Array, ""]) -> Array:
-        """The end of step `index`, where it is known without writing it down."""
+    def end(self, index: _Int, first_end: _Time) -> _Time:
+        """Computes the end of step `index`; raises if it must be recorded."""
 
     @property
     def origin_dtype(self) -> Any:
-        """The type in which origins of sizes are written down; `None` if not needed."""
+        """The dtype of recorded origins; `None` if origins need not be recorded."""
         return None
 
     def origin(
-        self, tprev: Array, tnext: Array, previous_origin: Array, accepted: Array
-    ) -> Int[Array, ""]:
-        """The origin of the size of the step just proposed, `[tprev, tnext]`."""
+        self, tprev: _Time, tnext: _Time, previous_origin: _Int, accepted: _Bool
+    ) -> _Int:
+        """Returns the origin of the step `[tprev, tnext]` that was just proposed.
+
+        `previous_origin` is that of the attempt before it, which was `accepted` or not.
+        """
         del tprev, tnext, accepted
         return previous_origin
 
     @abc.abstractmethod
-    def origin_of(self, index: Int[Array, ""], logged: Array | None) -> Array:
-        """The origin of the size of accepted step `index`."""
+    def origin_of(self, index: _Int, logged: _Int | None) -> _Int:
+        """Returns the origin of accepted step `index`; `logged` is the recorded one."""
 
     @abc.abstractmethod
-    def anchor_time(self, origin: Int[Array, ""], end: Real[Array, ""]) -> Array:
-        """The anchor of a step that ends at `end`, as a function of `anchors`."""
+    def anchor_time(self, origin: _Int, end: _Time) -> _Time:
+        """Returns the anchor of a step that ends at `end`, as a function of `anchors`.
+
+        The value has no meaning where `origin` is not that of an anchor.
+        """
 
     @abc.abstractmethod
     def pull_back_anchor(
-        self, ct_anchors: Array, origin: Int[Array, ""], end: Array, ct: Array
-    ) -> Array:
-        """Adds the cotangent of that anchor to those of `anchors`."""
+        self, ct_anchors: _Anchors, origin: _Int, end: _Time, ct: _Time
+    ) -> _Anchors:
+        """Returns `ct_anchors` plus the pullback of `anchor_time` at `ct`.
+
+        Where `origin` is not that of an anchor, `ct` must be zero.
+        """
 
 
 class AdaptiveGrid(AbstractGrid):
-    """Sizes from an error estimate, clipped to `t1` and to `step_ts` and `jump_ts`.
+    """The grid of a controller that adapts step sizes, such as `PIDController`.
 
-    The ends of its steps have to be written down; those of the other grids are known.
+    Its steps are clipped to `t1`, `step_ts` and `jump_ts`. Their ends must be recorded.
+
+    - `anchors`: those times.
+    - `ends`: where a step that is clipped to each anchor ends, to the last bit.
+    - `limits`: `dtmin` and `dtmax`, where the controller has them.
     """
 
-    anchors: Real[Array, " anchors"]
-    ends: Real[Array, " anchors"]
+    anchors: _Anchors
+    ends: _Anchors
     limits: list[Array]
 
     @property
-    def origin_dtype(self):
-        # The smallest integer type that can name every anchor.
+    def origin_dtype(self) -> Any:
+        # There is one origin per recorded step, so the type is as small as it can be:
+        # `int8` has room for `FIRST_ANCHOR` plus the index of one of 119 anchors.
         return jnp.int8 if len(self.anchors) < 120 else jnp.int32
 
-    def origin(self, tprev, tnext, previous_origin, accepted):
+    def origin(
+        self, tprev: _Time, tnext: _Time, previous_origin: _Int, accepted: _Bool
+    ) -> _Int:
+        # The controller does not say why it chose `tnext`. It sets clipped times and
+        # sizes exactly, so they are recognised by equality.
         at_anchor = self.ends == tnext
         at_limit = jnp.array(False)
         for limit in self.limits:
             at_limit = at_limit | (tnext == tprev + limit)
-        # A rejected attempt passes its origin on to the smaller one that follows.
+        # After a rejection the size is a constant times that of the rejected attempt,
+        # so the origin stays the same: a ratio of a ratio is a ratio, and a part of
+        # `A - s` is `q * (A - s)`. After an accepted step it is a ratio.
         unclipped = jnp.where(accepted, RATIO, previous_origin)
         out = jnp.where(at_limit, CONSTANT, unclipped)
         anchor = FIRST_ANCHOR + jnp.argmax(at_anchor).astype(jnp.int32)
         return jnp.where(jnp.any(at_anchor), anchor, out)
 
-    def origin_of(self, index, logged):
+    def origin_of(self, index: _Int, logged: _Int | None) -> _Int:
         del index
         assert logged is not None
         return logged.astype(jnp.int32)
 
-    def end(self, index, first_end):
-        msg = "The ends of adaptive steps have to be written down."
+    def end(self, index: _Int, first_end: _Time) -> _Time:
+        msg = "The ends of adaptive steps cannot be computed: they must be recorded."
         raise NotImplementedError(msg)
 
-    def anchor_time(self, origin, end):
-        # A jump is stepped up to, but not onto: `ends` are where steps end, and they
-        # move with `anchors`.
+    def anchor_time(self, origin: _Int, end: _Time) -> _Time:
+        # A step before a jump ends at the number before the time of the jump. So the
+        # value is that of `ends`, and the derivative that of `anchors`.
         del end
         index = jnp.maximum(origin - FIRST_ANCHOR, 0)
         end, moving = jax.lax.stop_gradient(self.ends[index]), self.anchors[index]
         return end + (moving - jax.lax.stop_gradient(moving))
 
-    def pull_back_anchor(self, ct_anchors, origin, end, cotangent):
+    def pull_back_anchor(
+        self, ct_anchors: _Anchors, origin: _Int, end: _Time, cotangent: _Time
+    ) -> _Anchors:
         del end
         index = jnp.maximum(origin - FIRST_ANCHOR, 0)
         return ct_anchors.at[index].add(cotangent)
@@ -137,52 +172,63 @@ class AdaptiveGrid(AbstractGrid):
 class PrescribedGrid(AbstractGrid):
     """`diffrax.StepTo`: step `i` ends at `anchors[i + 1]`."""
 
-    anchors: Real[Array, " anchors"]
+    anchors: _Anchors
 
-    def end(self, index, first_end):
+    def end(self, index: _Int, first_end: _Time) -> _Time:
         del first_end
         return self.anchors[index + 1]
 
-    def origin_of(self, index, logged):
+    def origin_of(self, index: _Int, logged: _Int | None) -> _Int:
+        # The first step is the first attempt, with a ratio of one. `first_start` and
+        # `first_end` carry its derivatives.
         del logged
         return jnp.where(index == 0, RATIO, FIRST_ANCHOR + index + 1)
 
-    def anchor_time(self, origin, end):
+    def anchor_time(self, origin: _Int, end: _Time) -> _Time:
         del end
         return self.anchors[jnp.maximum(origin - FIRST_ANCHOR, 0)]
 
-    def pull_back_anchor(self, ct_anchors, origin, end, cotangent):
+    def pull_back_anchor(
+        self, ct_anchors: _Anchors, origin: _Int, end: _Time, cotangent: _Time
+    ) -> _Anchors:
         del end
         return ct_anchors.at[jnp.maximum(origin - FIRST_ANCHOR, 0)].add(cotangent)
 
 
 class UniformGrid(AbstractGrid):
-    """`diffrax.ConstantStepSize`: from the second step on, fractions of `[t0, t1]`."""
+    """`diffrax.ConstantStepSize`: steps end at fixed fractions of `[t0, t1]`."""
 
     anchors: Real[Array, " 2"]
-    num_steps: Any
+    num_steps: Int[ArrayLike, ""]
 
-    def end(self, index, first_end):
-        """The end of step `index`, computed as the controller does."""
+    def end(self, index: _Int, first_end: _Time) -> _Time:
+        """Computes the end of step `index` as the controller does, to the last bit."""
         t0, t1 = self.anchors
         num_steps = jnp.asarray(self.num_steps)
+        # The state of the controller after `index` steps. Of its other arguments it
+        # reads none in a solve with a finite `t1`.
         state = index.astype(num_steps.dtype), num_steps, t0, t1
         step = diffrax.ConstantStepSize().adapt_step_size
         _, _, end, *_ = step(t0, t1, None, None, None, None, None, state)
         return jnp.where(index == 0, first_end, jnp.minimum(end, t1))
 
-    def origin_of(self, index, logged):
+    def origin_of(self, index: _Int, logged: _Int | None) -> _Int:
+        # The first step ends at `t0 + dt0`, which is not a fraction.
         del logged
         return jnp.where(index == 0, RATIO, FIRST_ANCHOR)
 
-    def anchor_time(self, origin, end):
+    def anchor_time(self, origin: _Int, end: _Time) -> _Time:
+        # `end` is `(1 - w) * t0 + w * t1`, where the weight `w` is constant. The value
+        # is `end` itself, free of the rounding of that sum.
         del origin
         t0, t1 = self.anchors
         end, weight = jax.lax.stop_gradient((end, (end - t0) / (t1 - t0)))
         moving = (1 - weight) * t0 + weight * t1
         return end + (moving - jax.lax.stop_gradient(moving))
 
-    def pull_back_anchor(self, ct_anchors, origin, end, cotangent):
+    def pull_back_anchor(
+        self, ct_anchors: _Anchors, origin: _Int, end: _Time, cotangent: _Time
+    ) -> _Anchors:
         del origin
         t0, t1 = self.anchors
         weight = (end - t0) / (t1 - t0)
@@ -190,7 +236,7 @@ class UniformGrid(AbstractGrid):
 
 
 def may_jump(controller: PyTree) -> bool:
-    """Whether a step may start elsewhere than the one before it ended."""
+    """Whether a step may start elsewhere than the previous step ended."""
     inner = controller
     while isinstance(inner, diffrax.ClipStepSizeController):
         if inner.jump_ts is not None:
@@ -200,7 +246,7 @@ def may_jump(controller: PyTree) -> bool:
 
 
 def has_unknown_jumps(controller: PyTree) -> bool:
-    """Whether it cannot be known where a step may start elsewhere."""
+    """Whether the jump times are not known, as for controllers other than Diffrax's."""
     while isinstance(controller, diffrax.ClipStepSizeController | _ConstantSizes):
         controller = controller.controller
     return not isinstance(
@@ -209,7 +255,7 @@ def has_unknown_jumps(controller: PyTree) -> bool:
 
 
 class _ConstantSizes(diffrax.AbstractAdaptiveStepSizeController):
-    """Any controller, with no derivative from the states it looks at."""
+    """Any controller, without derivatives by the states and errors that it reads."""
 
     controller: diffrax.AbstractStepSizeController
 
@@ -225,14 +271,23 @@ class _ConstantSizes(diffrax.AbstractAdaptiveStepSizeController):
     def norm(self):
         return self.controller.norm  # pyright: ignore[reportAttributeAccessIssue]
 
-    def wrap(self, direction):
+    def wrap(self, direction: _Int):
         return type(self)(self.controller.wrap(direction))  # pyright: ignore
 
     def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
         y0 = jax.lax.stop_gradient(y0)
         return self.controller.init(terms, t0, t1, y0, dt0, args, func, error_order)
 
-    def adapt_step_size(self, t0, t1, y0, y1_candidate, args, y_error, *rest):
+    def adapt_step_size(
+        self,
+        t0: _Time,
+        t1: _Time,
+        y0: PyTree,
+        y1_candidate: PyTree,
+        args: PyTree,
+        y_error: PyTree,
+        *rest: Any,  # the error order, and the state of the wrapped controller
+    ):
         y0, y1_candidate, y_error = jax.lax.stop_gradient((y0, y1_candidate, y_error))
         return self.controller.adapt_step_size(
             t0, t1, y0, y1_candidate, args, y_error, *rest
@@ -240,16 +295,16 @@ class _ConstantSizes(diffrax.AbstractAdaptiveStepSizeController):
 
 
 _NOT_DIFFERENTIABLE = (
-    "Step sizes are constants of a gradient taken with an adjoint of nodegrad, so "
-    "there is no derivative with respect to the tolerances or other settings of a step "
-    "size controller. Wrap them in `jax.lax.stop_gradient`. (Times that steps are made "
-    "to end at, `StepTo(ts=...)` and the `step_ts` and `jump_ts` of "
-    "`ClipStepSizeController`, are differentiable.)"
+    "The adjoints of nodegrad treat step sizes as constants. There is no derivative "
+    "with respect to the tolerances or other settings of a step size controller: wrap "
+    "them in `jax.lax.stop_gradient`. (The times at which steps must end are "
+    "differentiable: `StepTo(ts=...)`, and the `step_ts` and `jump_ts` of "
+    "`ClipStepSizeController`.)"
 )
 
 
 def without_derivatives(controller: PyTree) -> PyTree:
-    """`controller`, refusing derivatives other than those of its grid's anchors."""
+    """Returns `controller`; derivatives by anything but its grid's anchors raise."""
     if isinstance(controller, diffrax.StepTo | diffrax.ConstantStepSize):
         return controller
     if isinstance(controller, diffrax.ClipStepSizeController):
@@ -257,18 +312,22 @@ def without_derivatives(controller: PyTree) -> PyTree:
         return eqx.tree_at(lambda c: c.controller, controller, inner)
     controller = nondifferentiable(controller, msg=_NOT_DIFFERENTIABLE)
     if isinstance(controller, diffrax.PIDController):
-        return controller  # stops its gradients itself
+        # It stops the gradients of its step size factors itself.
+        return controller
     return _ConstantSizes(controller)  # pyright: ignore[reportCallIssue]
 
 
-def make_grid(controller: PyTree, t0: Array, t1: Array, dt0: Any) -> AbstractGrid:
-    """The grid that a step size controller makes, and the times it hangs on."""
+def make_grid(
+    controller: PyTree, t0: _Time, t1: _Time, dt0: _Time | None
+) -> AbstractGrid:
+    """Returns the grid of a step size controller, which holds the anchors."""
     if isinstance(controller, diffrax.StepTo):
         return PrescribedGrid(controller.ts)
     if isinstance(controller, diffrax.ConstantStepSize):
         init = controller.init
         _, (_, num_steps, *_) = init(None, t0, t1, None, dt0, None, None, None)  # pyright: ignore
         return UniformGrid(jnp.stack([t0, t1]), num_steps)
+    # `t1` and the times of all clipping controllers around the innermost controller.
     anchors, ends = [t1[None]], [t1[None]]
     while isinstance(controller, diffrax.ClipStepSizeController):
         if controller.step_ts is not None:
@@ -286,12 +345,14 @@ def make_grid(controller: PyTree, t0: Array, t1: Array, dt0: Any) -> AbstractGri
 
 
 def moving_end(
-    grid: AbstractGrid, times: StepTimes, start: Array, previous_size: Array
-) -> Real[Array, ""]:
-    """The end of a step, as a function of its start and of what else it depends on.
+    grid: AbstractGrid, times: StepTimes, start: _Time, previous_size: _Time
+) -> _Time:
+    """Returns the end of a step, with derivatives by what it depends on.
 
-    The value is that of `times`, to the last bit.
+    These are `start`, `previous_size` and the anchors of `grid`. The value is
+    `times.end`, to the last bit.
     """
+    # `x - stop(x)` is zero and has the derivative of `x`.
     stop = jax.lax.stop_gradient
     ratio, fraction = stop(_factors(grid, times))
     anchor = grid.anchor_time(times.origin, times.end)
@@ -300,21 +361,21 @@ def moving_end(
 
 
 def pull_back_times(
-    grid: AbstractGrid, ct_anchors: Array, times: StepTimes, cts: tuple
+    grid: AbstractGrid,
+    ct_anchors: _Anchors,
+    times: StepTimes,
+    cts: tuple[Array, Array, Array, Array],
 ) -> tuple[Array, Array, Array]:
-    """Pulls the cotangents of a step's times back to the step before.
+    """Pulls the cotangents of a step's times back to the previous step.
 
-    **Arguments:**
-
-    - `times`: those of this step.
-    - `cts`: cotangents of this step's `start`, of its `end`, of the next step's start,
-      and of this step's size as the next step's size depends on it.
-
-    **Returns:**
-
-    The cotangents of the anchors, of `start`, and of the size of the step before.
+    `times` are those of this step. `cts` are the cotangents of its start, of its end,
+    of the next step's start, and of its size as the next step's size depends on it.
+    Returns `ct_anchors` plus the cotangents of this step's anchor, and the cotangents
+    of this step's start and of the previous step's size.
     """
     ct_start, ct_end, ct_next_start, ct_size = cts
+    # The pullbacks of `next_start = end`, of `end = start + size`, and of
+    # `size = ratio * previous_size + fraction * (anchor - start)`.
     ct_end = ct_end + ct_next_start
     ct_size = ct_size + ct_end
     ct_start = ct_start + ct_end
@@ -324,10 +385,14 @@ def pull_back_times(
     return ct_anchors, ct_start - ct_anchor, ratio * ct_size
 
 
-def _factors(grid: AbstractGrid, times: StepTimes) -> tuple[Array, Array]:
-    r"""The constant factors of a step's size: the ratio $\rho$, the fraction $q$."""
+def _factors(grid: AbstractGrid, times: StepTimes) -> tuple[_Time, _Time]:
+    r"""Returns the constant factors of a step's size: ratio $\rho$ and fraction $q$.
+
+    Each is 0 where the size has another origin.
+    """
     size, origin = times.end - times.start, times.origin
     is_ratio, is_anchor = origin == RATIO, origin >= FIRST_ANCHOR
     ratio = jnp.where(is_ratio, size / times.previous_size, 0)
     reach = grid.anchor_time(origin, times.end) - times.start
+    # Without an anchor `reach` has no meaning and may be zero: divide by 1.
     return ratio, jnp.where(is_anchor, size / jnp.where(is_anchor, reach, 1), 0)

@@ -1,4 +1,4 @@
-"""What the forward pass writes down of the accepted steps."""
+"""Defines the record of the accepted steps that the forward pass makes."""
 
 import equinox as eqx
 import jax
@@ -9,17 +9,18 @@ from .step_times import AbstractGrid, StepTimes
 
 
 _CUT = (
-    "A derivative was asked for of a solve that took more accepted steps than its "
-    "adjoint had room to write down. Pass `max_recorded_steps=...` to the adjoint: at "
-    "least what the solve needs (`Solution.stats['num_accepted_steps']`)."
+    "A solve whose derivative is needed took more accepted steps than its adjoint had "
+    "room to record. Pass `max_recorded_steps=...` to the adjoint: at least the number "
+    "of steps of the solve, `Solution.stats['num_accepted_steps']`."
 )
 
 
 def choose_recorded_steps(max_recorded_steps: int | None, max_steps: int) -> int:
-    """How many steps there is room for; `None` stands for a number that suffices.
+    """Returns the number of steps to allocate memory for.
 
-    Almost always: memory for all of `max_steps` would be many times what a usual solve
-    needs, for each sample of a batch.
+    `None` stands for a quarter of `max_steps`, but at least 1024 and at most `2**17`:
+    most solves take far fewer steps than `max_steps`, and every sample of a batch needs
+    its own memory. A solve that takes more steps has no derivative, see `refuse`.
     """
     if max_recorded_steps is None:
         max_recorded_steps = min(max(1024, max_steps // 4), 2**17)
@@ -27,44 +28,58 @@ def choose_recorded_steps(max_recorded_steps: int | None, max_steps: int) -> int
 
 
 def refuse(cut: Bool[Array, "..."], throw: bool) -> Bool[Array, "..."]:
-    """`cut`: solves without a derivative. With `throw`, an error if there are any."""
+    """Returns `cut`, which marks solves without a derivative; raises with `throw`.
+
+    `cut` has the batch shape.
+    """
     if throw:
-        # What passes a check is put on one device: a number, and not what solves have.
+        # `error_if` puts the array that it returns on one device. So a new scalar goes
+        # through it, and not an array that may be sharded over the batch.
         cut = cut | eqx.error_if(jnp.array(False), jnp.any(cut), _CUT)
     return cut
 
 
 class StepLog(eqx.Module):
-    """What is known of every accepted step; each field has one row a step.
+    """The times of the accepted steps; each array has one row for every step.
 
-    `ends` is kept only where it cannot be computed, `starts` only where a step may
-    start elsewhere than the last one ended (a jump: `made_jumps`), `origins` only for
-    grids that need to know (see `step_times.py`).
+    A field is `None` where the solve does not need it:
+
+    - `ends`: where steps end, unless the grid can compute it.
+    - `starts`: where steps start, if that may differ from where the previous one ended.
+    - `made_jumps`: whether steps start just after a jump; recorded with `starts`.
+    - `origins`: what the sizes depend on, for an `AdaptiveGrid` (`step_times.py`).
     """
 
-    ends: Array | None
-    starts: Array | None
-    made_jumps: Array | None
-    origins: Array | None
+    ends: Real[Array, "*batch steps"] | None
+    starts: Real[Array, "*batch steps"] | None
+    made_jumps: Bool[Array, "*batch steps"] | None
+    origins: Int[Array, "*batch steps"] | None
 
 
 class Cursor(eqx.Module):
-    """How many times and how many rows of a save have been written."""
+    """How many times of `SaveAt(ts=...)` and how many rows a save has written."""
 
     ts_index: Int[Array, "..."]
     row: Int[Array, "..."]
 
 
 class Trajectory(eqx.Module):
-    """The forward pass of one solve as a derivative sees it.
+    """What a derivative needs to know of the forward pass of one solve, or of a batch.
 
-    - `rows`: the stored states, see `AbstractStateSource.row_to_write`.
+    In a batch every array has the batch axes first. The methods are for one solve.
+
+    - `rows`: the stored states `(y, replay_state)`, with an axis of rows; `None` if the
+      state source stores none. `AbstractStateSource.row_to_write` numbers the rows.
+    - `log`: the times of the accepted steps.
     - `first_start`, `first_end`: the times of the first attempted step.
-    - `at_end`: whether the solve came to its `t1`.
-    - `step_offset`: the steps of an earlier solve that this one continues.
+    - `made_jump0`: whether the first step starts just after a jump.
+    - `num_steps`: the number of accepted steps, recorded or not.
+    - `at_end`: whether the solve reached `t1`.
+    - `step_offset`: the number of steps that the solver made before this solve.
     - `y`, `replay_state`: the state after the last step.
-    - `lost`: whether the solver found that its coupling was lost.
-    - `first_cursors`, `last_cursors`: what was saved before and after the loop.
+    - `lost`: whether a reversible solver found that its two copies had separated.
+    - `first_cursors`, `last_cursors`: what each save had written before and after the
+      loop.
     """
 
     rows: PyTree[Array]
@@ -83,14 +98,16 @@ class Trajectory(eqx.Module):
 
     @property
     def is_cut(self) -> Bool[Array, ""]:
-        """Whether there were more steps than could be written down."""
+        """Whether there were more accepted steps than the log has rows."""
         logged = jax.tree.leaves(self.log)
         if not logged:
+            # All times can be computed, for any number of steps.
             return jnp.zeros_like(self.at_end)
         return self.num_steps > len(logged[0])
 
     def end(self, grid: AbstractGrid, index: Int[Array, ""]) -> Real[Array, ""]:
-        """Where step `index` ended; `index = -1` is the start of the solve."""
+        """Returns where step `index` ended; for -1, where the solve starts."""
+        # With `index = -1` row 0 is read, and not used.
         known = jnp.maximum(index, 0)
         if self.log.ends is not None:
             end = self.log.ends[known]
@@ -99,7 +116,7 @@ class Trajectory(eqx.Module):
         return jnp.where(index < 0, self.first_start, end)
 
     def start(self, grid: AbstractGrid, index: Int[Array, ""]) -> Real[Array, ""]:
-        """Where step `index` started."""
+        """Returns where step `index` started."""
         if self.log.starts is None:
             return self.end(grid, index - 1)
         return self.log.starts[index]
@@ -107,11 +124,13 @@ class Trajectory(eqx.Module):
     def made_jump(self, index: Int[Array, ""]) -> Bool[Array, ""]:
         """Whether step `index` started just after a jump of the vector field."""
         if self.log.made_jumps is None:
+            # Without recorded jumps only the solve itself may start at one.
             return self.made_jump0 & (index == 0)
         return self.log.made_jumps[index]
 
     def times(self, grid: AbstractGrid, index: Int[Array, ""]) -> StepTimes:
-        """When step `index` was made."""
+        """Returns when step `index` was made, and what its times depend on."""
+        # For step 0 both lookups return the start of the solve.
         previous_start = self.start(grid, jnp.maximum(index - 1, 0))
         previous_size = self.end(grid, index - 1) - previous_start
         first_size = self.first_end - self.first_start
