@@ -285,6 +285,7 @@ def test_versions_agree():
     with open(ROOT / "pyproject.toml", "rb") as file:
         version = tomllib.load(file)["project"]["version"]
     assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert nodegrad.__version__ == version
 
 
 # The guards find what they are there for.

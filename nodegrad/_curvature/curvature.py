@@ -152,13 +152,7 @@ def value_grad_and_curvature(
         model: PyTree, *args: Any, key: Array | None = None
     ) -> tuple[Any, PyTree, dict[str, KroneckerFactors]]:
         diff, static = eqx.partition(model, eqx.is_inexact_array)
-        found = [x for x in layers_of(diff) if layers is None or layers(x.key)]
-        if not found:
-            msg = (
-                "The model has no layer to take the curvature of: no `eqx.nn.Linear`, "
-                f"`eqx.nn.Conv`, `eqx.nn.GRUCell` or `eqx.nn.LSTMCell`; got {model}."
-            )
-            raise ValueError(msg)
+        found = _chosen_layers(diff, layers)
         shape = eqx.filter_eval_shape(run, model, *args)
         shape = shape[0] if has_aux else shape
         samples = _num_samples(shape, batch_size, predict, moments)
@@ -169,10 +163,8 @@ def value_grad_and_curvature(
 
         def outputs(diff__probes: tuple[PyTree, dict[str, Probe]]) -> tuple[Any, Any]:
             diff, probes = diff__probes
-            out = run(
-                instrumented(eqx.combine(diff, static), probes, instrumentation), *args
-            )
-            return out if has_aux else (out, None)
+            model = instrumented(eqx.combine(diff, static), probes, instrumentation)
+            return run(model, *args) if has_aux else (run(model, *args), None)
 
         if predict is None and not moments:
             # The columns are those of the gradient: one backward pass serves both.
@@ -197,6 +189,16 @@ def value_grad_and_curvature(
         return ((value, aux) if has_aux else value), grads, curvature
 
     return value_grad_and_curvature_fn
+
+
+def _chosen_layers(model: PyTree, layers: Callable[[str], bool] | None) -> list[Layer]:
+    """Returns the layers of a model that `layers` includes; raises if there is none."""
+    found = [x for x in layers_of(model) if layers is None or layers(x.key)]
+    if not found:
+        kinds = "`eqx.nn.Linear`, `eqx.nn.Conv`, `eqx.nn.GRUCell` or `eqx.nn.LSTMCell`"
+        msg = f"The model has no layer to take the curvature of: no {kinds}."
+        raise ValueError(msg)
+    return found
 
 
 def _check_options(
@@ -224,8 +226,9 @@ def _check_options(
     if batch_size is not None and not batch_size >= 1:
         msg = f"`batch_size` must be at least 1; got {batch_size}."
         raise ValueError(msg)
+    is_exact = kind == "ggn" and num_draws == "exact"
     is_number = isinstance(num_draws, int) and not isinstance(num_draws, bool)
-    if not (is_number and num_draws >= 1) and (kind != "ggn" or num_draws != "exact"):
+    if not is_exact and (not is_number or int(num_draws) < 1):
         msg = (
             "`num_draws` must be a positive integer, or 'exact' for `kind='ggn'`; got "
             f"{num_draws!r}."

@@ -183,6 +183,29 @@ def clip(rule: Rule, steps: list[Array], gradients: list[Array]) -> list[Array]:
     return [step * scale.astype(step.dtype) for step in steps]
 
 
+def precondition_layers(
+    rule: Rule,
+    layers: list[Layer],
+    states: dict[str, LayerState],
+    gradients: list[Float[Array, "*stack d_out d_in"]],
+) -> tuple[list[Float[Array, "*stack d_out d_in"]], dict[str, LayerState]]:
+    """Returns the preconditioned, clipped steps of `layers` and their new states."""
+    states, steps = dict(states), []
+    for layer, gradient in zip(layers, gradients, strict=True):
+        step, states[layer.key] = precondition(rule, states[layer.key], gradient)
+        steps.append(step)
+    return clip(rule, steps, gradients), states
+
+
+def initial_states(
+    rule: Rule, layers: list[Layer], dtypes: dict[str, Any]
+) -> dict[str, LayerState]:
+    """Returns the first states of `layers`; `dtypes` are those of their weights."""
+    return {
+        layer.key: initial_state(layer, dtypes[layer.weight], rule) for layer in layers
+    }
+
+
 def _eigenbasis(
     factor: Float[Array, "*stack d d"],
 ) -> tuple[Float[Array, "*stack d"], Float[Array, "*stack d d"], Bool[Array, "*stack"]]:

@@ -15,10 +15,9 @@ from jaxtyping import Array, Int, PyTree
 from .._layers.factors import KroneckerFactors
 from .._layers.layers import Layer, layers_of, Leaves
 from .preconditioner import (
-    clip,
-    initial_state,
+    initial_states,
     LayerState,
-    precondition,
+    precondition_layers,
     refresh,
     Rule,
     Scalar,
@@ -183,11 +182,7 @@ def scale_by_snopt(
             # `optax.tree_map_params` passes a placeholder for the parameters, and must
             # find it where the state depends on them.
             return SNOptState(count, params)
-        dtypes = Leaves(params).dtypes
-        states = {
-            layer.key: initial_state(layer, dtypes[layer.weight], rule)
-            for layer in chosen(params)
-        }
+        states = initial_states(rule, chosen(params), Leaves(params).dtypes)
         return SNOptState(count, states)
 
     def update_fn(
@@ -203,20 +198,15 @@ def scale_by_snopt(
         if not isinstance(state.layers, dict):
             return updates, state._replace(count=_next(state.count))
         found, leaves = chosen(updates), Leaves(updates)
-        states = dict(state.layers)
+        states = state.layers
         # Whether there is a curvature is known when this is traced, so that steps
         # without it do not contain the eigenvalue problems.
         if curvature is not None:
             states = _refreshed(rule, found, states, curvature)
         gradients = [leaves.matrix(layer) for layer in found]
-        steps = []
-        for layer, gradient in zip(found, gradients, strict=True):
-            step, states[layer.key] = precondition(rule, states[layer.key], gradient)
-            steps.append(step)
-        steps = clip(rule, steps, gradients)
-        return leaves.with_matrices(found, steps), SNOptState(
-            _next(state.count), states
-        )
+        steps, states = precondition_layers(rule, found, states, gradients)
+        steps = leaves.with_matrices(found, steps)
+        return steps, SNOptState(_next(state.count), states)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
