@@ -110,11 +110,11 @@ def _quantities() -> dict[str, Quantity]:
             (".most", max),
         )
     }
-    found |= _time_and_memory("lorenz", "ensembles", lorenz, mapped_ours, mapped)
+    found |= _time_and_memory("lorenz", "ensembles", lorenz, ours, default)
     found["lorenz.gradsolve.time"] = Quantity(
         "ensembles",
         lorenz,
-        mapped_ours,
+        ours,
         "replay of gradsolve, recorded before",
         "seconds",
     )

@@ -64,7 +64,7 @@ def test_pullback_is_that_of_the_stages_one_after_another(tableau, returns, dtyp
     args, tableau = _arguments(dtype), TABLEAUS[tableau]
     one = jax.tree.map(lambda x: x[0], args)
     make = lambda shared, own: Increment(tableau, product(shared, own), returns)
-    consts, staged = make(shared, own[0]).hoist(*one)
+    consts, staged = make(shared, own[0]).closure_convert(*one)
     assert isinstance(staged, StagedIncrement)
     assert staged.scanned
     assert sorted(x.shape for x in consts) == [(3,), (3,)]
