@@ -235,22 +235,18 @@ def run_recording(
     def body(carry: tuple) -> tuple:
         state, rows, log, origin = carry
         index = state.num_accepted_steps
-        if rows is not None:
-            row = states.row_to_write(
-                index, step_offset, state.tprev, state.made_jump, grid
-            )
-            # If this attempt is rejected, the next one overwrites the row.
-            rows = put(rows, row, _to_store(states, state))
-        now = StepLog(
-            ends=state.tnext if solve.stores_times else None,
-            starts=state.tprev if solve.jumps else None,
-            made_jumps=state.made_jump if solve.jumps else None,
-            origins=origin.astype(grid.origin_dtype) if logs_origin else None,
-        )
-        log = put(log, index, now)
+        log = put(log, index, _attempted(solve, state, origin))
         new_state = body_fun(state)
+        accepted = new_state.num_accepted_steps != index
+        if rows is not None:
+            start = state.tprev, state.made_jump
+            row = states.row_to_write(index, step_offset, *start, grid)
+            # Only states before accepted steps are stored: one before a step that the
+            # solve never takes could replace a state that the backward pass needs.
+            # There is no row `states.rows`, and `put` drops what is written to it.
+            row = jnp.where(accepted, row, states.rows)
+            rows = put(rows, row, _to_store(states, state))
         if logs_origin:
-            accepted = new_state.num_accepted_steps != state.num_accepted_steps
             origin = grid.origin(new_state.tprev, new_state.tnext, origin, accepted)
         return new_state, rows, log, origin
 
@@ -264,6 +260,16 @@ def run_recording(
         kind="lax",
     )
     return final_state, Written(rows, log, final_state.tprev >= solve.t1)
+
+
+def _attempted(solve: Solve, state: PyTree, origin: Int[Array, ""] | None) -> StepLog:
+    """Returns the record of the step that is attempted from `state`."""
+    return StepLog(
+        ends=state.tnext if solve.stores_times else None,
+        starts=state.tprev if solve.jumps else None,
+        made_jumps=state.made_jump if solve.jumps else None,
+        origins=None if origin is None else origin.astype(solve.grid.origin_dtype),
+    )
 
 
 def _steps_taken(init_state: PyTree) -> Int[Array, ""]:

@@ -487,3 +487,33 @@ def test_room_for_recorded_steps_is_a_positive_integer(adjoint):
         adjoint(max_recorded_steps=0)
     with pytest.raises(TypeError, match="got 1.5"):
         adjoint(max_recorded_steps=1.5)
+
+
+def test_a_failed_last_attempt_replaces_no_stored_state():
+    # With 8 slots the stride doubles after 8 and after 16 steps. The attempt that fails
+    # then would be the first one to be stored with the new stride.
+    size = 2.0**-5
+
+    def final(y0, num_steps, checkpoints):
+        def field(t, y, args):
+            curved = jnp.sin(3 * y) * y + jnp.cos(5 * t)
+            return jnp.where(t > num_steps * size - 1e-9, jnp.nan, curved)
+
+        sol = nodegrad.odesolve(
+            field,
+            diffrax.Euler(),
+            0.0,
+            4.0,
+            size,
+            y0,
+            adjoint=nodegrad.ACAAdjoint(checkpoints),
+            max_steps=128,
+            throw=False,
+        )
+        return sol.ys[-1], sol.stats["num_accepted_steps"]
+
+    grad = jax.jit(jax.grad(final, has_aux=True), static_argnums=2)
+    for num_steps in (7, 8, 9, 15, 16, 17, 32):
+        expected, taken = grad(1.0, num_steps, "all")
+        assert taken == num_steps
+        assert jnp.abs(grad(1.0, num_steps, 8)[0] - expected) < 1e-14
