@@ -141,6 +141,7 @@ def test_factors_inside_a_solve_match_outer_products_by_hand(reduction):
         assert float(curvature[key].weight) == BATCH
 
 
+@pytest.mark.slow
 def test_factors_outside_a_solve_match_outer_products_by_hand():
     _, _, curvature = curvature_of()
 
@@ -176,12 +177,14 @@ def test_value_and_gradient_are_those_without_curvature():
     assert jax.tree.structure(grads) == jax.tree.structure(expected[1])
 
 
+@pytest.mark.slow
 def test_mean_of_a_batch_with_its_size_is_the_same():
     loss = lambda *args: jnp.mean(batch_loss(*args))
     fn = value_grad_and_curvature(loss, batch_size=BATCH)
     assert relative_error(eqx.filter_jit(fn)(MODEL, X, TARGET), curvature_of()) < 1e-12
 
 
+@pytest.mark.slow
 def test_corner_of_the_input_factor_is_the_time_of_all_samples():
     _, _, curvature = curvature_of(t0=0.5, t1=2.5)
     assert abs(float(curvature[".inner"].input_factor[-1, -1]) - 2.0 * BATCH) < 1e-12
@@ -223,7 +226,7 @@ def fine_factors():
     return curvature_of(solver=diffrax.Tsit5(), steps=80)[2]
 
 
-@pytest.mark.rows(test=0, ci=3)
+@pytest.mark.rows(test=0, ci=2)
 @pytest.mark.parametrize("name", _SOLVERS)
 def test_factors_do_not_depend_on_the_solver(name):
     solver, adjoint = _SOLVERS[name]
@@ -237,6 +240,7 @@ def test_factors_do_not_depend_on_the_solver(name):
         assert relative_error(curvature[key][:2], factors[:2]) < tolerance
 
 
+@pytest.mark.slow
 def test_adaptive_steps_and_the_door_of_diffrax():
     def loss(model, x, target, solve):
         def one_sample(x, target):
@@ -265,7 +269,7 @@ def test_adaptive_steps_and_the_door_of_diffrax():
         assert relative_error(results[0][2][key][:2], factors[:2]) < 3e-2
 
 
-@pytest.mark.rows(test=1, ci=2)
+@pytest.mark.rows(test=0, ci=2)
 @pytest.mark.parametrize("is_cached", [False, True])
 @pytest.mark.parametrize("solver", [nodegrad.ALF(), diffrax.ReversibleHeun()], ids=str)
 def test_evaluations_before_the_first_step_do_not_count(solver, is_cached):
@@ -291,6 +295,7 @@ def test_evaluations_before_the_first_step_do_not_count(solver, is_cached):
     assert relative_error(found, expected) < 1e-12
 
 
+@pytest.mark.slow
 def test_time_after_the_last_save_does_not_count():
     save = diffrax.SaveAt(ts=[1.0])
     _, _, until = curvature_of(saveat=save)
@@ -299,6 +304,7 @@ def test_time_after_the_last_save_does_not_count():
         assert relative_error(beyond[key], factors) < 1e-12
 
 
+@pytest.mark.slow
 def test_lanes_that_save_count_by_themselves():
     """A layer that is applied when something is saved, steps being adaptive."""
     ts = jnp.array([0.15, 0.5, 1.0])
@@ -356,6 +362,7 @@ def test_a_convolution_that_calls_itself_differently_is_no_layer():
     assert list(curvature) == ["[1]"]
 
 
+@pytest.mark.slow
 def test_chained_solves_sum_to_one():
     def chained(model, x, target):
         y = jax.vmap(model.encode)(x)
@@ -405,6 +412,7 @@ def _field_curvature(field, layer, y0, steps=4):
     return fn(layer, y0)
 
 
+@pytest.mark.slow
 def test_layer_used_twice_sums_its_uses():
     keys = jr.split(jr.PRNGKey(3), 3)
     layer = eqx.nn.Linear(SIZE, SIZE, key=keys[0])
@@ -438,6 +446,7 @@ def test_transformations_inside_the_field_change_nothing():
         assert relative_error(_field_curvature(field, mlp, y0), expected) < 1e-12
 
 
+@pytest.mark.slow
 def test_stacked_layers_are_layers_each():
     keys = jr.split(jr.PRNGKey(0), 2)
     make = lambda key: eqx.nn.Linear(SIZE, SIZE, key=key)
@@ -460,6 +469,7 @@ def test_stacked_layers_are_layers_each():
         assert relative_error(ours, apart[f"[{i}]"]) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["forward", "reverse"])
 def test_trace_of_the_jacobian_uses_the_layer_again(mode):
     # One layer, y' = (W y + b, eps^T W eps): the second use has input eps, no bias, or,
@@ -500,7 +510,7 @@ def test_trace_of_the_jacobian_uses_the_layer_again(mode):
     assert relative_error(added, len(y0) * b) < 1e-10
 
 
-@pytest.mark.rows(test=0, ci=2)
+@pytest.mark.rows(test=0, ci=1)
 @pytest.mark.parametrize("padding", [1, "SAME"])
 @pytest.mark.parametrize("inside", [True, False])
 def test_convolution_matches_its_patches(inside, padding):
@@ -588,6 +598,7 @@ def test_recurrent_network_with_a_solve_between_observations():
 # Exact cases.
 
 
+@pytest.mark.slow
 def test_reductions_are_exact_where_nothing_changes_in_time():
     # y' = W a: input and gradient are constant.
     layer = eqx.nn.Linear(2, SIZE, use_bias=False, key=jr.PRNGKey(0))
@@ -610,6 +621,7 @@ def test_reductions_are_exact_where_nothing_changes_in_time():
     assert relative_error(steps * products["expand"], exact) < 1e-12
 
 
+@pytest.mark.slow
 def test_reduce_is_the_gauss_newton_matrix_of_an_integrator():
     # y' = W c_b(t): every sample's Jacobian is the integral of its c.
     layer = eqx.nn.Linear(2, SIZE, use_bias=False, key=jr.PRNGKey(0))
@@ -712,6 +724,7 @@ def test_random_signs_give_the_moments_of_samples():
     assert relative_error(jnp.sum(drawn[""].draws ** 2, 0), squares) < 3e-2
 
 
+@pytest.mark.slow
 def test_layers_can_be_left_out_and_auxiliary_output_comes_along():
     loss = lambda *args: (batch_loss(*args), {"n": 3, "x": args[1][0]})
     fn = value_grad_and_curvature(
@@ -735,6 +748,7 @@ def test_types_follow_the_weights():
     assert curvature[""].input_factor.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_add_up():
     halves = [
         eqx.filter_jit(value_grad_and_curvature(batch_loss))(MODEL, X[s], TARGET[s])

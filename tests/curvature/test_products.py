@@ -115,6 +115,7 @@ def test_products_are_symmetric():
     assert jnp.allclose(U @ product(V), V @ product(U), rtol=1e-10, atol=0)
 
 
+@pytest.mark.slow
 def test_taylor_remainders_have_slopes_two_and_three():
     solver, adjoint = SOLVES["ACA"]
     grid = accepted_grid(van_der_pol, solver, 0.0, 1.0, POINT[:2], POINT[2], PID)
@@ -285,6 +286,7 @@ def test_product_through_a_stochastic_runge_kutta_method():
     assert relative_error(product, expected) < 1e-11
 
 
+@pytest.mark.slow
 def test_direct_adjoint_is_welcome():
     solver, _ = SOLVES["ACA"]
     direct = lambda p: _solution(

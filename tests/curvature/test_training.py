@@ -71,6 +71,7 @@ def test_both_steps_descend_and_are_compiled_once(kind):
     assert counts[1] == counts[-1]
 
 
+@pytest.mark.slow
 def test_steps_without_curvature_are_those_of_the_optimiser():
     loss = lambda model, x, y: (square(predict(model, x, y), x, y), "aux")
     optim = optax.adam(1e-2)

@@ -116,6 +116,7 @@ def test_step_matches_the_dense_inverse_of_the_kronecker_product():
         assert jnp.array_equal(new, old)
 
 
+@pytest.mark.slow
 def test_running_moment_matches_numpy_over_seven_steps_with_refreshes():
     params = make_params()
     optim = nodegrad.scale_by_snopt("paper")
@@ -143,6 +144,7 @@ def test_running_moment_matches_numpy_over_seven_steps_with_refreshes():
             assert np.max(np.abs(in_basis)) <= largest
 
 
+@pytest.mark.slow
 def test_ekfac_follows_the_second_moments_through_changes_of_basis():
     params = make_params()
     optim = nodegrad.scale_by_snopt(kl_clip=jnp.inf, factor_decay=0.8, decay=0.7)
@@ -241,6 +243,7 @@ def test_undamped_step_is_covariant_under_rescaled_inputs():
     assert relative_error(rescaled @ m, plain) < 1e-8
 
 
+@pytest.mark.slow
 def test_clip_bounds_the_length_of_the_step():
     params, curvature = make_params(), make_curvature(jr.PRNGKey(1))
     grads = make_grads(jr.PRNGKey(2), params)
@@ -257,6 +260,7 @@ def test_clip_bounds_the_length_of_the_step():
         assert relative_error(v[name], u[name] * ratio) < 1e-12
 
 
+@pytest.mark.rows(test=2, ci=4)
 @pytest.mark.parametrize("bad", ["nan", "zero", "inf", "nan draws"])
 @pytest.mark.parametrize("preset", ["paper", "robust"])
 def test_useless_factors_keep_the_old_basis(preset, bad):
@@ -295,6 +299,7 @@ def test_a_gradient_with_a_nan_is_forgotten_at_the_next_refresh(preset):
     assert int(state.layers[".first"].num_refreshes) == 2
 
 
+@pytest.mark.slow
 def test_factor_of_rank_one_is_fine():
     params, curvature = make_params(jnp.float32), make_curvature(jr.PRNGKey(1))
     one = {

@@ -65,7 +65,7 @@ def _leapfrog_recursion(damping, resync_every, h, n):
     return run
 
 
-@pytest.mark.rows(test=4, ci=7)
+@pytest.mark.rows(test=3, ci=5)
 @pytest.mark.parametrize(
     "door, solver",
     [
@@ -112,7 +112,7 @@ def test_gradient_is_that_of_the_recursion(door, solver):
 # Against Diffrax's default adjoint, on the same solver.
 
 
-@pytest.mark.rows(test=1, ci=4)
+@pytest.mark.rows(test=1, ci=3)
 @pytest.mark.parametrize(
     "door, solver, controller, saveat, backwards",
     [

@@ -599,7 +599,7 @@ SOLVERS = {
 }
 
 
-@pytest.mark.rows(test=0, ci=3)
+@pytest.mark.rows(test=0, ci=2)
 @pytest.mark.parametrize("name", SOLVERS)
 def test_every_kind_of_solver_and_memory(name):
     """Against `jax.hessian` through nodegrad's own gradient, which others check."""

@@ -32,7 +32,7 @@ def _check(solver, controller, saveat, tol, backwards=False):
         assert relative_error(our_grads, grads) < tol
 
 
-@pytest.mark.rows(test=0, ci=3)
+@pytest.mark.rows(test=0, ci=2)
 @pytest.mark.parametrize(
     ("controller", "saveat"),
     [

@@ -80,6 +80,7 @@ def test_discrete_exponential_to_rounding(checkpoints):
     assert jnp.allclose(grad_alpha, expected, rtol=1e-13)
 
 
+@pytest.mark.slow
 def test_linear_system():
     matrix = jr.normal(jr.PRNGKey(0), (3, 3))
     y0, g, t1 = jnp.array([1.0, -0.5, 0.3]), jnp.array([0.2, 1.0, -0.7]), 0.8
@@ -186,6 +187,7 @@ def test_strongly_damped_problem_keeps_an_exact_gradient():
     assert jnp.allclose(grad_rate, expected[1], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["step_ts", "jump_ts"])
 def test_gradient_through_the_position_of_a_jump(name):
     # y' = -y + H(t - theta), S the integral of y: all of dS/dtheta comes through the

@@ -70,6 +70,7 @@ def test_batches_of_derivatives_with_different_step_counts_are_exact():
         assert relative_error(vmap_hessian, hessians) < 1e-10
 
 
+@pytest.mark.slow
 def test_second_derivatives_with_re_swept_segments_are_exact():
     def loss(a, checkpoints):
         sol = nodegrad.odesolve(
@@ -93,6 +94,7 @@ def test_second_derivatives_with_re_swept_segments_are_exact():
     assert jnp.allclose(second(1.2, 2), difference / (2 * eps), rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_second_derivative_with_respect_to_the_end_time():
     def loss(t1):
         sol = nodegrad.odesolve(

@@ -50,6 +50,7 @@ def _assert_equal(ours, theirs, tol=1e-12):
         assert ours.stats[name] == theirs.stats[name]
 
 
+@pytest.mark.rows(test=3, ci=6)
 @pytest.mark.parametrize(
     "saveat",
     [
@@ -95,6 +96,7 @@ def test_values_equal_those_of_diffeqsolve(saveat, solver, dt0, controller):
     assert ours.result == diffrax.RESULTS.successful
 
 
+@pytest.mark.slow
 def test_values_equal_those_of_diffeqsolve_backwards_in_time():
     saveat = diffrax.SaveAt(t0=True, ts=TS[::-1], steps=2, t1=True)
     ours, theirs = _both(diffrax.Tsit5(), 1.5, 0.0, None, saveat, PID, max_steps=64)
@@ -103,6 +105,7 @@ def test_values_equal_those_of_diffeqsolve_backwards_in_time():
     _assert_equal(*_both(diffrax.Tsit5(), 1.5, 0.0, None, saveat, PID, max_steps=64))
 
 
+@pytest.mark.slow
 def test_dense_output_equals_that_of_diffeqsolve():
     saveat = diffrax.SaveAt(dense=True)
     ours, theirs = _both(diffrax.Tsit5(), 0.0, 1.5, None, saveat, PID, max_steps=64)

@@ -421,6 +421,7 @@ def _check_ensemble(nest, door, method, controller):
     assert relative_error(found, expected) < tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "nest, door, method, controller",
     [
@@ -450,6 +451,7 @@ def test_every_nest_of_vmaps_has_the_sum_of_single_gradients(row):
     _check_ensemble(_NESTS[nest], *others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, controller",
     [
@@ -734,6 +736,7 @@ _OTHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
