@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree, Real
 
+from .._internal.closure_convert import as_struct, closure_convert
 from .._internal.compat import nondifferentiable_backward, solver_loop, while_loop
 from .._internal.results import coupling_stats, with_coupling_lost
+from .._layers.find_products import has_products
 from .._reverse.plan import Solve
 from .._reverse.recorded_loop import recorded_loop
 from .._reverse.saves import Save
@@ -246,15 +248,18 @@ def _started(step: AbstractStep, init_state: Any, passed_solver_state: bool) -> 
         # Diffrax treats a Python bool as static: as a jump before every step. An array
         # applies to the first step only.
         init_state = replace(init_state, made_jump=jnp.array(True))
+    first = init_state.tprev, init_state.tnext, init_state.y
+    if not isinstance(step, RungeKuttaStep):
+        # Diffrax has called `solver.init`. Its result is replaced only where layers
+        # report statistics: `step.start` reports none, otherwise they would count the
+        # evaluation before the first step as a use.
+        _, start = closure_convert(step.start, *as_struct(first))
+        if passed_solver_state or not has_products(start.jaxpr):
+            return init_state
     # Diffrax's Runge-Kutta methods evaluate their first stage inside the loop, and have
     # a solver state to do so once. A `RungeKuttaStep` evaluates it here, before the
     # loop, so its solver state differs also where the user passed one.
-    if passed_solver_state and not isinstance(step, RungeKuttaStep):
-        return init_state
-    # The result of `solver.init`, which Diffrax has called, is replaced: only the
-    # evaluation made by the recorded step may have cotangents, otherwise the statistics
-    # of a layer would count it twice.
-    solver_state = step.start(init_state.tprev, init_state.tnext, init_state.y)
+    solver_state = step.start(*first)
     return replace(init_state, solver_state=solver_state)
 
 
