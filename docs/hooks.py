@@ -51,9 +51,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, **kwargs: object) -> str:
     """Fills in measured numbers and tables, and links names to the reference."""
     del kwargs
-    results = benchmark_tables.load()
-    markdown = markdown.replace("{{ tables }}", benchmark_tables.tables(results))
-    return linked(benchmark_tables.filled(markdown, results))
+    # Most pages name no result, and one page has the tables.
+    if "{{ " in markdown:
+        results = benchmark_tables.load()
+        if "{{ tables }}" in markdown:
+            tables = benchmark_tables.tables(results)
+            markdown = markdown.replace("{{ tables }}", tables)
+        markdown = benchmark_tables.filled(markdown, results)
+    return linked(markdown)
 
 
 class PublicObjects(griffe.Extension):

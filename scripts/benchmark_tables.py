@@ -157,7 +157,7 @@ QUANTITIES = _quantities()
 def shown(name: str, results: Results) -> str:
     """The quantity `name`, with two digits."""
     value = QUANTITIES[name].value(results)
-    return NOT_MEASURED if value is None else _two_digits(value)
+    return NOT_MEASURED if value is None else _significant(2)(value)
 
 
 def filled(text: str, results: Results) -> str:
@@ -176,11 +176,6 @@ def refreshed(text: str, results: Results) -> str:
 
 
 # Tables.
-
-
-def _two_digits(value: float) -> str:
-    """With two digits at least, as in `0.067`, `0.73` or `120`."""
-    return _significant(2)(value)
 
 
 def _significant(digits: int, scale: float = 1.0) -> Callable[[float], str]:

@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Real
 
 from .._internal.tree import flatten
 from .._reverse.plan import Solve
-from .._steps.increment import Increment
+from .._steps.increment import closure_convert_part
 from .._trajectory.recording import Recording
 from .._trajectory.state_source import BackwardStep
 from .._trajectory.step_times import StepTimes
@@ -289,12 +289,10 @@ class ExpansionVisitor(eqx.Module):
         def evaluate(part: str, key: str, *args: Any) -> Any:
             # No call is shared with another one: the key is not needed.
             del key
-            fn = parts[part]
-            if isinstance(fn, Increment):
-                # Second derivatives of unrolled stages take long to compile.
-                consts, fn = fn.closure_convert(*args)
-                return fn(consts, *args)
-            return fn(*args)
+            # The converted form of an increment loops over the stages where that pays:
+            # second derivatives of unrolled stages take long to compile.
+            consts, pure = closure_convert_part(parts[part], *args)
+            return pure(consts, *args)
 
         y1, replay_state1, _ = states.step(
             evaluate, times, times.start, times.end, y, replay_state

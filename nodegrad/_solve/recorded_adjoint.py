@@ -250,11 +250,13 @@ def _started(step: AbstractStep, init_state: Any, passed_solver_state: bool) -> 
         init_state = replace(init_state, made_jump=jnp.array(True))
     first = init_state.tprev, init_state.tnext, init_state.y
     if not isinstance(step, RungeKuttaStep):
+        if passed_solver_state:
+            return init_state
         # Diffrax has called `solver.init`. Its result is replaced only where layers
         # report statistics: `step.start` reports none, otherwise they would count the
         # evaluation before the first step as a use.
         _, start = closure_convert(step.start, *as_struct(first))
-        if passed_solver_state or not has_products(start.jaxpr):
+        if not has_products(start.jaxpr):
             return init_state
     # Diffrax's Runge-Kutta methods evaluate their first stage inside the loop, and have
     # a solver state to do so once. A `RungeKuttaStep` evaluates it here, before the

@@ -284,3 +284,15 @@ class StagedIncrement:
         axis = len(batch.sizes)
         in_front = lambda x, ct: x + jnp.moveaxis(ct, axis, 0)
         return jax.tree.map(in_front, ct_ks, ct_returned)
+
+
+def closure_convert_part(
+    part: Callable[..., PyTree], *args: PyTree
+) -> tuple[list[Array], Pure | StagedIncrement]:
+    """Splits a part of a step into the arrays it closes over and a function of those.
+
+    The shapes and dtypes of `args` are those that the function is traced for.
+    """
+    if isinstance(part, Increment):
+        return part.closure_convert(*args)
+    return closure_convert(part, *as_struct(args))

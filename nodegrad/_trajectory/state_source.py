@@ -9,7 +9,6 @@ does not depend on its visitor.
 """
 
 import abc
-import functools as ft
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,9 +18,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree, Real
 
 from .._internal.batch import Axes, Batch
-from .._internal.closure_convert import as_struct, closure_convert, Pure
+from .._internal.closure_convert import Pure
 from .._internal.tree import inexact_spec
-from .._steps.increment import Increment, StagedIncrement
+from .._steps.increment import closure_convert_part, StagedIncrement
 from .step_times import AbstractGrid, StepTimes
 from .trajectory import Trajectory
 
@@ -252,13 +251,7 @@ def closure_convert_parts(
         # The first call of a part provides the shapes to trace it with. All calls of a
         # part have arguments of the same shapes.
         if part not in pure:
-            fn = parts[part]
-            split = (
-                fn.closure_convert
-                if isinstance(fn, Increment)
-                else ft.partial(closure_convert, fn)
-            )
-            consts[part], pure[part] = split(*as_struct(args))
+            consts[part], pure[part] = closure_convert_part(parts[part], *args)
         return pure[part](consts[part], *args)
 
     def step(

@@ -267,7 +267,8 @@ def _reactions() -> Problem:
     species, reactions = 10, 20
     # Reaction `i` turns two species into two others, at rates that span two decades.
     ends = [
-        (i % 10, (3 * i + 1) % 10, (i + 2) % 10, (7 * i + 4) % 10) for i in range(20)
+        tuple(j % species for j in (i, 3 * i + 1, i + 2, 7 * i + 4))
+        for i in range(reactions)
     ]
 
     def vector_field(t, y, args):

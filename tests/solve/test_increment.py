@@ -54,9 +54,9 @@ def _arguments(dtype):
         ("tsit5", "all", jnp.float64),
         ("heun", "none", jnp.float64),
         ("rk4", "first", jnp.float32),
-        pytest.param("tsit5", "none", jnp.float32),
-        pytest.param("dopri8", "all", jnp.float64),
-        pytest.param("rk4", "all", jnp.float64),
+        ("tsit5", "none", jnp.float32),
+        ("dopri8", "all", jnp.float64),
+        ("rk4", "all", jnp.float64),
     ],
 )
 def test_pullback_is_that_of_the_stages_one_after_another(tableau, returns, dtype):
