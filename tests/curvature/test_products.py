@@ -240,6 +240,7 @@ def test_operators_serve_the_solvers_of_lineax():
     assert relative_error(step, jnp.linalg.solve(matrix, V)) < 1e-9
 
 
+@pytest.mark.rows(test=1, ci=3)
 @pytest.mark.parametrize(
     "adjoint",
     [

@@ -180,6 +180,7 @@ def test_ekfac_follows_the_second_moments_through_changes_of_basis():
             assert relative_error(u[name].reshape(-1), expected) < 1e-10
 
 
+@pytest.mark.slow
 def test_great_damping_leaves_the_direction_of_the_gradient():
     params, curvature = make_params(), make_curvature(jr.PRNGKey(1))
     grads = make_grads(jr.PRNGKey(2), params)
@@ -359,6 +360,7 @@ def test_frozen_bias_takes_the_part_of_the_factor_that_is_left():
     assert updates.first.bias is None
 
 
+@pytest.mark.slow
 def test_stacked_layers_are_layers_each():
     make = lambda key: eqx.nn.Linear(4, 3, key=key)
     stacked = eqx.filter_vmap(make)(jr.split(jr.PRNGKey(0), 2))

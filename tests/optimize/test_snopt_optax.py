@@ -147,6 +147,7 @@ def test_injected_hyperparameters_make_no_difference(preset):
     assert relative_error(injected_state.inner_state, state) < 1e-5
 
 
+@pytest.mark.slow
 def test_learning_rate_may_be_a_schedule():
     params = make_params()
     grads, curvature = jax.grad(objective)(params), make_curvature()

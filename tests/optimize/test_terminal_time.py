@@ -62,6 +62,7 @@ def test_exact_derivatives_match_automatic_differentiation():
     assert relative_error(ours.mixed, mixed) < 1e-9
 
 
+@pytest.mark.slow
 def test_running_cost_counts():
     params, y0, terminal_loss = _problem()
     t1 = jnp.array(1.3)

@@ -112,7 +112,7 @@ def test_gradient_is_that_of_the_recursion(door, solver):
 # Against Diffrax's default adjoint, on the same solver.
 
 
-@pytest.mark.rows(test=1, ci=3)
+@pytest.mark.rows(test=0, ci=3)
 @pytest.mark.parametrize(
     "door, solver, controller, saveat, backwards",
     [
@@ -147,6 +147,7 @@ def test_matches_diffrax_on_the_same_solver(
     assert relative_error(ours, expected) < 1e-10
 
 
+@pytest.mark.slow
 def test_matches_diffrax_for_semi_implicit_euler():
     class Pendulum:
         @staticmethod
@@ -421,7 +422,7 @@ def test_batches_match_single_solves(solver, size):
 # What it costs.
 
 
-@pytest.mark.rows(test=2, ci=4)
+@pytest.mark.rows(test=1, ci=4)
 @pytest.mark.parametrize(
     "solver, first, forward, backward",
     [
@@ -502,6 +503,7 @@ def test_memory_does_not_grow_with_the_number_of_steps(door, solver):
         assert many > 2 * few
 
 
+@pytest.mark.rows(test=1, ci=2)
 @pytest.mark.parametrize(
     "door, solver", [("native", COUPLED), ("diffrax", LEAPFROG)], ids=str
 )
@@ -569,6 +571,7 @@ def test_a_way_back_that_goes_astray_is_an_error_or_a_nan():
     assert jnp.all(jnp.isnan(jax.grad(_forgetful_loss)(y0, False)))
 
 
+@pytest.mark.slow
 def test_reconstruction_error_is_reported_on_request():
     field, y0 = Field(8, 32, jr.PRNGKey(0)), jr.normal(jr.PRNGKey(1), (3, 8))
 

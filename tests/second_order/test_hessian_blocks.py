@@ -155,7 +155,7 @@ def _grid(field, solver, y0, controller, dt0=None):
     return accepted_grid(field, solver, 0.0, 1.0, y0, NETWORK, controller, dt0)
 
 
-@pytest.mark.rows(test=1, ci=2)
+@pytest.mark.rows(test=0, ci=2)
 @pytest.mark.parametrize("running", [False, True])
 @pytest.mark.parametrize("name", ["Tsit5", "RK4"])
 def test_discrete_is_the_hessian_of_the_accepted_grid(name, running):
@@ -318,6 +318,7 @@ def test_gauss_newton_is_what_forward_sensitivities_say(blocks_of):
     assert relative_error(hessian, _by_forward_sensitivities()) < 1e-8
 
 
+@pytest.mark.rows(test=1, ci=3)
 @pytest.mark.parametrize("blocks_of", BOTH_WITH_BACKSOLVE)
 def test_affine_fields_have_the_closed_form_whether_exact_or_not(blocks_of):
     """`y' = M y + N u + c`, by the exponential of a block matrix."""
@@ -362,6 +363,7 @@ def test_affine_fields_have_the_closed_form_whether_exact_or_not(blocks_of):
         assert relative_error(found, expected) < 1e-10
 
 
+@pytest.mark.rows(test=1, ci=2)
 @pytest.mark.parametrize("blocks_of", BOTH)
 def test_a_bilinear_field_is_not_affine(blocks_of):
     """`y' = W y` with `W` for a parameter: Gauss-Newton is not the Hessian."""
@@ -387,6 +389,7 @@ def test_a_bilinear_field_is_not_affine(blocks_of):
     assert jnp.max(jnp.abs(flat.hess_yargs - exact.hess_yargs)) > 1e-2
 
 
+@pytest.mark.slow
 def test_hessian_blocks_converge_to_theorem1_at_the_order_of_the_solver():
     kwargs = dict(running_cost=running_cost, exact=True)
     limit = _blocks(
@@ -410,7 +413,7 @@ def test_hessian_blocks_converge_to_theorem1_at_the_order_of_the_solver():
 # Properties.
 
 
-@pytest.mark.rows(test=1, ci=2)
+@pytest.mark.rows(test=0, ci=2)
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("blocks_of", BOTH_WITH_BACKSOLVE)
 def test_blocks_are_symmetric_and_gauss_newton_is_semidefinite(exact, blocks_of):
@@ -432,6 +435,7 @@ def test_blocks_are_symmetric_and_gauss_newton_is_semidefinite(exact, blocks_of)
             assert jnp.linalg.eigvalsh(hessian)[0] > -1e-10
 
 
+@pytest.mark.rows(test=0, ci=2)
 @pytest.mark.parametrize(
     "exact, blocks_of",
     [(True, nodegrad.hessian_blocks), (False, nodegrad.theorem1_blocks)],
@@ -787,6 +791,7 @@ def test_low_rank_blocks_sum_up_to_gauss_newton():
     assert relative_error(factors.T @ (signs[:, None] * factors), expected) < 1e-9
 
 
+@pytest.mark.slow
 def test_one_column_of_the_gradient_gives_the_gradient():
     low_rank = _low_rank(lambda y: jax.grad(terminal_cost)(y)[None])
     blocks = _blocks(terminal_cost=terminal_cost)

@@ -107,7 +107,7 @@ def test_matches_diffrax_for_a_stochastic_equation(saveat):
         assert relative_error(ours, reference) < 1e-12
 
 
-@pytest.mark.rows(test=1, ci=2)
+@pytest.mark.rows(test=0, ci=2)
 @pytest.mark.parametrize("solver", [diffrax.Tsit5(), diffrax.Bosh3()])
 def test_matches_the_unrolled_accepted_grid(solver):
     y0, mu = jnp.array([2.0, 0.0]), jnp.array(5.0)
@@ -224,6 +224,7 @@ def test_rejected_steps_cost_nothing_backwards():
     assert rejected[1] > rejected[0]
 
 
+@pytest.mark.rows(test=1, ci=2)
 @pytest.mark.parametrize(
     "field, pullback",
     # What the pullback of a step evaluates. Products of matrices are not done twice.
@@ -297,6 +298,7 @@ def test_event_time_and_state_have_the_gradient_of_the_implicit_formula(saveat):
     assert jnp.allclose(speed[1], -jnp.sqrt(height / (2 * gravity)), rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_closed_over_arrays_are_differentiated():
     y0 = jnp.array([1.0, 2.0])
 
@@ -326,6 +328,7 @@ def test_closed_over_arrays_are_differentiated():
         assert relative_error(ours, expected) < 1e-12
 
 
+@pytest.mark.slow
 def test_chained_solver_state_carries_its_gradient():
     def loss(y0, adjoint):
         kwargs = dict(
@@ -424,7 +427,7 @@ def test_jumps_are_replayed_where_they_were():
             assert relative_error(ours, expected) < 1e-12
 
 
-@pytest.mark.rows(test=1, ci=2)
+@pytest.mark.rows(test=0, ci=2)
 @pytest.mark.parametrize(
     "door, solver, adjoint",
     [

@@ -47,7 +47,7 @@ def _arguments(dtype):
     return t0, t0 + h, control, {"a": state(), "b": state()}
 
 
-@pytest.mark.rows(test=1, ci=3)
+@pytest.mark.rows(test=0, ci=3)
 @pytest.mark.parametrize(
     "tableau, returns, dtype",
     [

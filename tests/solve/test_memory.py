@@ -48,6 +48,7 @@ def test_default_needs_no_more_memory_than_that_of_diffrax(max_steps):
         assert ours <= theirs
 
 
+@pytest.mark.slow
 def test_a_large_max_steps_costs_little():
     y0, dt0 = jnp.ones(1), jnp.array(1e-3)
     for solve in (nodegrad.odesolve, diffrax.diffeqsolve):

@@ -151,6 +151,7 @@ def test_second_derivatives_with_respect_to_all_times_of_fixed_steps(solver):
         assert relative_error(jax.jit(second(ours))(x), expected) < 1e-11
 
 
+@pytest.mark.rows(test=1, ci=2)
 @pytest.mark.parametrize("door", DOORS)
 def test_reverse_mode_over_a_derivative_says_what_to_do(door):
     loss, point = _loss(DOORS[door]), POINTS[0]

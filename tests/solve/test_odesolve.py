@@ -229,6 +229,7 @@ def test_batched_equals_vmap_lane_by_lane(kwargs):
     assert len(set(counts.tolist())) > 2
 
 
+@pytest.mark.rows(test=1, ci=2)
 @pytest.mark.parametrize("batched", [True, False])
 def test_a_failed_sample_does_not_poison_its_neighbours(batched):
     field = Field(4, 16, jr.PRNGKey(0))

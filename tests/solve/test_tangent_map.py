@@ -196,6 +196,7 @@ def _name(row):
     return f"{row[-1]}-{Setting(*row[:-1])}"
 
 
+@pytest.mark.rows(test=2, ci=3)
 @pytest.mark.parametrize("row", _FEW, ids=_name)
 def test_a_mode_is_the_derivative_of_diffrax_s_loop(row):
     _check(row)
@@ -303,6 +304,7 @@ def _check_transpose(seed, draws):
         assert jnp.abs(push @ w - pull @ v) < 1e-13 * scale, setting
 
 
+@pytest.mark.rows(test=1, ci=3)
 @pytest.mark.parametrize("seed", range(3))
 def test_forward_and_reverse_are_transposes(seed):
     _check_transpose(seed, 8)
@@ -530,7 +532,7 @@ _FIRST_EVALUATION = (
 @pytest.mark.parametrize(
     "door, method, what",
     [
-        ("diffrax", "aca", "y0"),
+        pytest.param("diffrax", "aca", "y0", marks=pytest.mark.slow),
         ("native", "bosh3", "model"),
         pytest.param("native", "aca(4)", "y0", marks=pytest.mark.exhaustive),
         pytest.param("native", "alf", "y0", marks=_FIRST_EVALUATION),
