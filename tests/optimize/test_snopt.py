@@ -1,6 +1,7 @@
 """The optimiser alone, fed with made-up curvature."""
 
 import functools
+import itertools
 
 import equinox as eqx
 import jax
@@ -262,8 +263,14 @@ def test_clip_bounds_the_length_of_the_step():
 
 
 @pytest.mark.rows(test=2, ci=4)
-@pytest.mark.parametrize("bad", ["nan", "zero", "inf", "nan draws"])
-@pytest.mark.parametrize("preset", ["paper", "robust"])
+@pytest.mark.parametrize(
+    "preset, bad",
+    [
+        *itertools.product(["paper", "robust"], ["nan", "zero", "inf"]),
+        # Only this preset uses the draws.
+        ("robust", "nan draws"),
+    ],
+)
 def test_useless_factors_keep_the_old_basis(preset, bad):
     params, curvature = make_params(), make_curvature(jr.PRNGKey(1))
     grads = make_grads(jr.PRNGKey(2), params)
@@ -271,8 +278,6 @@ def test_useless_factors_keep_the_old_basis(preset, bad):
     _, state = update(optim, grads, optim.init(params), curvature)
     a, b, weight, draws = make_curvature(jr.PRNGKey(4))[".first"]
     if bad == "nan draws":
-        if preset == "paper":
-            return
         draws = draws.at[0, 0, 0].set(jnp.nan)
     else:
         value = dict(nan=jnp.nan, zero=0.0, inf=jnp.inf)[bad]

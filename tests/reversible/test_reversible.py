@@ -473,14 +473,19 @@ def test_refuses_what_it_cannot_couple():
 def test_error_estimate_is_that_of_the_base_solver():
     field, y0 = _network()
     term, h = diffrax.ODETerm(field), 0.1
-    for base in (diffrax.Tsit5(), diffrax.Heun(), diffrax.Midpoint()):
+    # The estimates are far larger than the rounding errors allowed.
+    for base, least in (
+        (diffrax.Tsit5(), 1e-9),
+        (diffrax.Heun(), 1e-3),
+        (diffrax.Midpoint(), 1e-3),
+    ):
         solver = nodegrad.Reversible(base)
         state = solver.init(term, 0.0, h, y0, None)
         _, error, *_ = solver.step(term, 0.0, h, y0, None, state, False)
         state = base.init(term, 0.0, h, y0, None)
         _, expected, *_ = base.step(term, 0.0, h, y0, None, state, False)
-        assert float(jnp.max(jnp.abs(error - expected))) < 2e-6
-        assert float(jnp.max(jnp.abs(expected))) > 2e-5 or base == diffrax.Tsit5()
+        assert float(jnp.max(jnp.abs(error - expected))) < 1e-16
+        assert float(jnp.max(jnp.abs(expected))) > least
 
 
 def test_first_step_is_that_of_the_base_solver():

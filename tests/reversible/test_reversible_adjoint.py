@@ -498,9 +498,9 @@ def test_memory_does_not_grow_with_the_number_of_steps(door, solver):
 
     few, many = (temporary(n, nodegrad.ReversibleAdjoint()) for n in (100, 10_000))
     assert many <= 1.05 * few
-    if door == "native" and solver is COUPLED:
-        few, many = (temporary(n, nodegrad.ACAAdjoint()) for n in (100, 10_000))
-        assert many > 2 * few
+    # The measure sees memory that does grow.
+    few, many = (temporary(n, nodegrad.ACAAdjoint()) for n in (100, 10_000))
+    assert many > 2 * few
 
 
 @pytest.mark.rows(test=1, ci=2)

@@ -74,7 +74,7 @@ def _noises():
     return dict(additive=additive, general=general, diagonal=diagonal)
 
 
-@pytest.mark.rows(test=0, ci=2)
+@pytest.mark.rows(test=0, ci=3)
 @pytest.mark.parametrize(
     "solver, noise",
     [
@@ -82,6 +82,7 @@ def _noises():
         (nodegrad.Reversible(diffrax.Heun()), "general"),
         (nodegrad.Reversible(diffrax.Midpoint(), 0.99, resync_every=4), "general"),
         (diffrax.ReversibleHeun(), "general"),
+        (nodegrad.Reversible(diffrax.Heun()), "diagonal"),
     ],
     ids=str,
 )

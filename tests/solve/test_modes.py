@@ -212,11 +212,6 @@ def test_one_compilation_serves_changing_times_tolerances_and_parameters():
     assert counts[0] <= 8
 
 
-def test_a_gradient_is_the_same_twice():
-    grad = jax.jit(jax.grad(_loss(nodegrad.odesolve)))
-    assert jnp.array_equal(grad(POINTS[1]), grad(POINTS[1]))
-
-
 @pytest.mark.rows(test=0, ci=2)
 @pytest.mark.parametrize(
     "door, what",
