@@ -35,8 +35,8 @@ def terminal_time(
     learning_rate: optax.ScalarOrSchedule = 0.1,
     *,
     penalty: Real[ArrayLike, ""],
-    bounds: tuple[float, float] = (0.1, float("inf")),
-    update_every: int = 50,
+    bounds: tuple[Real[ArrayLike, ""], Real[ArrayLike, ""]] = (0.1, float("inf")),
+    update_every: Int[ArrayLike, ""] = 50,
     decay: Real[ArrayLike, ""] = 0.99,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Learns the end time of a solve by a second-order rule with feedback.
@@ -157,14 +157,14 @@ def terminal_time(
 
 
 def _check_settings(
-    bounds: tuple[float, float],
+    bounds: tuple[Real[ArrayLike, ""], Real[ArrayLike, ""]],
     penalty: Real[ArrayLike, ""],
-    update_every: int,
+    update_every: Int[ArrayLike, ""],
     decay: Real[ArrayLike, ""],
 ) -> None:
     """Raises `ValueError` for wrong Python numbers; arrays may be traced, and pass."""
-    low, high = bounds
-    if not 0 <= low < high:
+    numbers = [x for x in bounds if isinstance(x, int | float)]
+    if len(numbers) == 2 and not 0 <= numbers[0] < numbers[1]:
         msg = f"`bounds` must be (low, high) with 0 <= low < high; got {bounds}."
         raise ValueError(msg)
     if isinstance(penalty, int | float) and not penalty > 0:
@@ -176,7 +176,7 @@ def _check_settings(
     if isinstance(decay, int | float) and not 0 <= decay < 1:
         msg = f"`decay` must be in [0, 1); got {decay}."
         raise ValueError(msg)
-    if update_every < 1:
+    if isinstance(update_every, int) and update_every < 1:
         msg = f"`update_every` must be at least 1; got {update_every}."
         raise ValueError(msg)
 

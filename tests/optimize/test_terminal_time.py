@@ -202,6 +202,22 @@ def test_it_lives_with_optax():
     assert jax.tree.structure(mapped) == jax.tree.structure(state)
 
 
+def test_injected_hyperparameters_make_no_difference():
+    kwargs = dict(learning_rate=0.3, penalty=0.05, update_every=2, decay=0.8)
+    optim = nodegrad.terminal_time(PICK, **kwargs)
+    inject = optax.inject_hyperparams(nodegrad.terminal_time, static_args="where")
+    injected = inject(PICK, **kwargs)
+    params, grads = _make()
+    state, injected_state = optim.init(params), injected.init(params)
+    assert "update_every" in injected_state.hyperparams
+    for _ in range(3):
+        updates, state = jax.jit(optim.update)(grads, state, params, grad=grads)
+        others, injected_state = jax.jit(injected.update)(
+            grads, injected_state, params, grad=grads
+        )
+        assert relative_error(others, updates) < 1e-6
+
+
 def test_misuse_is_refused():
     params, grads = _make()
     with pytest.raises(ValueError, match="must be positive"):
