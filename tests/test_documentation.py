@@ -9,7 +9,6 @@ import ast
 import importlib.util
 import inspect
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -106,11 +105,8 @@ def test_agreement_is_that_of_the_digits_promised():
 @pytest.mark.parametrize("where", PROGRAMS)
 def test_programs_print_what_they_say(where):
     codes = PROGRAMS[where]
-    # Compiled as for a user, without the flags that `.ci/run` sets.
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     run = subprocess.run(
         [sys.executable, "-c", _RUNNER],
-        env=env,
         input=json.dumps(codes),
         capture_output=True,
         text=True,

@@ -4,6 +4,7 @@ Errors name the argument that is wrong, and are raised at trace time if the valu
 known then. Times are scalars; `ts` has shape `(num_ts,)`.
 """
 
+import inspect
 from typing import Any
 
 import diffrax
@@ -26,6 +27,18 @@ def is_terms(terms: Any) -> bool:
     """Returns whether `terms` is a pytree of Diffrax terms, not a vector field."""
     leaves = jax.tree.leaves(terms, is_leaf=_is_term)
     return len(leaves) > 0 and all(map(_is_term, leaves))
+
+
+def check_no_others(others: dict[str, Any]) -> None:
+    """Raises a `TypeError` that says where to find an argument `odesolve` lacks."""
+    for name in others:
+        msg = f"`nodegrad.odesolve` has no argument `{name}`."
+        if name in inspect.signature(diffrax.diffeqsolve).parameters:
+            msg += (
+                " It is in Diffrax, with the same gradients: `diffrax.diffeqsolve(..., "
+                f"{name}=..., adjoint=nodegrad.ACAAdjoint())`."
+            )
+        raise TypeError(msg)
 
 
 def check_supported(adjoint: Any, saveat: diffrax.SaveAt) -> None:

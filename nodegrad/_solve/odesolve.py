@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools as ft
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Never
 
 import diffrax
 import equinox as eqx
@@ -22,6 +22,7 @@ from .arguments import (
     as_state,
     as_times,
     check_batched,
+    check_no_others,
     check_supported,
     check_ts,
     is_terms,
@@ -51,6 +52,7 @@ def odesolve(
     max_steps: int | None = 4096,
     throw: bool = True,
     batched: bool = False,
+    **others: Never,
 ) -> diffrax.Solution:
     r"""Solves $y'(t) = f(t, y(t), \mathrm{args})$, $y(t_0) = y_0$, from `t0` to `t1`.
 
@@ -115,6 +117,7 @@ def odesolve(
     **When not to use it:** for events, for progress meters, and to continue from a
     `solver_state`. Use `diffrax.diffeqsolve(..., adjoint=nodegrad.ACAAdjoint())`.
     """
+    check_no_others(others)
     check_supported(adjoint, saveat)
     if not is_terms(terms):
         # A type checker does not know that `is_terms` distinguishes the two types.

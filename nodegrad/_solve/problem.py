@@ -52,6 +52,7 @@ def make_problem(
     )
     solver = with_tolerances(solver, controller)
     subs = [forwards(sub, direction, t0, t1) for sub in subs_of(saveat)]
+    jumps = may_jump(controller)
     return Problem(
         direction=direction,
         solver=solver,
@@ -61,11 +62,11 @@ def make_problem(
         nearly_t1=nearly(jax.lax.stop_gradient(t1)),
         dt0=dt0,
         controller=controller,
-        step=make_step(solver, terms, args, t0, t1, y0),
+        step=make_step(solver, terms, args, t0, t1, y0, jumps),
         subs=subs,
         saves=saves_of(subs),
         dense=saveat.dense,
-        jumps=may_jump(controller),
+        jumps=jumps,
         max_steps=max_steps,
     )
 

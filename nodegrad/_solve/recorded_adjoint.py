@@ -91,8 +91,11 @@ class AbstractRecordedAdjoint(diffrax.AbstractAdjoint):
         `progress_meter`.
         """
         del passed_controller_state
+        # `made_jump` is the literal `False` unless the user passed another value.
+        first_jump = init_state.made_jump is not False
+        jumps = may_jump(stepsize_controller) or first_jump
         first = init_state.tprev, init_state.tnext, init_state.y
-        step = make_step(solver, terms, args, *first)
+        step = make_step(solver, terms, args, *first, jumps)
         run = ft.partial(
             solver_loop,
             solver=_StepSolver(solver, step),
@@ -109,9 +112,8 @@ class AbstractRecordedAdjoint(diffrax.AbstractAdjoint):
         )
         if max_steps is None:
             # Without a bound there is no memory to record into.
-            final_state, stats = run(
-                outer_while_loop=ft.partial(while_loop, kind="lax")
-            )
+            unrecorded_loop = ft.partial(while_loop, kind="lax")
+            final_state, stats = run(outer_while_loop=unrecorded_loop)
             return without_gradient(final_state), stats
         solve = make_solve(
             self,
@@ -125,8 +127,7 @@ class AbstractRecordedAdjoint(diffrax.AbstractAdjoint):
             dense=saveat.dense,
             event=kwargs["event"] is not None,
             throw=throw,
-            # `made_jump` is the literal `False` unless the user passed another value.
-            first_jump=init_state.made_jump is not False,
+            first_jump=first_jump,
         )
         final_state, stats = _run_recorded(run, solve)
         if isinstance(step, RungeKuttaStep):

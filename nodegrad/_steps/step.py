@@ -244,11 +244,15 @@ class SolverStep(AbstractStep):
     """A step of any Diffrax solver, made by the `step` of that solver.
 
     The replay state is `(solver_state, made_jump)`: such a `step` may read all of it.
+
+    - `jumps`: whether a step may start just after a jump of the vector field. If not,
+      the solver gets the literal `False`. `diffrax.QUICSORT` takes nothing else.
     """
 
     solver: diffrax.AbstractSolver
     terms: PyTree
     args: PyTree
+    jumps: bool = eqx.field(static=True)
 
     def start(
         self, t0: Real[Array, ""], t1: Real[Array, ""], y0: PyTree[Array]
@@ -303,8 +307,9 @@ class SolverStep(AbstractStep):
             replay_state: PyTree,
         ) -> tuple[PyTree, PyTree, PyTree]:
             solver_state, made_jump = replay_state
+            jump = made_jump if self.jumps else False
             y1, _, dense_info, solver_state, _ = solver.step(
-                self.terms, t0, t1, y0, self.args, solver_state, made_jump
+                self.terms, t0, t1, y0, self.args, solver_state, jump
             )
             out = y1, (solver_state, made_jump), dense_info if dense else None
             return as_arrays(out)
@@ -355,13 +360,17 @@ def make_step(
     t0: Real[Array, ""],
     t1: Real[Array, ""],
     y0: PyTree[Array],
+    jumps: bool,
 ) -> AbstractStep:
-    """Returns the cheapest step that computes what `solver.step` computes."""
+    """Returns the cheapest step that computes what `solver.step` computes.
+
+    `jumps` is whether a step may start just after a jump of the vector field.
+    """
     # If `is_vf_expensive`, `vf_prod` twice is cheaper than `vf` once. Diffrax's step
     # then does without `vf`, and `RungeKuttaStep` does not.
     if has_explicit_tableau(solver) and not terms.is_vf_expensive(t0, t1, y0, args):
         return RungeKuttaStep(solver, terms, args)
-    return SolverStep(solver, terms, args)
+    return SolverStep(solver, terms, args, jumps)
 
 
 def with_scan_kind(solver: Any, kind: str) -> Any:

@@ -92,7 +92,7 @@ def test_ggn_vp_is_the_gauss_newton_matrix_of_the_accepted_grid(door):
     assert relative_error(expected, hessian @ V) > 1e-2
 
 
-@pytest.mark.slow
+@pytest.mark.rows(test=0, ci=1)
 @pytest.mark.parametrize("solve", ["few checkpoints", "reversible"])
 def test_products_through_other_memories_match_direct_adjoint(solve):
     solver, _ = SOLVES[solve]
@@ -188,7 +188,7 @@ def _model_loss(out):
     return jnp.sum(out["ys"] ** 2) * out["repeats"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_products_of_a_model_with_several_batched_solves():
     model = _Model(jr.PRNGKey(0))
     inexact, static = eqx.partition(model, eqx.is_inexact_array)

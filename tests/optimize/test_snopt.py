@@ -191,6 +191,7 @@ def test_great_damping_leaves_the_direction_of_the_gradient():
         assert relative_error(u * 1e12, matrices(grads)[name]) < 1e-8
 
 
+@pytest.mark.slow
 def test_no_decay_and_no_curvature_to_speak_of_divides_by_the_squared_gradient():
     params = make_params()
     identity = {

@@ -315,6 +315,7 @@ def test_arrays_in_terms_and_closures_are_differentiated():
     assert relative_error(ours, expected) < 1e-12
 
 
+@pytest.mark.slow
 def test_single_precision_is_right_to_single_precision():
     field = Field(8, 32, jr.PRNGKey(0), jnp.float32)
     y0 = jr.normal(jr.PRNGKey(1), (8,), jnp.float32)
@@ -467,7 +468,7 @@ def test_evaluations_are_those_stated(solver, first, forward, backward):
         assert len(counts) - before == n * backward
 
 
-@pytest.mark.rows(test=1, ci=2)
+@pytest.mark.rows(test=0, ci=2)
 @pytest.mark.parametrize(
     "door, solver",
     [
@@ -606,6 +607,7 @@ def test_reconstruction_error_is_reported_on_request():
     assert relative_error(grad(field, True), grad(field, False)) < 1e-13
 
 
+@pytest.mark.slow
 def test_restarts_far_apart_are_not_taken_for_errors():
     # At a restart the copies are far apart, which is as it should be.
     def loss(y0, adjoint):

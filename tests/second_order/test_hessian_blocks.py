@@ -247,7 +247,7 @@ def test_discrete_gauss_newton_drops_the_curvature_of_the_field_alone():
 # The backward differential equations.
 
 
-@pytest.mark.slow
+@pytest.mark.rows(test=0, ci=1)
 @pytest.mark.parametrize("backsolve", [False, True])
 def test_theorem1_is_the_hessian_of_direct_adjoint(backsolve):
     def loss(y0, args):
@@ -540,7 +540,7 @@ def test_times_may_be_close_together_and_the_same():
     assert jnp.allclose(blocks.grad_y, expected, rtol=1e-3, atol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_blocks_are_structured_like_those_of_jax():
     args = {"rate": jnp.array(0.4), "matrix": jnp.eye(2), "power": 2, "name": "cubic"}
     y0 = {"a": jnp.array([0.3, 0.1]), "b": jnp.array(0.5)}
@@ -603,7 +603,7 @@ SOLVERS = {
 }
 
 
-@pytest.mark.rows(test=0, ci=2)
+@pytest.mark.rows(test=0, ci=1)
 @pytest.mark.parametrize("name", SOLVERS)
 def test_every_kind_of_solver_and_memory(name):
     """Against `jax.hessian` through nodegrad's own gradient, which others check."""
@@ -679,7 +679,7 @@ def test_third_derivatives_by_forward_mode():
     assert relative_error(third, jax.jvp(hessian, (Y0,), (v,))[1]) < 1e-11
 
 
-@pytest.mark.slow
+@pytest.mark.rows(test=0, ci=1)
 @pytest.mark.parametrize("backsolve", [False, True])
 def test_reverse_mode_passes_through_theorem1(backsolve):
     """Value and gradient have the blocks for derivatives, up to discretisation."""
@@ -779,6 +779,7 @@ def _low_rank(columns, **kwargs):
     )
 
 
+@pytest.mark.slow
 def test_low_rank_blocks_sum_up_to_gauss_newton():
     # Of a terminal cost with signs: s = +1, -1.
     columns = jnp.array([[1.0, 0.5], [-0.3, 0.8]])

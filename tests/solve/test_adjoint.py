@@ -32,7 +32,7 @@ def _check(solver, controller, saveat, tol, backwards=False):
         assert relative_error(our_grads, grads) < tol
 
 
-@pytest.mark.rows(test=0, ci=2)
+@pytest.mark.rows(test=0, ci=1)
 @pytest.mark.parametrize(
     ("controller", "saveat"),
     [
@@ -77,7 +77,7 @@ def test_matches_diffrax_for_an_implicit_solver():
     _check(diffrax.Kvaerno3(root_finder=root_finder), "pid", "ts", 1e-8)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_matches_diffrax_with_the_same_stage_code_and_adaptive_steps():
     # `HalfSolver` goes through Diffrax's own `step` in both.
     _check(diffrax.HalfSolver(diffrax.Heun()), "pid", "fn", 1e-12)
@@ -428,7 +428,7 @@ def test_jumps_are_replayed_where_they_were():
             assert relative_error(ours, expected) < 1e-12
 
 
-@pytest.mark.rows(test=0, ci=2)
+@pytest.mark.rows(test=0, ci=1)
 @pytest.mark.parametrize(
     "door, solver, adjoint",
     [

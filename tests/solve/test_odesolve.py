@@ -229,7 +229,7 @@ def test_batched_equals_vmap_lane_by_lane(kwargs):
     assert len(set(counts.tolist())) > 2
 
 
-@pytest.mark.rows(test=1, ci=2)
+@pytest.mark.rows(test=0, ci=2)
 @pytest.mark.parametrize("batched", [True, False])
 def test_a_failed_sample_does_not_poison_its_neighbours(batched):
     field = Field(4, 16, jr.PRNGKey(0))
@@ -397,6 +397,8 @@ def _solve(**overrides):
         (dict(saveat=diffrax.SaveAt(ts=[0.5, 1.2])), r"ts\[1\]"),
         (dict(max_steps=None, saveat=diffrax.SaveAt(steps=True)), "max_steps"),
         (dict(max_steps=None, saveat=diffrax.SaveAt(dense=True)), "max_steps"),
+        (dict(event=None), r"`diffrax.diffeqsolve\(..., event=..., adjoint="),
+        (dict(save_at=None), "has no argument `save_at`.$"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else None,
 )

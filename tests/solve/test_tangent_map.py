@@ -196,7 +196,7 @@ def _name(row):
     return f"{row[-1]}-{Setting(*row[:-1])}"
 
 
-@pytest.mark.rows(test=2, ci=3)
+@pytest.mark.rows(test=1, ci=3)
 @pytest.mark.parametrize("row", _FEW, ids=_name)
 def test_a_mode_is_the_derivative_of_diffrax_s_loop(row):
     _check(row)
