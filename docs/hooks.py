@@ -57,6 +57,9 @@ def on_page_markdown(markdown: str, **kwargs: object) -> str:
         if "{{ tables }}" in markdown:
             tables = benchmark_tables.tables(results)
             markdown = markdown.replace("{{ tables }}", tables)
+        if "{{ error_rates }}" in markdown:
+            rates = benchmark_tables.error_rates()
+            markdown = markdown.replace("{{ error_rates }}", rates)
         markdown = benchmark_tables.filled(markdown, results)
     return linked(markdown)
 

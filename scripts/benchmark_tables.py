@@ -329,6 +329,22 @@ def tables(results: Results) -> str:
     return "\n\n".join(sections)
 
 
+def error_rates(folder: Path = FOLDER) -> str:
+    """The table of what `scripts/reversible_errors.py` found."""
+    rates = json.loads((folder / "reversible_errors.json").read_text())
+    lines = [
+        "| solver | problems | wrong, and called successful | more than ten tolerances "
+        "beyond the base solver | `coupling_lost` | failed otherwise | steps, relative "
+        "to the base solver |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    keys = "problems", "wrong", "beyond", "lost", "failed"
+    for name, row in rates.items():
+        counts = " | ".join(str(row[key]) for key in keys)
+        lines.append(f"| `{name}` | {counts} | {row['steps']:.2f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Prints the tables, or refreshes the numbers in files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])

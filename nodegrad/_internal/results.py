@@ -42,8 +42,8 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     )
     coupling_lost = (
         "The two copies of the solution that a reversible solver carries have come "
-        "apart, by `stats['coupling_distance']`, and neither is a solution any more. "
-        "The problem decays faster than the solver allows (`nodegrad.is_stable`). Pass "
+        "apart, by `stats['coupling_distance']`, or would have with longer steps. The "
+        "problem decays faster than the solver allows (`nodegrad.is_stable`). Pass "
         "`resync_every=10` or so to the solver, take smaller steps, take a smaller "
         "`coupling_parameter` or (for `ALF`) `damping`, or use a plain solver with "
         "`nodegrad.ACAAdjoint()`."
@@ -86,11 +86,17 @@ def coupling_stats(solver_state: Any) -> dict[str, Any]:
 
 
 def with_coupling_lost(result: Any, solver_state: Any) -> Any:
-    """Replaces a failure in `result` by `coupling_lost` if the coupling was lost."""
+    """Replaces a failure in `result` by `coupling_lost` if that is its cause."""
     if not hasattr(solver_state, "lost"):
         return result
     result = promoted(result)
     failed = solver_state.lost & (result != RESULTS.successful)
+    if hasattr(solver_state, "limited"):
+        # The steps became too many or too small because the coupling limits their size.
+        stuck = result == RESULTS.max_steps_reached
+        stuck = stuck | (result == RESULTS.step_too_small)
+        stuck = stuck | (result == RESULTS.dt_min_reached)
+        failed = failed | (solver_state.limited & stuck)
     return comparable(RESULTS.where(failed, RESULTS.coupling_lost, result))
 
 

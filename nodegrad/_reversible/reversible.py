@@ -17,7 +17,7 @@ from .._steps.increment import Increment
 from .._steps.step import DelegatingSolver
 from .._steps.tableau import combine, explicit_tableau, num_inner_stages
 from .._trajectory.state_source import Evaluate
-from .coupling_monitor import CouplingMonitor
+from .coupling_monitor import allowed_difference, CouplingMonitor, with_difference
 from .invertible_step import (
     AbstractInvertibleStep,
     check_number,
@@ -49,7 +49,8 @@ class Reversible(DelegatingSolver, diffrax.AbstractStratonovichSolver):
     This is a Diffrax solver, for any controller and adjoint.
     `nodegrad.ReversibleAdjoint` needs no memory for its states. Dense output is the
     cubic Hermite interpolant of $y$. The error estimate is that of the step of $z$,
-    with $f(y')$ for the last stage if that is evaluated at the end of the step.
+    with $f(y')$ for the last stage if that is evaluated at the end of the step, and the
+    growth of $\lvert D \rvert$ in the step is added to it.
 
     **Example:**
 
@@ -189,14 +190,18 @@ class Reversible(DelegatingSolver, diffrax.AbstractStratonovichSolver):
             z0, d0 = step.coupled(z0, d0, resync)
         # The resync is done. The monitor compares the difference after it with `d1`.
         y1, (z1, d1), info = step.forward(evaluate, t0, t1, y0, (z0, d0), False)
+        error = self._error(ks["forward"], info["k1"])
         monitor = solver_state.monitor.update(
-            d0, d1, info, control, self.coupling_parameter, made_jump, count
+            d0, d1, info, control, self.coupling_parameter, made_jump, count, error
         )
         result = diffrax.RESULTS.where(
             monitor.lost, COUPLING_LOST, diffrax.RESULTS.successful
         )
         new_state = CoupledState(z1, d1, monitor, count + 1)
-        error = self._error(ks["forward"], info["k1"])
+        if error is not None:
+            resyncs = self.resync_every is not None
+            allowed = allowed_difference(self.coupling_parameter, resyncs)
+            error = with_difference(error, d0, d1, allowed)
         return y1, error, info, new_state, result
 
     def _error(
@@ -260,6 +265,11 @@ class CoupledState(eqx.Module):
     def lost(self) -> Bool[Array, ""]:
         """Whether the copies have diverged."""
         return self.monitor.lost
+
+    @property
+    def limited(self) -> Bool[Array, ""]:
+        """Whether the coupling limited the size of the last step."""
+        return self.monitor.limited
 
 
 class CoupledReversal(AbstractInvertibleStep):

@@ -86,16 +86,16 @@ class AbstractRecordedAdjoint(diffrax.AbstractAdjoint):
     ) -> tuple[Any, dict[str, Any]]:
         """Runs Diffrax's loop and records it. Called by `diffrax.diffeqsolve`.
 
-        `init_state` and the state returned have a private class of Diffrax. `kwargs`
-        has the other arguments of Diffrax's loop: `event`, `t0`, `t1`, `dt0` and
-        `progress_meter`.
+        `init_state` and the state returned have a private class of Diffrax. Diffrax's
+        loop has other arguments in `kwargs`: times, `event` and `progress_meter`.
         """
         del passed_controller_state
         # `made_jump` is the literal `False` unless the user passed another value.
         first_jump = init_state.made_jump is not False
-        jumps = may_jump(stepsize_controller) or first_jump
         first = init_state.tprev, init_state.tnext, init_state.y
+        jumps = first_jump or may_jump(stepsize_controller)
         step = make_step(solver, terms, args, *first, jumps)
+        lax_loop = ft.partial(while_loop, kind="lax")
         run = ft.partial(
             solver_loop,
             solver=_StepSolver(solver, step),
@@ -107,14 +107,13 @@ class AbstractRecordedAdjoint(diffrax.AbstractAdjoint):
             max_steps=max_steps,
             # The inner loop writes the rows of `SaveAt(ts=...)`. It needs no reverse
             # mode, because `recorded_loop` has a rule for these rows.
-            inner_while_loop=ft.partial(while_loop, kind="lax"),
+            inner_while_loop=lax_loop,
             **kwargs,
         )
         if max_steps is None:
             # Without a bound there is no memory to record into.
-            unrecorded_loop = ft.partial(while_loop, kind="lax")
-            final_state, stats = run(outer_while_loop=unrecorded_loop)
-            return without_gradient(final_state), stats
+            final, stats = run(outer_while_loop=lax_loop)
+            return without_gradient(final), stats
         solve = make_solve(
             self,
             step,

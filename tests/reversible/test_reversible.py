@@ -421,6 +421,76 @@ def test_a_sound_solution_is_not_reported(field, y0, base):
     assert float(sol.stats["coupling_distance"]) < 0.1 * scale
 
 
+def _stiffening(t, u, args):
+    met = t * u[0] * u[1]
+    return jnp.stack([1.5 * u[0] - met, met - 3 * u[1]])
+
+
+def _end(field, solver, u0, t1, tol):
+    return nodegrad.odesolve(
+        field,
+        solver,
+        0.0,
+        t1,
+        None,
+        u0,
+        stepsize_controller=diffrax.PIDController(tol, tol),
+        max_steps=20_000,
+        throw=False,
+    )
+
+
+@pytest.mark.rows(test=2, ci=4)
+@pytest.mark.parametrize("tol", [1e-9, 1e-6])
+@pytest.mark.parametrize(
+    "base, kwargs, allowed",
+    [
+        (diffrax.Tsit5(), {}, 10),
+        (diffrax.Bosh3(), {}, 10),
+        (diffrax.Dopri5(), dict(resync_every=10), 30),
+        # It adds a tenth of the difference of the copies to the solution at every step.
+        (diffrax.Tsit5(), dict(coupling_parameter=0.9), 100),
+    ],
+    ids=str,
+)
+def test_adaptive_solves_are_right_or_lost(base, kwargs, allowed, tol):
+    # Errors in tolerances, at the end of a solve on which the coupling is unstable.
+    u0, t1 = jnp.ones(2), 10.0
+    truth = _end(_stiffening, diffrax.Dopri8(), u0, t1, 1e-12).ys
+    error = lambda sol: float(jnp.max(jnp.abs(sol.ys - truth) / (1 + truth))) / tol
+    plain = _end(_stiffening, base, u0, t1, tol)
+    sol = _end(_stiffening, nodegrad.Reversible(base, **kwargs), u0, t1, tol)
+    if sol.result == nodegrad.RESULTS.successful:
+        assert error(sol) < error(plain) + allowed
+        assert sol.stats["num_steps"] < 10 * plain.stats["num_steps"]
+    else:
+        assert not kwargs
+        assert sol.result == nodegrad.RESULTS.coupling_lost
+
+
+def test_adaptive_single_precision_does_not_end_with_copies_apart():
+    # The sine problem of torchdiffeq, backwards in time.
+    number = jnp.float32
+    sol = nodegrad.odesolve(
+        lambda t, y, args: 2 * y / t + t**4 * jnp.sin(2 * t) - t**2 + 4 * t**3,
+        nodegrad.Reversible(diffrax.Tsit5()),
+        number(8.0),
+        number(1.0),
+        None,
+        number(1000.0),
+        stepsize_controller=diffrax.PIDController(1e-6, 1e-6),
+        throw=False,
+    )
+    if sol.result == nodegrad.RESULTS.successful:
+        # y = (1000 / 64 - g(8) + g(t)) t^2, with g' = t^2 sin(2t) - 1 + 4t.
+        g = lambda t: (
+            2 * t**2 - t + 0.5 * t * np.sin(2 * t) + (0.25 - 0.5 * t**2) * np.cos(2 * t)
+        )
+        assert abs(float(sol.ys[0]) - (1000 / 64 - g(8.0) + g(1.0))) < 1e-2
+    else:
+        assert sol.result == nodegrad.RESULTS.coupling_lost
+
+
 def test_message_says_when_how_far_and_what_to_do():
     with pytest.raises(RuntimeError) as error:
         nodegrad.odesolve(
@@ -481,7 +551,9 @@ def test_error_estimate_is_that_of_the_base_solver():
     ):
         solver = nodegrad.Reversible(base)
         state = solver.init(term, 0.0, h, y0, None)
-        _, error, *_ = solver.step(term, 0.0, h, y0, None, state, False)
+        _, error, _, state, _ = solver.step(term, 0.0, h, y0, None, state, False)
+        # The difference is zero before the step, so all of it has grown in the step.
+        error = jnp.sign(error) * (jnp.abs(error) - jnp.abs(state.difference))
         state = base.init(term, 0.0, h, y0, None)
         _, expected, *_ = base.step(term, 0.0, h, y0, None, state, False)
         assert float(jnp.max(jnp.abs(error - expected))) < 1e-16
