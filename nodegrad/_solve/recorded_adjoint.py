@@ -81,18 +81,17 @@ class AbstractRecordedAdjoint(diffrax.AbstractAdjoint):
         max_steps: int | None,
         throw: bool,
         passed_solver_state: bool,
-        passed_controller_state: bool,
+        passed_controller_state: bool,  # noqa: ARG002
         **kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
         """Runs Diffrax's loop and records it. Called by `diffrax.diffeqsolve`.
 
         `init_state` and the state returned have a private class of Diffrax. Diffrax's
-        loop has other arguments in `kwargs`: times, `event` and `progress_meter`.
+        loop has more in `kwargs`: `t0`, `t1`, `dt0`, `event`, `progress_meter`.
         """
-        del passed_controller_state
-        # `made_jump` is the literal `False` unless the user passed another value.
-        first_jump = init_state.made_jump is not False
         first = init_state.tprev, init_state.tnext, init_state.y
+        # It is the literal `False` unless the user passed another value.
+        first_jump = init_state.made_jump is not False
         jumps = first_jump or may_jump(stepsize_controller)
         step = make_step(solver, terms, args, *first, jumps)
         lax_loop = ft.partial(while_loop, kind="lax")
@@ -112,8 +111,8 @@ class AbstractRecordedAdjoint(diffrax.AbstractAdjoint):
         )
         if max_steps is None:
             # Without a bound there is no memory to record into.
-            final, stats = run(outer_while_loop=lax_loop)
-            return without_gradient(final), stats
+            final_state, stats = run(outer_while_loop=lax_loop)
+            return without_gradient(final_state), stats
         solve = make_solve(
             self,
             step,
@@ -133,8 +132,8 @@ class AbstractRecordedAdjoint(diffrax.AbstractAdjoint):
             final_state = _with_diffrax_solver_state(step, saveat, final_state)
         solver_state = final_state.solver_state
         result = with_coupling_lost(final_state.result, solver_state)
-        more = _counted(solve, final_state) | coupling_stats(solver_state)
-        return replace(final_state, result=result), {**stats, **more}
+        stats = stats | _counted(solve, final_state) | coupling_stats(solver_state)
+        return replace(final_state, result=result), stats
 
 
 def make_solve(
