@@ -26,7 +26,7 @@ def size(tree: PyTree[Array]) -> Array:
     # Entries are divided by the largest one: the square of a large or small number may
     # overflow or underflow where the number does not.
     safe = jnp.where(top == 0, 1, top)
-    scaled = jax.tree.map(lambda x: x / safe.astype(_real(x)), tree)
+    scaled = jax.tree.map(lambda x: x / safe.astype(x.dtype), tree)
     count = max(1, sum(x.size for x in jax.tree.leaves(tree)))
     return top * jnp.sqrt(dot(scaled, scaled) / count)
 
@@ -44,7 +44,8 @@ def ratios(tree: PyTree[Array], scale: PyTree[Array]) -> PyTree[Array]:
     def ratio(x: Array, s: Array) -> Array:
         # 0 / 0, where all of the scale is zero, is 0.
         floor = _ROUNDING * jnp.finfo(s.dtype).eps * top
-        return jnp.where(x == 0, 0, x / jnp.maximum(s, floor.astype(s.dtype)))
+        divisor = jnp.maximum(s, floor.astype(s.dtype)).astype(x.dtype)
+        return jnp.where(x == 0, 0, x / divisor)
 
     return jax.tree.map(ratio, tree, scale)
 
@@ -76,8 +77,3 @@ def _reduced(
     return functools.reduce(
         combine, [x.astype(dtype) for x in leaves], jnp.zeros((), dtype)
     )
-
-
-def _real(x: Array) -> Any:
-    """Returns the dtype of the real part of `x`."""
-    return jnp.finfo(x.dtype).dtype

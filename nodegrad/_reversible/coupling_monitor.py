@@ -32,7 +32,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from .._internal.compat import ω
 from .._internal.norms import dot, magnitudes, ratios, relative_size, size
 
 
@@ -149,12 +148,14 @@ class CouplingMonitor(eqx.Module):
         if old.slope is not None:
             step = jax.tree.leaves(control)[0]
             # `h J D` is the difference of the slopes at `y0` and `z0`, times the step.
-            change = (old.slope**ω * step - k0**ω).ω
+            subtract = lambda slope, k: slope * step.astype(k.dtype) - k
+            change = jax.tree.map(subtract, old.slope, k0)
             rate, is_zero = _rate(ratios(d0, scale), ratios(change, scale), made_jump)
             gain = jnp.maximum(0, gain + math.log(coupling_parameter) - rate)
             gain = jnp.where(is_zero, 0, gain)
             # A control may be zero, as that of a path that stands still.
-            slope = jax.tree.map(lambda k: jnp.where(step == 0, 0, k / step), k1)
+            per_time = lambda k: jnp.where(step == 0, 0, k / step.astype(k.dtype))
+            slope = jax.tree.map(per_time, k1)
         apart, now = relative_size(d1, scale), relative_size(magnitudes(y0, y1), scale)
         level = jnp.maximum(now, _FORGETTING * old.level)
         base = jnp.zeros_like(apart) if error is None else relative_size(error, scale)
@@ -168,11 +169,10 @@ class CouplingMonitor(eqx.Module):
             small, smaller = apart <= _LARGE * now, apart <= _SIGNIFICANT
             sound = sound & ((gain <= _AMPLIFIED) | smaller | harmless)
             sound = sound & ((gain <= _AMPLIFIED_LESS) | small | harmless)
-        num_short, limited = old.num_short, jnp.array(False)
+        num_short, limited = old.num_short, (apart > base) & (error is not None)
         if error is not None:
-            limited = apart > base
-            is_rounding = apart <= _ROUNDING * jnp.finfo(apart.dtype).eps
-            is_short = (apart > _SHORT * base) & ~is_rounding
+            rounding = _ROUNDING * jnp.finfo(apart.dtype).eps
+            is_short = apart > jnp.maximum(_SHORT * base, rounding)
             num_short = num_short + is_short.astype(num_short.dtype)
             others = count + 1 - num_short
             sound = sound & (num_short <= _MANY + _TIMES * others)

@@ -123,7 +123,8 @@ def solution_of(
             ts_size=count + 1,
             infos=state.dense_infos,
             interpolation_cls=problem.solver.interpolation_cls,
-            direction=direction,
+            # Weakly typed: it multiplies derivatives, which may be complex.
+            direction=jnp.where(direction > 0, 1, -1),
             t0_if_trivial=problem.t0,
             y0_if_trivial=y0,
         )

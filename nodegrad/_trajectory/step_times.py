@@ -205,11 +205,11 @@ class UniformGrid(AbstractGrid):
         """Computes the end of step `index` as the controller does, to the last bit."""
         t0, t1 = self.anchors
         num_steps = jnp.asarray(self.num_steps)
-        # The state of the controller after `index` steps. Of its other arguments it
-        # reads none in a solve with a finite `t1`.
+        # The state of the controller after `index` steps. With a finite `t1` it reads
+        # no other argument: times stand for states.
         state = index.astype(num_steps.dtype), num_steps, t0, t1
         step = diffrax.ConstantStepSize().adapt_step_size
-        _, _, end, *_ = step(t0, t1, None, None, None, None, None, state)
+        _, _, end, *_ = step(t0, t1, t0, t0, None, None, 1, state)
         return jnp.where(index == 0, first_end, jnp.minimum(end, t1))
 
     def origin_of(self, index: _Int, logged: _Int | None) -> _Int:
@@ -324,8 +324,10 @@ def make_grid(
     if isinstance(controller, diffrax.StepTo):
         return PrescribedGrid(controller.ts)
     if isinstance(controller, diffrax.ConstantStepSize):
-        init = controller.init
-        _, (_, num_steps, *_) = init(None, t0, t1, None, dt0, None, None, None)  # pyright: ignore
+        # It reads the times alone. The other arguments only have the right types.
+        init, fn = controller.init, lambda *_: t0
+        term = diffrax.ODETerm(fn)
+        _, (_, num_steps, *_) = init(term, t0, t1, t0, dt0, None, fn, None)
         return UniformGrid(jnp.stack([t0, t1]), num_steps)
     # `t1` and the times of all clipping controllers around the innermost controller.
     anchors, ends = [t1[None]], [t1[None]]

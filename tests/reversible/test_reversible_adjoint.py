@@ -112,7 +112,7 @@ def test_gradient_is_that_of_the_recursion(door, solver):
 # Against Diffrax's default adjoint, on the same solver.
 
 
-@pytest.mark.rows(test=0, ci=3)
+@pytest.mark.rows(test=0, ci=2)
 @pytest.mark.parametrize(
     "door, solver, controller, saveat, backwards",
     [

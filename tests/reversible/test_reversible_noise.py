@@ -74,7 +74,7 @@ def _noises():
     return dict(additive=additive, general=general, diagonal=diagonal)
 
 
-@pytest.mark.rows(test=0, ci=2)
+@pytest.mark.rows(test=0, ci=1)
 @pytest.mark.parametrize(
     "solver, noise",
     [

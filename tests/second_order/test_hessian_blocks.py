@@ -639,7 +639,7 @@ def test_every_kind_of_solver_and_memory(name):
     assert relative_error(jnp.concatenate([upper, lower]), expected) < 1e-11
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_noise_is_as_good_as_a_vector_field():
     """Plain terms, and a batch by `vmap`."""
     noise = diffrax.VirtualBrownianTree(0.0, 1.0, 1e-3, (2,), jr.PRNGKey(0))

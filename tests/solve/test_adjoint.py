@@ -53,7 +53,7 @@ def test_matches_diffrax_backwards_in_time(controller):
     _check(diffrax.Tsit5(), controller, "all", tol, backwards=True)
 
 
-@pytest.mark.rows(test=0, ci=2)
+@pytest.mark.rows(test=0, ci=1)
 @pytest.mark.parametrize(
     "solver",
     [

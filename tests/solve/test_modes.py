@@ -55,7 +55,7 @@ def test_second_derivatives_are_exact(door):
     assert relative_error(hvp, expected @ v) < 1e-10
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_batches_of_derivatives_with_different_step_counts_are_exact():
     grads = jnp.stack([jax.grad(_frozen(p))(p) for p in POINTS])
     hessians = jnp.stack([jax.hessian(_frozen(p))(p) for p in POINTS])
