@@ -148,13 +148,13 @@ class CouplingMonitor(eqx.Module):
         if old.slope is not None:
             step = jax.tree.leaves(control)[0]
             # `h J D` is the difference of the slopes at `y0` and `z0`, times the step.
-            subtract = lambda slope, k: slope * step.astype(k.dtype) - k
+            subtract = lambda slope, k: slope * jnp.asarray(step, k.dtype) - k
             change = jax.tree.map(subtract, old.slope, k0)
             rate, is_zero = _rate(ratios(d0, scale), ratios(change, scale), made_jump)
             gain = jnp.maximum(0, gain + math.log(coupling_parameter) - rate)
             gain = jnp.where(is_zero, 0, gain)
             # A control may be zero, as that of a path that stands still.
-            per_time = lambda k: jnp.where(step == 0, 0, k / step.astype(k.dtype))
+            per_time = lambda k: jnp.where(step == 0, 0, k / jnp.asarray(step, k.dtype))
             slope = jax.tree.map(per_time, k1)
         apart, now = relative_size(d1, scale), relative_size(magnitudes(y0, y1), scale)
         level = jnp.maximum(now, _FORGETTING * old.level)
