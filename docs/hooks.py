@@ -51,15 +51,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, **kwargs: object) -> str:
     """Fills in measured numbers and tables, and links names to the reference."""
     del kwargs
-    # Most pages name no result, and one page has the tables.
+    # Most pages name no result.
     if "{{ " in markdown:
         results = benchmark_tables.load()
-        if "{{ tables }}" in markdown:
-            tables = benchmark_tables.tables(results)
-            markdown = markdown.replace("{{ tables }}", tables)
-        if "{{ error_rates }}" in markdown:
-            rates = benchmark_tables.error_rates()
-            markdown = markdown.replace("{{ error_rates }}", rates)
+        tables, rates = benchmark_tables.tables(results), benchmark_tables.error_rates()
+        markdown = markdown.replace("{{ tables }}", tables)
+        markdown = markdown.replace("{{ error_rates }}", rates)
         markdown = benchmark_tables.filled(markdown, results)
     return linked(markdown)
 

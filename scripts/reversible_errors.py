@@ -193,8 +193,10 @@ def measure() -> dict[str, dict[str, float]]:
             scaled = (outcome.y1 - truth) / (tol[:, None] * (1 + jnp.abs(truth)))
             return np.asarray(jnp.sqrt(jnp.mean(scaled**2, axis=1)))
 
+        bases = {type(solver.solver): solver.solver for solver in SOLVERS.values()}
+        of_base = {cls: solve(kind, bases[cls], *problems, tol) for cls in bases}
         for name, solver in SOLVERS.items():
-            base = solve(kind, solver.solver, *problems, tol)
+            base = of_base[type(solver.solver)]
             ours = solve(kind, solver, *problems, tol)
             beyond = error(ours) - error(base)
             ok = np.asarray(ours.successful)

@@ -81,7 +81,7 @@ class AbstractRecordedAdjoint(diffrax.AbstractAdjoint):
         max_steps: int | None,
         throw: bool,
         passed_solver_state: bool,
-        passed_controller_state: bool,  # noqa: ARG002
+        passed_controller_state: bool,
         **kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
         """Runs Diffrax's loop and records it. Called by `diffrax.diffeqsolve`.
@@ -89,6 +89,7 @@ class AbstractRecordedAdjoint(diffrax.AbstractAdjoint):
         `init_state` and the state returned have a private class of Diffrax. Diffrax's
         loop has more in `kwargs`: `t0`, `t1`, `dt0`, `event`, `progress_meter`.
         """
+        del passed_controller_state
         first = init_state.tprev, init_state.tnext, init_state.y
         # It is the literal `False` unless the user passed another value.
         first_jump = init_state.made_jump is not False
@@ -128,8 +129,7 @@ class AbstractRecordedAdjoint(diffrax.AbstractAdjoint):
             first_jump=first_jump,
         )
         final_state, stats = _run_recorded(run, solve)
-        if isinstance(step, RungeKuttaStep):
-            final_state = _with_diffrax_solver_state(step, saveat, final_state)
+        final_state = _with_diffrax_solver_state(step, saveat, final_state)
         solver_state = final_state.solver_state
         result = with_coupling_lost(final_state.result, solver_state)
         stats = stats | _counted(solve, final_state) | coupling_stats(solver_state)
@@ -265,13 +265,15 @@ def _started(step: AbstractStep, init_state: Any, passed_solver_state: bool) -> 
 
 
 def _with_diffrax_solver_state(
-    step: RungeKuttaStep, saveat: diffrax.SaveAt, final_state: Any
+    step: AbstractStep, saveat: diffrax.SaveAt, final_state: Any
 ) -> Any:
     """Returns the final state with a solver state as Diffrax's own solver has it.
 
     That is a pair for first-same-as-last methods: whether no step was made yet, and the
-    first stage of the next step. Other methods have `None`.
+    first stage of the next step. Other Runge-Kutta methods have `None`.
     """
+    if not isinstance(step, RungeKuttaStep):
+        return final_state
     solver_state = None
     if saveat.solver_state and step.tableau.fsal:
         # Evaluated again: `recorded_loop` returns the solver state as a constant, but

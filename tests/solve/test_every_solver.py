@@ -40,16 +40,18 @@ def _separable(levy_area: Any):
     return (q, p), (jnp.array([1.0, 0.5]), jnp.array([0.0, 0.2]))
 
 
+def _noisy(noise: Any, shape: tuple[int, ...], levy_area: type):
+    control = diffrax.ControlTerm(noise, _noise(shape, levy_area))
+    return diffrax.MultiTerm(diffrax.ODETerm(_linear), control), jnp.array([1.0, 0.5])
+
+
 def _additive(levy_area: type):
     noise = lambda t, y, a: a * jnp.array([[0.3, 0.1], [0.0, 0.2]])
-    control = diffrax.ControlTerm(noise, _noise((2,), levy_area))
-    return diffrax.MultiTerm(diffrax.ODETerm(_linear), control), jnp.array([1.0, 0.5])
+    return _noisy(noise, (2,), levy_area)
 
 
 def _commutative(levy_area: type):
-    noise = lambda t, y, a: 0.3 * a * jnp.cos(y)
-    control = diffrax.ControlTerm(noise, _noise((), levy_area))
-    return diffrax.MultiTerm(diffrax.ODETerm(_linear), control), jnp.array([1.0, 0.5])
+    return _noisy(lambda t, y, a: 0.3 * a * jnp.cos(y), (), levy_area)
 
 
 def _langevin(levy_area: type):
