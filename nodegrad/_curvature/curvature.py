@@ -11,12 +11,12 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 from jaxtyping import Array, Float, PyTree
 
 from .._layers.factors import KroneckerFactors
 from .._layers.layer_product import Statistics
 from .._layers.layers import Layer, layers_of, Leaves
+from .columns import columns_of
 from .instrumented_model import Instrumentation, instrumented, Probe, zero_probe
 
 
@@ -121,8 +121,9 @@ def value_grad_and_curvature(
     other than by calling their layer.
 
     **Cost:** the gradient, and per step two evaluations of the vector field with their
-    pullbacks. `moments` or `kind="ggn"`: one more backward pass for each draw. Memory:
-    the factors. Under `jax.vmap` around a solve, one copy of them for each sample (use
+    pullbacks, and a product of matrices for each factor. `moments` or `kind="ggn"`: one
+    more backward pass for each draw; if the Hessian of a loss is not diagonal in the
+    outputs, as that of a cross entropy, also its eigenvectors. Memory: the factors. Under `jax.vmap` around a solve, one copy of them for each sample (use
     `odesolve(..., batched=True)`), or with `reduction="reduce"` two vectors.
 
     **When not to use it:** in every iteration: curvature changes slowly, see
@@ -161,27 +162,24 @@ def value_grad_and_curvature(
         of_probes = tuple((key, probe.offset.dtype) for key, probe in probes.items())
         instrumentation = Instrumentation(reduction, samples, of_probes)
 
-        def outputs(diff__probes: tuple[PyTree, dict[str, Probe]]) -> tuple[Any, Any]:
-            diff, probes = diff__probes
+        def outputs(diff: PyTree, probes: dict[str, Probe]) -> tuple[Any, Any]:
             model = instrumented(eqx.combine(diff, static), probes, instrumentation)
             return run(model, *args) if has_aux else (run(model, *args), None)
 
+        out, push, aux = _linearized(outputs, diff, probes)
         if predict is None and not moments:
             # The columns are those of the gradient: one backward pass serves both.
-            losses, pull, aux = eqx.filter_vjp(outputs, (diff, probes), has_aux=True)
             # The sum of the losses, so that $g$ is the gradient of a sample's own loss.
-            ct = jnp.full_like(losses, samples if losses.ndim == 0 else 1)
-            ((summed, ct_probes),) = pull(ct)
+            losses, ct = out, jnp.full_like(out, samples if out.ndim == 0 else 1)
+            summed, ct_probes = jax.linear_transpose(push, diff, probes)(ct)
             drawn = None
         else:
-            # The gradient needs a backward pass without probes, and every column one
-            # with probes. `drawn` are the gradients of columns.
-            plain = lambda diff: outputs((diff, probes))
-            out, pull, aux = eqx.filter_vjp(plain, diff, has_aux=True)
+            # The gradient needs a backward pass without statistics, and every column
+            # one with them. `drawn` are the gradients of columns.
             of_outputs = None if predict is None else lambda out: loss(out, *args)
-            losses, ct, columns = _columns(of_outputs, out, num_draws, moments, key)
-            (summed,) = pull(ct)
-            _, pull, _ = eqx.filter_vjp(outputs, (diff, probes), has_aux=True)
+            losses, ct, columns = columns_of(of_outputs, out, num_draws, moments, key)
+            (summed,) = jax.linear_transpose(lambda d: push(d, probes), diff)(ct)
+            pull = jax.linear_transpose(push, diff, probes)
             drawn, ct_probes = _pull_columns(pull, columns)
         value = jnp.mean(losses)
         grads = jax.tree.map(lambda g: g / samples, summed)
@@ -189,6 +187,26 @@ def value_grad_and_curvature(
         return ((value, aux) if has_aux else value), grads, curvature
 
     return value_grad_and_curvature_fn
+
+
+def _linearized(
+    outputs: Callable[..., tuple[Any, Any]], diff: PyTree, probes: dict[str, Probe]
+) -> tuple[Array, Callable[..., Array], Any]:
+    """Returns the outputs, their linear map of `(diff, probes)`, and the auxiliary.
+
+    One forward pass serves all columns. Probes are zeros, so `push(d, probes)` is also
+    the linear map of `d` alone.
+    """
+    static_aux = []
+
+    def arrays(diff: PyTree, probes: dict[str, Probe]) -> tuple[Array, PyTree[Array]]:
+        out, aux = outputs(diff, probes)
+        aux, static = eqx.partition(aux, eqx.is_array)
+        static_aux.append(static)
+        return out, aux
+
+    out, push, aux = jax.linearize(arrays, diff, probes, has_aux=True)
+    return out, push, eqx.combine(aux, static_aux[0])
 
 
 def _chosen_layers(model: PyTree, layers: Callable[[str], bool] | None) -> list[Layer]:
@@ -267,94 +285,16 @@ def _num_samples(
     return shape[0]
 
 
-def _signs(key: Array | None, num: int, like: Array) -> Float[Array, "num ..."]:
-    """Returns `num` arrays of random signs in the shape of `like`."""
-    if key is None:
-        msg = (
-            "The curvature needs random draws: pass `key`, as in `fn(model, *args, "
-            "key=jax.random.PRNGKey(0))`."
-        )
-        raise ValueError(msg)
-    return jr.rademacher(key, (num, *like.shape), like.dtype)
-
-
-def _columns(
-    of_outputs: Callable[[Array], Array] | None,
-    out: Float[Array, "batch ..."],
-    num_draws: Any,
-    moments: bool,
-    key: Array | None,
-) -> tuple[Float[Array, " batch"], Float[Array, "batch ..."], Array]:
-    r"""Returns `(losses, gradient, columns)` for the outputs `out` of the model.
-
-    `gradient` is that of the sum of losses. `columns` are cotangents $y_{bk}$ to pull
-    back, of shape `(columns, batch, ...)`. $\sum_k y_{bk} y_{bk}^\top$ is the Hessian
-    $H_b$, exactly or in expectation.
-
-    `of_outputs` are the losses as a function of `out`, or `None` for the empirical
-    Fisher: then `out` are the losses, and the columns random signs.
-    """
-    if of_outputs is None:
-        columns = _signs(key, num_draws, out)
-        # Of n independent draws each has 1 / n of the sum of squares.
-        columns = columns / jnp.sqrt(len(columns)).astype(out.dtype)
-        return out, jnp.ones_like(out), columns
-    losses, pull = jax.vjp(of_outputs, out)
-    if losses.shape != (len(out),):
-        msg = (
-            "`loss(outputs, *args)` must return one loss for each sample, shape "
-            f"({len(out)},); got shape {losses.shape}."
-        )
-        raise ValueError(msg)
-    # (batch, size, size)
-    root = _hessian_root(of_outputs, out)
-    if num_draws == "exact":
-        columns = jnp.moveaxis(root, -1, 0)
-        if moments:
-            # One sign for each column and sample. Outer products do not change, and in
-            # the squares of `draws` the samples' cross terms vanish in expectation.
-            columns = columns * _signs(key, len(columns), columns[0, :, :1])
-    else:
-        columns = jnp.einsum("bij,kbj->kbi", root, _signs(key, num_draws, root[:, 0]))
-        columns = columns / jnp.sqrt(len(columns)).astype(root.dtype)
-    return losses, *pull(jnp.ones_like(losses)), columns.reshape(-1, *out.shape)
-
-
-def _hessian_root(
-    of_outputs: Callable[[Array], Array], out: Float[Array, "batch ..."]
-) -> Float[Array, "batch size size"]:
-    """Returns `R` with `R @ R.T` the Hessian of each loss in its `size` outputs.
-
-    Negative eigenvalues are replaced by (almost) zero.
-    """
-    gradient = jax.grad(lambda out: jnp.sum(of_outputs(out)))
-    batch, size = len(out), out[0].size
-    units = jnp.eye(size, dtype=out.dtype).reshape(size, 1, *out.shape[1:])
-
-    # Each loss depends on its own output only. So one tangent gives the same row of the
-    # Hessians of all samples.
-    def row(unit: Float[Array, "1 ..."]) -> Float[Array, "batch size"]:
-        tangent = jnp.broadcast_to(unit, out.shape)
-        return jax.jvp(gradient, (out,), (tangent,))[1].reshape(batch, size)
-
-    hessian = jnp.moveaxis(jax.vmap(row)(units), 0, 1)
-    values, vectors = jnp.linalg.eigh(hessian)
-    # Keep columns non-zero: a use whose cotangents are all zero is not counted (see
-    # `layer_product.py`).
-    least = jnp.finfo(values.dtype).tiny
-    return vectors * jnp.sqrt(jnp.maximum(values, least))[:, None, :]
-
-
 def _pull_columns(
-    pull: Callable[[Array], tuple[tuple[PyTree, dict[str, Probe]]]],
+    pull: Callable[[Array], tuple[PyTree, dict[str, Probe]]],
     columns: Float[Array, "columns batch ..."],
 ) -> tuple[PyTree, dict[str, Probe]]:
     """Returns stacked gradients, and statistics, of `columns`, one pass at a time."""
     num = len(columns)
     if num == 1:
-        ((drawn, ct_probes),) = pull(columns[0])
+        drawn, ct_probes = pull(columns[0])
         return jax.tree.map(lambda x: x[None], drawn), ct_probes
-    drawn, ct_probes = jax.lax.map(lambda ct: pull(ct)[0], columns)
+    drawn, ct_probes = jax.lax.map(pull, columns)
 
     def combined(probe: Probe) -> Probe:
         # All columns have the same inputs, which count once.

@@ -32,6 +32,7 @@ layer products with the same probes. In the latter $x$ and $g$ change places. Th
 of the bias is zero in both.
 """
 
+import functools as ft
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -155,34 +156,52 @@ class Use:
 
         `ct` is the cotangent of the result of `apply`, and has an axis for every level.
         """
-        fn = self._statistics
-        for size, _, x_, offset_, probes in reversed(self.levels):
+        fn = self._weight_and_rows
+        for size, _, x_, offset_, _ in reversed(self.levels):
             fn = _over(fn, size, (x_, True, offset_))
-            if not probes:
-                fn = _summed(fn)
-        return fn(x, ct, offset)
+        # (*sizes,), (*sizes, rows, d_in), (*sizes, rows, d_out)
+        weight, x, g = fn(x, ct, offset)
+        num_rows = x.shape[-2]
+        if self.reduction == "reduce":
+            # The rows share the weight: average x and sum g before the outer products.
+            x = jnp.mean(x, axis=-2, keepdims=True)
+            g = jnp.sum(g, axis=-2, keepdims=True)
+        # The levels that are summed become rows as well. So the sum of all outer
+        # products is one product of matrices, and not one for each sample.
+        weight = jnp.broadcast_to(weight[..., None, None], (*x.shape[:-1], 1))
+        weight, x, g = map(self._summed_levels_as_rows, (weight, x, g))
+        weighted_x, weighted_g = weight * x, weight * g
+        # Rows that were averaged still count, and enter into the sum of the inputs.
+        scale = num_rows if self.reduction == "reduce" else 1
+        return Statistics(
+            inputs=jnp.swapaxes(weighted_x, -1, -2) @ x,
+            outputs=jnp.swapaxes(weighted_g, -1, -2) @ g,
+            count=scale * jnp.sum(weight, axis=(-1, -2)),
+            x_sum=scale * jnp.sum(weighted_x, axis=-2),
+            g_sum=jnp.sum(weighted_g, axis=-2),
+        )
 
-    def _statistics(self, x: Array, ct: Array, offset: Array) -> Statistics[Array]:
-        """The statistics without levels."""
+    def _summed_levels_as_rows(
+        self, x: Float[Array, "*sizes rows d"]
+    ) -> Float[Array, "*kept all_rows d"]:
+        """`x` with the levels without probes merged into the axis of rows."""
+        kept = [i for i, level in enumerate(self.levels) if level.probes]
+        x = jnp.moveaxis(x, kept, range(len(kept)))
+        return x.reshape(*x.shape[: len(kept)], -1, x.shape[-1])
+
+    def _weight_and_rows(
+        self, x: Array, ct: Array, offset: Array
+    ) -> tuple[Array, Float[Array, "rows d_in"], Float[Array, "rows d_out"]]:
+        """The weight of a use without levels, and its rows, in the dtype of sums."""
         # Cotangents of zero are not a use, see above.
         is_used = jnp.any(ct != 0).astype(offset.dtype)
-        weight = jnp.where(offset == 0, is_used, offset - 1)
+        weight = jnp.where(offset == 0, is_used, offset - 1).astype(self.dtype)
         # Of W^T * x the argument is a cotangent of h, and `ct` belongs to the inputs.
         x, g = (ct, x) if self.transposed else (x, ct)
-        # (rows, d_in), (rows, d_out), in the dtype of sums.
         x, g = self._patches(x).astype(self.dtype), _rows(g).astype(self.dtype)
         if self.one is not None:
             x = jnp.concatenate([x, jnp.full_like(x[:, :1], self.one)], axis=1)
-        x_sum, g_sum = jnp.sum(x, axis=0), jnp.sum(g, axis=0)
-        if self.reduction == "reduce":
-            # The rows share the weight: average x and sum g before the outer products.
-            mean = x_sum / len(x)
-            inputs, outputs = jnp.outer(mean, mean), jnp.outer(g_sum, g_sum)
-        else:
-            inputs, outputs = x.T @ x, g.T @ g
-        count = jnp.asarray(len(x), self.dtype)
-        statistics = Statistics(inputs, outputs, count, x_sum, g_sum)
-        return jax.tree.map(lambda s: weight * s, statistics)
+        return weight, x, g
 
     def _patches(self, x: Array) -> Float[Array, "rows d_in"]:
         """The rows of `x`, without the input of the bias."""
@@ -216,20 +235,9 @@ def _rows(x: Array) -> Float[Array, "rows d"]:
 
 def _over(fn: Callable, size: int, mapped: tuple[bool, ...]) -> Callable:
     """`fn` under a `vmap` of `size`; results get an axis even if nothing is mapped."""
-    if any(mapped):
-        axes = tuple(0 if m else None for m in mapped)
-        return jax.vmap(fn, in_axes=axes, axis_size=size)
-
-    def repeated(*args: Array) -> Any:
-        repeat = lambda x: jnp.broadcast_to(x, (size, *x.shape))
-        return jax.tree.map(repeat, fn(*args))
-
-    return repeated
-
-
-def _summed(fn: Callable) -> Callable:
-    """`fn` with its results summed over their leading axis."""
-    return lambda *args: jax.tree.map(lambda x: jnp.sum(x, axis=0), fn(*args))
+    axes = (0, *(0 if m else None for m in mapped))
+    over = jax.vmap(lambda _, *args: fn(*args), in_axes=axes)
+    return lambda *args: over(jnp.zeros(size), *args)
 
 
 # `layer_product_p(weight, x, offset, *probes)` is the product. `zero_p(x, offset,
@@ -305,20 +313,20 @@ def _transpose(
     return [None, ct_x, None, *(None for _ in probes)]
 
 
-def _batch(args: Arrays, dims: Dims, *, use: Use) -> tuple[Array, int]:
-    size = _size(args, dims)
-    weight, x, offset, *probes = zip(args, dims, strict=True)
-    (weight, has_weight), (x, has_x) = _front([weight], size), _front([x], size)
-    offset, has_offset = _front([offset], size)
-    probes, has_probes = _front(probes, size)
+def _batch(
+    primitive: Primitive, args: Arrays, dims: Dims, *, use: Use, **params: Any
+) -> tuple[Array, int]:
+    size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
+    # `zero_p` has no weight.
+    num = len(Statistics._fields)
+    *weight, x, offset = zip(args[:-num], dims[:-num], strict=True)
+    probes = list(zip(args[-num:], dims[-num:], strict=True))
+    groups = [_front(group, size) for group in (weight, [x], [offset], probes)]
     # Rules for batching see the innermost `vmap` first, and this is the next one.
-    level = Level(size, has_weight, has_x, has_offset, has_probes)
+    level = Level(size, *(is_batched for _, is_batched in groups))
     use = replace(use, levels=(level, *use.levels))
-    return layer_product_p.bind(*weight, *x, *offset, *probes, use=use), 0
-
-
-def _size(args: Arrays, dims: Dims) -> int:
-    return next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
+    operands = [x for arrays, _ in groups for x in arrays]
+    return primitive.bind(*operands, use=use, **params), 0
 
 
 def _front(args__dims: Sequence[tuple], size: int) -> tuple[list[Array], bool]:
@@ -336,7 +344,7 @@ def _front(args__dims: Sequence[tuple], size: int) -> tuple[list[Array], bool]:
 
 ad.primitive_jvps[layer_product_p] = _jvp
 ad.primitive_transposes[layer_product_p] = _transpose
-batching.primitive_batchers[layer_product_p] = _batch
+batching.primitive_batchers[layer_product_p] = ft.partial(_batch, layer_product_p)
 mlir.register_lowering(
     layer_product_p, mlir.lower_fun(_layer_product, multiple_results=False)
 )
@@ -381,17 +389,7 @@ def _zero_transpose(
     return [None, None, *cts]
 
 
-def _zero_batch(args: Arrays, dims: Dims, *, use: Use, dtype: Any) -> tuple[Array, int]:
-    size = _size(args, dims)
-    x, offset, *probes = zip(args, dims, strict=True)
-    (x, has_x), (offset, has_offset) = _front([x], size), _front([offset], size)
-    probes, has_probes = _front(probes, size)
-    level = Level(size, False, has_x, has_offset, has_probes)
-    use = replace(use, levels=(level, *use.levels))
-    return zero_p.bind(*x, *offset, *probes, use=use, dtype=dtype), 0
-
-
 ad.primitive_jvps[zero_p] = _zero_jvp
 ad.primitive_transposes[zero_p] = _zero_transpose
-batching.primitive_batchers[zero_p] = _zero_batch
+batching.primitive_batchers[zero_p] = ft.partial(_batch, zero_p)
 mlir.register_lowering(zero_p, mlir.lower_fun(_zero, multiple_results=False))

@@ -704,6 +704,26 @@ def test_random_draws_converge_to_the_exact_factors_and_moments():
     assert relative_error(jnp.sum(drawn[""].draws ** 2, 0), moments) < 3e-2
 
 
+def test_one_draw_has_the_diagonal_of_a_weighted_sum_of_squares():
+    # The Hessian of each loss is `2 diag(weights)`: a random sign for each output
+    # leaves its diagonal as it is.
+    weights = jr.uniform(jr.PRNGKey(1), (len(X), 3), minval=0.5)
+    loss = lambda out, x, labels: jnp.sum(weights * (out - 1) ** 2, axis=1)
+    fn = value_grad_and_curvature(loss, predict=_predict, kind="ggn")
+    _, _, drawn = eqx.filter_jit(fn)(LINEAR, X, LABELS, key=jr.PRNGKey(0))
+    expected = jnp.sum(2 * weights, axis=0)
+    assert relative_error(jnp.diag(drawn[""].output_factor), expected) < 1e-12
+
+
+def test_factors_outside_of_a_solve_need_no_matrix_for_each_sample():
+    batch, width = 256, 32
+    model, x = eqx.nn.MLP(width, 1, width, 1, key=jr.PRNGKey(0)), jnp.ones((batch, 32))
+    fn = value_grad_and_curvature(lambda model, x: jax.vmap(model)(x)[:, 0] ** 2)
+    compiled = eqx.filter_jit(fn).lower(model, x).compile()
+    used = compiled.compiled.memory_analysis().temp_size_in_bytes
+    assert used < batch * width**2 * x.dtype.itemsize
+
+
 @pytest.mark.slow
 def test_random_signs_give_the_moments_of_samples():
     losses = lambda m, x, labels: _cross_entropy(_predict(m, x, labels), x, labels)
