@@ -123,7 +123,8 @@ def value_grad_and_curvature(
     **Cost:** the gradient, and per step two evaluations of the vector field with their
     pullbacks, and a product of matrices for each factor. `moments` or `kind="ggn"`: one
     more backward pass for each draw; if the Hessian of a loss is not diagonal in the
-    outputs, as that of a cross entropy, also its eigenvectors. Memory: the factors. Under `jax.vmap` around a solve, one copy of them for each sample (use
+    outputs, as that of a cross entropy, also its eigenvectors. Memory: the factors.
+    Under `jax.vmap` around a solve, one copy of them for each sample (use
     `odesolve(..., batched=True)`), or with `reduction="reduce"` two vectors.
 
     **When not to use it:** in every iteration: curvature changes slowly, see

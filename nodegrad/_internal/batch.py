@@ -169,11 +169,15 @@ class Batch(eqx.Module):
 
 def _filled(invalid: Bool[Array, "..."], tree: PyTree[Array]) -> PyTree[Array]:
     """Replaces the rows of arrays `(*invalid.shape, ...)` that are `invalid`."""
-    # The first valid solve, in the flattened batch.
-    donor = jnp.argmin(jnp.ravel(invalid))
+    # The first valid solve, in the flattened batch. Its row is read as a sum in which
+    # the other rows are zero: a batch over several devices then adds up one row, where
+    # an index would gather the batch on every device.
+    is_donor = jnp.arange(invalid.size) == jnp.argmin(jnp.ravel(invalid))
 
     def fill(x: Array) -> Array:
         flat = jnp.reshape(x, (invalid.size, *x.shape[invalid.ndim :]))
-        return where(invalid, jnp.broadcast_to(flat[donor], x.shape), x)
+        zeros = jnp.zeros_like(flat)
+        row = jnp.sum(where(is_donor, flat, zeros), axis=0, dtype=x.dtype)
+        return where(invalid, jnp.broadcast_to(row, x.shape), x)
 
     return jax.tree.map(fill, tree)

@@ -1,7 +1,8 @@
 """Imports the names of other libraries that are not public; no other file does.
 
-Checked on JAX 0.10.2 and 0.12.0, Equinox 0.13.8, Diffrax 0.7.2, Lineax 0.1.1. There is
-no public name that does the same as any of these.
+Checked on JAX 0.10.0, 0.10.2 and 0.12.0, Equinox 0.13.8, Diffrax 0.7.2, Lineax 0.1.1.
+There is no public name that does the same as any of these.
+`tests/test_private_names.py` says which of them have changed.
 
 JAX:
 

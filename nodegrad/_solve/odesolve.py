@@ -11,7 +11,7 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, PyTree, Real
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Real
 
 from .._internal.compat import while_loop
 from .._internal.results import RESULTS
@@ -57,9 +57,10 @@ def odesolve(
     r"""Solves $y'(t) = f(t, y(t), \mathrm{args})$, $y(t_0) = y_0$, from `t0` to `t1`.
 
     The arguments and the result are those of `diffrax.diffeqsolve`, and so are the
-    numbers (up to rounding, which can move adaptive steps slightly). The differences:
-    `odesolve` traces and compiles in a fraction of the time, distinguishes more kinds
-    of failure, counts vector field evaluations, and integrates batches.
+    numbers: up to rounding, which moves adaptive steps slightly, or on a rough control
+    enough to accept others. The differences: `odesolve` traces and compiles in a
+    fraction of the time, distinguishes more kinds of failure, counts vector field
+    evaluations, and integrates batches.
 
     **Example:**
 
@@ -210,8 +211,10 @@ def raised(sol: diffrax.Solution) -> diffrax.Solution:
     """
     failed = sol.result != RESULTS.successful
     if is_traced(failed):
-        # Inside of `jax.jit` the message cannot contain numbers.
-        return sol.result.error_if(sol, failed)
+        # Inside of `jax.jit` the message cannot contain numbers. `error_if` puts what
+        # it returns on one device: a scalar, on which the solution then depends.
+        missing = sol.result.error_if(jnp.array(False), failed)
+        return jax.tree.map(lambda x: _missing_where(missing, x), sol)
     if not failed.any():
         return sol
     # The index of the sample, as a tuple: empty for a single solve.
@@ -232,3 +235,12 @@ def raised(sol: diffrax.Solution) -> diffrax.Solution:
         "Pass `throw=False` to get the solution up to there, with its `result`."
     )
     raise eqx.EquinoxRuntimeError(msg)
+
+
+def _missing_where(missing: Bool[Array, ""], x: Any) -> Any:
+    """Returns `x`, or an array that nobody takes for it where a check has failed."""
+    if not eqx.is_array(x):
+        return x
+    if eqx.is_inexact_array(x):
+        return jnp.where(missing, jnp.full_like(x, jnp.nan), x)
+    return jnp.where(missing, ~x, x)

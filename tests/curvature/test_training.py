@@ -62,7 +62,7 @@ def test_both_steps_descend_and_are_compiled_once(kind):
     model = _model()
     state = optim.init(eqx.filter(model, eqx.is_inexact_array))
     values, counts = [], []
-    for i in range(16):
+    for i in range(24):
         run = steps.refresh if i % 5 == 0 else steps.step
         model, state, value = run(model, state, X, Y, key=jr.PRNGKey(i))
         values.append(float(value))
