@@ -11,6 +11,7 @@ released Diffrax, Equinox and Optax. There are three ways in:
   `value_grad_and_curvature` returns for the layers of a model.
 """
 
+from ._check.check_gradient import check_gradient as check_gradient
 from ._curvature.curvature import value_grad_and_curvature as value_grad_and_curvature
 from ._curvature.make_steps import make_steps as make_steps
 from ._curvature.products import (

@@ -11,6 +11,9 @@ JAX:
 - `eval_jaxpr`, `jaxprs_in_params`, `Jaxpr`, `ClosedJaxpr`, `Literal`, `Tracer`:
   converting closures, and searching a traced function.
 
+- `callback_logger`: prints the traceback of an error inside of a callback, also where
+  the error is caught; silenced where a failure is a result.
+
 Equinox:
 
 - `while_loop`: a loop whose buffers are written in place, also under `jax.vmap`.
@@ -39,6 +42,7 @@ Diffrax:
   argument. With it comes the layout of the loop's state (see `recorded_loop.py`).
 """
 
+import logging
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -86,6 +90,7 @@ __all__ = [
     "assert_term_compatible",
     "batching",
     "buffer_at_set",
+    "callback_logger",
     "default_floating_dtype",
     "eval_jaxpr",
     "is_sde",
@@ -101,6 +106,8 @@ __all__ = [
     "while_loop",
     "ω",
 ]
+
+callback_logger = logging.getLogger("jax._src.callback")
 
 
 def running_adjoints() -> Iterator[Any]:

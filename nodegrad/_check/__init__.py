@@ -1,0 +1,1 @@
+"""Checks the gradient of a user's own loss, and measures what it costs."""
