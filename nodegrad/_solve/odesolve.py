@@ -11,7 +11,7 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Real
+from jaxtyping import Array, ArrayLike, Float, PyTree, Real
 
 from .._internal.compat import while_loop
 from .._internal.results import RESULTS
@@ -214,7 +214,10 @@ def raised(sol: diffrax.Solution) -> diffrax.Solution:
         # Inside of `jax.jit` the message cannot contain numbers. `error_if` puts what
         # it returns on one device: a scalar, on which the solution then depends.
         missing = sol.result.error_if(jnp.array(False), failed)
-        return jax.tree.map(lambda x: _missing_where(missing, x), sol)
+        arrays, others = eqx.partition(sol, eqx.is_array)
+        # A branch, and not a selection, which would copy the solution.
+        arrays = jax.lax.cond(missing, _garbled, lambda x: x, arrays)
+        return eqx.combine(arrays, others)
     if not failed.any():
         return sol
     # The index of the sample, as a tuple: empty for a single solve.
@@ -237,10 +240,9 @@ def raised(sol: diffrax.Solution) -> diffrax.Solution:
     raise eqx.EquinoxRuntimeError(msg)
 
 
-def _missing_where(missing: Bool[Array, ""], x: Any) -> Any:
-    """Returns `x`, or an array that nobody takes for it where a check has failed."""
-    if not eqx.is_array(x):
-        return x
-    if eqx.is_inexact_array(x):
-        return jnp.where(missing, jnp.full_like(x, jnp.nan), x)
-    return jnp.where(missing, ~x, x)
+def _garbled(arrays: PyTree[Array]) -> PyTree[Array]:
+    """Returns arrays that nobody takes for the solution, where a check has failed."""
+    is_inexact = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
+    return jax.tree.map(
+        lambda x: jnp.full_like(x, jnp.nan) if is_inexact(x) else ~x, arrays
+    )
