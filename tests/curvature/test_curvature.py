@@ -269,7 +269,7 @@ def test_adaptive_steps_and_the_door_of_diffrax():
         assert relative_error(results[0][2][key][:2], factors[:2]) < 3e-2
 
 
-@pytest.mark.rows(test=0, ci=2)
+@pytest.mark.rows(test=0, ci=1)
 @pytest.mark.parametrize("is_cached", [False, True])
 @pytest.mark.parametrize("solver", [nodegrad.ALF(), diffrax.ReversibleHeun()], ids=str)
 def test_evaluations_before_the_first_step_do_not_count(solver, is_cached):
@@ -427,7 +427,7 @@ def test_layer_used_twice_sums_its_uses():
         assert relative_error(both[""][i], two["[0]"][i] + two["[1]"][i]) < 1e-12
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_transformations_inside_the_field_change_nothing():
     mlp = eqx.nn.MLP(SIZE, SIZE, WIDTH, 1, activation=jnp.tanh, key=jr.PRNGKey(0))
     y0 = jr.normal(jr.PRNGKey(2), (2, SIZE))
@@ -556,7 +556,7 @@ def test_convolution_matches_its_patches(inside, padding):
     assert relative_error(grads, jax.grad(mean)(eqx.filter(conv, eqx.is_array))) < 1e-12
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_recurrent_network_with_a_solve_between_observations():
     class Network(eqx.Module):
         cell: eqx.nn.GRUCell
@@ -621,7 +621,7 @@ def test_reductions_are_exact_where_nothing_changes_in_time():
     assert relative_error(steps * products["expand"], exact) < 1e-12
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_reduce_is_the_gauss_newton_matrix_of_an_integrator():
     # y' = W c_b(t): every sample's Jacobian is the integral of its c.
     layer = eqx.nn.Linear(2, SIZE, use_bias=False, key=jr.PRNGKey(0))

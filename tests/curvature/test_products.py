@@ -133,7 +133,7 @@ def test_taylor_remainders_have_slopes_two_and_three():
         assert np.all(abs(slopes - order) < 0.1 * (order - 1))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_third_derivatives_by_nesting_forward_mode():
     frozen = _frozen_outputs()
     third = jax.jacfwd(jax.hessian(lambda p: _loss_of(frozen(p))))(POINT)
@@ -221,7 +221,7 @@ def test_products_of_a_model_with_several_batched_solves():
     assert relative_error(again, product) < 1e-12
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_operators_serve_the_solvers_of_lineax():
     hessian = nodegrad.hessian_operator(_loss, POINT)
     assert lx.is_symmetric(hessian)
@@ -262,7 +262,7 @@ def test_adjoints_for_first_derivatives_only_are_refused(adjoint):
         jax.jit(lambda p: nodegrad.hvp(loss, p, V))(POINT)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_product_through_a_stochastic_runge_kutta_method():
     noise = diffrax.VirtualBrownianTree(
         0.0, 1.0, 1e-3, (2,), jr.PRNGKey(0), diffrax.SpaceTimeLevyArea

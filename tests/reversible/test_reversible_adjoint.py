@@ -177,7 +177,7 @@ def test_matches_diffrax_for_semi_implicit_euler():
         assert relative_error(ours, expected) < 1e-12
 
 
-@pytest.mark.rows(test=0, ci=2)
+@pytest.mark.rows(test=0, ci=1)
 @pytest.mark.parametrize("made_jump", [None, True])
 @pytest.mark.parametrize(
     "solver",
@@ -289,7 +289,7 @@ def test_nothing_happens_between_equal_times(solver):
     assert jnp.array_equal(gradient, 2 * y0)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_arrays_in_terms_and_closures_are_differentiated():
     field = Field(3, 8, jr.PRNGKey(0))
     y0 = jr.normal(jr.PRNGKey(1), (3,))
@@ -355,7 +355,7 @@ def _pendulum_loss(solve, solver, controller=None, **kwargs):
     return loss
 
 
-@pytest.mark.rows(test=0, ci=2)
+@pytest.mark.rows(test=0, ci=1)
 @pytest.mark.parametrize(
     "door, solver",
     [("native", COUPLED), ("diffrax", RESTARTED), ("native", LEAPFROG)],

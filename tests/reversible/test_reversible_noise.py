@@ -17,7 +17,7 @@ from ..problems import relative_error
 RCA = diffrax.RecursiveCheckpointAdjoint()
 
 
-@pytest.mark.rows(test=0, ci=2)
+@pytest.mark.rows(test=0, ci=1)
 @pytest.mark.parametrize(
     "door, solver, control",
     [
@@ -137,7 +137,7 @@ def test_refuses_base_solvers_of_another_calculus(base):
         nodegrad.odesolve(terms, nodegrad.ALF(), 0.0, 1.0, 0.1, jnp.array(1.0))
 
 
-@pytest.mark.rows(test=0, ci=2)
+@pytest.mark.rows(test=0, ci=1)
 @pytest.mark.parametrize(
     "diffusion, solution, order",
     [

@@ -222,7 +222,7 @@ def _gauss_newton(grid, tableau):
     return jacobian.T @ curvature @ jacobian
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_discrete_gauss_newton_drops_the_curvature_of_the_field_alone():
     solver = RK4
     grid = jnp.linspace(0.0, 1.0, 6)
@@ -464,7 +464,7 @@ def test_weight_decay_adds_its_multiple_of_the_identity(exact, blocks_of):
         assert jnp.max(jnp.abs(difference)) < 1e-12
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_blocks_along_the_solve_are_those_of_the_solves_from_there():
     """A solve from the state at a time `t`, over the same steps."""
     grid = jnp.linspace(0.0, 1.0, 9)
@@ -493,7 +493,7 @@ def test_blocks_along_the_solve_are_those_of_the_solves_from_there():
         assert relative_error(jax.tree.map(lambda x, i=i: x[i], along), rest) < 1e-12
 
 
-@pytest.mark.slow
+@pytest.mark.rows(test=0, ci=1)
 @pytest.mark.parametrize("t0, t1", [(0.0, 1.0), (1.0, 0.0)])
 def test_adaptive_steps_are_made_to_end_at_the_times_asked_for(t0, t1):
     ts = jnp.linspace(t0, t1, 4)
@@ -509,7 +509,7 @@ def test_adaptive_steps_are_made_to_end_at_the_times_asked_for(t0, t1):
     assert relative_error(discrete, continuous) < 1e-7
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_theorem1_goes_along_prescribed_steps():
     """The backward solve takes the times of `StepTo` in the reverse order."""
     kwargs = dict(exact=True, running_cost=running_cost)

@@ -42,7 +42,7 @@ def _frozen(point):
     return lambda p: jnp.sum(unrolled(solver, van_der_pol, grid, p[:2], p[2]))
 
 
-@pytest.mark.slow
+@pytest.mark.rows(test=0, ci=1)
 @pytest.mark.parametrize("door", DOORS)
 def test_second_derivatives_are_exact(door):
     loss, frozen, point = _loss(DOORS[door]), _frozen(POINTS[0]), POINTS[0]
@@ -70,7 +70,7 @@ def test_batches_of_derivatives_with_different_step_counts_are_exact():
         assert relative_error(vmap_hessian, hessians) < 1e-10
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_second_derivatives_with_re_swept_segments_are_exact():
     def loss(a, checkpoints):
         sol = nodegrad.odesolve(
