@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from .._internal.devices import on_each_device
 from .._layers.factors import KroneckerFactors
 from .._layers.layer_product import Statistics
 from .._layers.layers import Layer, layers_of, Leaves
@@ -187,7 +188,7 @@ def value_grad_and_curvature(
         curvature = _factors(found, ct_probes, drawn, samples, reduction, moments)
         return ((value, aux) if has_aux else value), grads, curvature
 
-    return value_grad_and_curvature_fn
+    return on_each_device(value_grad_and_curvature_fn)
 
 
 def _linearized(

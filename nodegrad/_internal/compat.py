@@ -8,6 +8,10 @@ JAX:
 
 - `ad`, `batching`, `mlir`, `Primitive`, `ShapedArray`: defining a primitive, with its
   rules for forward mode, transposition, `vmap` and lowering.
+- `checks_vma`, `varying_axes`, `with_varying_axes`, `NamedAxisEffect`: whether
+  `jax.shard_map` checks over which axes of the mesh arrays vary (and a context manager
+  to change it), these axes in the type of an array, and what collectives leave in a
+  traced function.
 - `eval_jaxpr`, `jaxprs_in_params`, `Jaxpr`, `ClosedJaxpr`, `Literal`, `Tracer`:
   converting closures, and searching a traced function.
 
@@ -47,6 +51,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from diffrax._heuristics import is_sde as is_sde, is_unsafe_sde as is_unsafe_sde
 from diffrax._integrate import (
     _assert_term_compatible as assert_term_compatible,
@@ -62,6 +67,8 @@ from equinox.internal import (
     while_loop as while_loop,
     ω as ω,
 )
+from jax._src.config import _check_vma as checks_vma
+from jax._src.core import NamedAxisEffect as NamedAxisEffect
 from jax.core import (
     eval_jaxpr as eval_jaxpr,
     ShapedArray as ShapedArray,
@@ -75,6 +82,7 @@ from jax.extend.core import (
     Primitive as Primitive,
 )
 from jax.interpreters import ad as ad, batching as batching, mlir as mlir
+from jax.sharding import NamedSharding, PartitionSpec
 from lineax.internal import default_floating_dtype as default_floating_dtype
 
 
@@ -82,6 +90,7 @@ __all__ = [
     "ClosedJaxpr",
     "Jaxpr",
     "Literal",
+    "NamedAxisEffect",
     "Primitive",
     "ShapedArray",
     "Tracer",
@@ -91,6 +100,7 @@ __all__ = [
     "batching",
     "buffer_at_set",
     "callback_logger",
+    "checks_vma",
     "default_floating_dtype",
     "eval_jaxpr",
     "is_sde",
@@ -103,11 +113,29 @@ __all__ = [
     "running_adjoints",
     "solver_loop",
     "use_stepsize_tol",
+    "varying_axes",
     "while_loop",
+    "with_varying_axes",
     "ω",
 ]
 
 callback_logger = logging.getLogger("jax._src.callback")
+
+
+def varying_axes(aval: ShapedArray) -> frozenset[str]:
+    """Returns the axes of the mesh that an array of this type varies over."""
+    return aval.manual_axis_type.varying
+
+
+def with_varying_axes(aval: ShapedArray, axes: tuple[str, ...]) -> ShapedArray:
+    """Returns the type of an array that varies over `axes`, and over no others."""
+    sharding = aval.sharding
+    if axes and sharding.mesh.empty:
+        # Results of primitives that do not know of meshes.
+        mesh, spec = jax.sharding.get_abstract_mesh(), [None] * len(aval.shape)
+        sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    manual = aval.manual_axis_type.update(varying=frozenset(axes))
+    return aval.update(sharding=sharding, manual_axis_type=manual)
 
 
 def running_adjoints() -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Elementwise arithmetic, rows and flattening of pytrees of arrays."""
+"""Pytrees of arrays: elementwise arithmetic, rows, flattening; dtypes of arrays."""
 
 from collections.abc import Callable
 from typing import Any
@@ -123,3 +123,14 @@ def flatten(
     # The empty vector is for a tree without inexact arrays.
     flat = [jnp.ravel(x).astype(dtype) for x in leaves]
     return jnp.concatenate([jnp.zeros(0, dtype), *flat]), unflatten
+
+
+def is_real(x: Any) -> bool:
+    """Whether `x` is an array of real numbers (or the shape of one)."""
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """The type to sum and factorise numbers of type `dtype` in."""
+    dtype = jnp.dtype(dtype)
+    return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .._internal.batch import Batch
 from .._internal.closure_convert import closure_convert, Pure
 from .._internal.compat import while_loop
+from .._internal.devices import hidden_axes, keep_on_devices
 from .._internal.tree import as_arrays, put
 from .._reversible.reconstruction import reconstruction_error
 from .._steps.step import SolverStep
@@ -114,6 +115,8 @@ def _differentiable(plan: Plan, pure_run: Pure) -> Callable[..., Any]:
     Written)`. The rule ignores the tangents of the loop constants: these arrays are
     also constants of the steps and saves, and have the same tangents in `others`.
     """
+    # The rule may be traced later, where the axes cannot be known.
+    axes = hidden_axes()
 
     @eqx.filter_custom_jvp
     def differentiable_run(
@@ -126,7 +129,7 @@ def _differentiable(plan: Plan, pure_run: Pure) -> Callable[..., Any]:
     def _rule(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
         loop_consts, init_state, others = primals
         _, t_init, t_others = tangents
-        final_state, written = differentiable_run(*primals)
+        final_state, written = keep_on_devices(differentiable_run(*primals), axes)
         inputs = with_first(plan.states, others, init_state)
         t_inputs = with_first(plan.states, t_others, t_init)
         trajectory = make_trajectory(plan.states, init_state, final_state, written)

@@ -36,6 +36,7 @@ from .._internal.compat import (
     Primitive,
     ShapedArray,
 )
+from .._internal.devices import without_collectives
 from .._trajectory.recording import Inputs, moving_times, Outputs, Plan, Recording
 from .._trajectory.trajectory import Trajectory
 from .gradient import pull_back
@@ -210,7 +211,7 @@ def _transpose(
     for i in reversed(others):
         sweep = jax.vmap(sweep, axis_size=levels[i].size)
     out = []
-    for position, ct in enumerate(sweep(*cts)):
+    for position, ct in enumerate(without_collectives(sweep)(*cts)):
         if ct is not None:
             flags = [level.tangents[position] for level in levels]
             # A tangent without an axis for a level was used by all of its elements:

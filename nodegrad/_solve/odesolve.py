@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PyTree, Real
 
 from .._internal.compat import while_loop
+from .._internal.devices import on_each_device
 from .._internal.results import RESULTS
 from .._internal.tree import is_traced
 from .._reverse.recorded_loop import recorded_loop
@@ -128,7 +129,8 @@ def odesolve(
     check_ts(saveat, t0, t1)
     if batched:
         check_batched(y0)
-    sol = _odesolve(
+    solve = on_each_device(_raised if throw else _odesolve)
+    return solve(
         terms,
         solver,
         t0,
@@ -143,8 +145,6 @@ def odesolve(
         throw,
         batched,
     )
-    # Outside of the jitted function, where the numbers for the message are known.
-    return raised(sol) if throw else sol
 
 
 @eqx.filter_jit
@@ -201,6 +201,12 @@ def _run(
         max_steps=problem.max_steps,
         buffers=loop_buffers,
     )
+
+
+def _raised(*args: Any) -> diffrax.Solution:
+    """Solves, and raises an error if the solve fails."""
+    # Outside of the jitted function, where the numbers for the message are known.
+    return raised(_odesolve(*args))
 
 
 def raised(sol: diffrax.Solution) -> diffrax.Solution:

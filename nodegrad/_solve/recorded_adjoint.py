@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, PyTree, Real
 
 from .._internal.closure_convert import as_struct, closure_convert
 from .._internal.compat import nondifferentiable_backward, solver_loop, while_loop
+from .._internal.devices import axes_of_devices, on_each_device
 from .._internal.results import coupling_stats, with_coupling_lost
 from .._layers.find_products import has_products
 from .._reverse.plan import Solve
@@ -32,6 +33,14 @@ from .._trajectory.step_times import (
     make_grid,
     may_jump,
     without_derivatives,
+)
+
+
+_THROWS = (
+    "Inside of `jax.shard_map(..., check_vma=True)`, pass `throw=False` to "
+    "`diffrax.diffeqsolve`, and look at the `result` of the solution: the check for "
+    "`throw=True` (`equinox.error_if`) has branches of different types there. Or use "
+    "`nodegrad.odesolve`, which can throw; or pass `check_vma=False`."
 )
 
 
@@ -69,7 +78,17 @@ class AbstractRecordedAdjoint(diffrax.AbstractAdjoint):
     def recorded_steps(self, max_steps: int) -> int:
         """Returns the number of accepted steps whose times can be stored."""
 
-    def loop(
+    def loop(self, *, throw: bool, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """Runs Diffrax's loop and records it. Called by `diffrax.diffeqsolve`.
+
+        **Raises:** `ValueError` for `throw=True` inside of `jax.shard_map`, where it
+        would fail in Equinox with a message about the types of branches.
+        """
+        if throw and axes_of_devices(kwargs):
+            raise ValueError(_THROWS)
+        return on_each_device(self._loop)(throw=throw, **kwargs)
+
+    def _loop(
         self,
         *,
         solver: diffrax.AbstractSolver,
@@ -84,7 +103,7 @@ class AbstractRecordedAdjoint(diffrax.AbstractAdjoint):
         passed_controller_state: bool,
         **kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        """Runs Diffrax's loop and records it. Called by `diffrax.diffeqsolve`.
+        """Runs Diffrax's loop and records it.
 
         `init_state` and the state returned have a private class of Diffrax. Diffrax's
         loop has more in `kwargs`: `t0`, `t1`, `dt0`, `event`, `progress_meter`.

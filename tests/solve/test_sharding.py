@@ -46,6 +46,7 @@ for loss in (lanes(nodegrad.odesolve), lanes(diffrax.diffeqsolve), batched):
     check(out, reference)
     assert not out[1].sharding.is_fully_replicated
 
+# Without the check of `shard_map`, the user sums the gradient of shared parameters.
 loss = lanes(nodegrad.odesolve)
 reference = jax.grad(loss, argnums=(0, 1))(w, ys)
 
@@ -58,6 +59,189 @@ def mapped(w, ys):
     return jax.lax.psum(grad_w, "b"), grad_ys
 
 check(jax.jit(mapped)(w, sharded), reference)
+print("all equal")
+"""
+
+# Every device solves one sample, with a rate of its own: steps differ in number.
+_MAPPED = """
+from jax.lax import psum
+
+w = jr.normal(jr.PRNGKey(0), (2, 2)) / 2
+ys = jr.normal(jr.PRNGKey(1), (8, 2))
+rates = jnp.linspace(0.1, 2.0, 8)
+at = w, ys, rates
+tangents = jr.normal(jr.PRNGKey(2), (2, 2)), ys / 3, rates / 5
+specs = P(), P("b"), P("b")
+field = lambda t, y, args: jnp.tanh(args[0] @ y) - args[1] * y
+pid = diffrax.PIDController(1e-5, 1e-7)
+ts = jnp.linspace(0.1, 3.0, 4)
+
+def mapped(fn, specs=specs, out_specs=P(), **kwargs):
+    return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=out_specs, **kwargs)
+
+def solution(w, ys, rates, *, door=nodegrad.odesolve, closure=False, dt0=None,
+             solver=diffrax.Tsit5(), adjoint=nodegrad.ACAAdjoint(), **kwargs):
+    args = w, rates[0]
+    # In a closure, the array that devices share and that of each must both be found.
+    of_closure = lambda t, y, _: field(t, y, args)
+    term = diffrax.ODETerm(of_closure if closure else field)
+    controller = pid if dt0 is None else diffrax.ConstantStepSize()
+    y0 = ys if kwargs.get("batched") else ys[0]
+    return door(
+        term, solver, 0.0, 3.0, dt0, y0, None if closure else args, adjoint=adjoint,
+        stepsize_controller=controller, max_steps=512, **kwargs,
+    )
+
+def squares(*at, **kwargs):
+    sol = solution(*at, **kwargs)
+    out = jax.vmap(sol.evaluate)(ts) if sol.ys is None else sol.ys
+    return jnp.sum(jnp.where(jnp.isfinite(out), out, 0) ** 2)
+
+def losses(**kwargs):
+    one = functools.partial(squares, **kwargs)
+    on_one_device = lambda w, ys, rates: jnp.sum(
+        jax.vmap(lambda y, rate: one(w, y[None], rate[None]))(ys, rates)
+    )
+    return one, on_one_device, mapped(lambda *at: psum(one(*at), "b"))
+
+def check(ours, reference, tol=1e-12):
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True)
+    for a, b in pairs:
+        assert jnp.max(jnp.abs(a - b)) < tol * jnp.max(jnp.abs(b)), (a, b)
+"""
+
+_DERIVATIVES = """
+number = lambda *at: solution(*at).stats["num_steps"][None]
+steps = jax.jit(mapped(number, out_specs=P("b")))(*at)
+assert len(set(steps.tolist())) > 4, steps
+
+gradient = lambda f: jax.value_and_grad(f, argnums=(0, 1, 2))
+first = lambda f: lambda *at: [gradient(f)(*at)]
+both = lambda f: lambda *at__v: jax.jvp(gradient(f), at__v[:3], at__v[3:])
+
+def inside(fn, *at):
+    pairs = fn(*at)
+    return [(psum(value, "b"), grads) for value, grads in pairs]
+
+for kwargs, derivatives, operands in (
+    # First and second derivatives.
+    (dict(closure=True), both, (*at, *tangents)),
+    (dict(door=diffrax.diffeqsolve, throw=False), first, at),
+):
+    one, on_one_device, on_all = losses(**kwargs)
+    reference = jax.jit(derivatives(on_one_device))(*operands)
+    # Those of the whole, and those of what each device does.
+    check(jax.jit(derivatives(on_all))(*operands), reference)
+    of_one = functools.partial(inside, derivatives(one))
+    of_all = mapped(
+        of_one, specs * (len(operands) // 3), [(P(), specs)] * len(reference)
+    )
+    check(jax.jit(of_all)(*operands), reference)
+print("all equal")
+"""
+
+_PROGRAM = """
+# No step is made twice, and the only collective is outside of all loops.
+for kwargs in (dict(), dict(door=diffrax.diffeqsolve, throw=False)):
+    one = functools.partial(squares, **kwargs)
+    unchecked = mapped(lambda *at: psum(jax.grad(one)(*at), "b"), check_vma=False)
+    checked = jax.grad(losses(**kwargs)[2])
+    texts = [jax.jit(f).lower(*at).as_text() for f in (unchecked, checked)]
+    loops = [text.count("stablehlo.while") for text in texts]
+    assert loops[0] == loops[1], loops
+    assert [text.count("stablehlo.all_reduce") for text in texts] == [1, 1]
+
+def refuses(fn, *words):
+    try:
+        jax.jit(fn).lower(*at)
+    except ValueError as error:
+        assert all(word in str(error) for word in words), error
+    else:
+        raise AssertionError(words)
+
+def total(field, args=True):
+    def one(w, ys, rates):
+        term = diffrax.ODETerm(field(rates))
+        of_args = (w, rates[0]) if args else None
+        return psum(jnp.sum(nodegrad.odesolve(
+            term, diffrax.Tsit5(), 0.0, 1.0, None, ys[0], of_args,
+            stepsize_controller=pid,
+        ).ys), "b")
+    return mapped(one)
+
+# Communication in a vector field, and in a custom derivative of it.
+refuses(total(lambda _: lambda t, y, args: field(t, psum(y, "b"), args)), "collective")
+index = lambda: 1.0 + jax.lax.axis_index("b")
+refuses(total(lambda _: lambda t, y, args: index() * field(t, y, args)), "collective")
+layer = jax.custom_vjp(lambda w, y: w @ y)
+layer.defvjp(
+    lambda w, y: (w @ y, (w, y)),
+    lambda res, ct: (psum(jnp.outer(ct, res[1]), "b"), res[0].T @ ct),
+)
+summed = total(lambda _: lambda t, y, args: layer(args[0], y))
+refuses(jax.grad(summed), "collective")
+# Closures that are not found, and what fails in Equinox.
+hidden = lambda rates: jax.jit(lambda t, y, args: -rates[0] * y)
+refuses(total(hidden, args=False), "closes over", "{V:b}")
+thrown = functools.partial(squares, door=diffrax.diffeqsolve)
+refuses(mapped(lambda *at: psum(thrown(*at), "b")), "throw=False")
+print("all equal")
+"""
+
+_VARIANTS = """
+SaveAt = diffrax.SaveAt
+reverses = nodegrad.ReversibleAdjoint()
+for kwargs in (
+    dict(dt0=0.1, saveat=SaveAt(ts=ts), adjoint=nodegrad.ACAAdjoint(4)),
+    dict(dt0=0.1, saveat=SaveAt(steps=True), adjoint=nodegrad.ACAAdjoint("all")),
+    dict(saveat=SaveAt(dense=True)),
+    dict(solver=nodegrad.Reversible(diffrax.Tsit5()), dt0=0.1, adjoint=reverses),
+    dict(solver=nodegrad.ALF(resync_every=5), dt0=0.05, adjoint=reverses),
+    dict(batched=True, closure=True),
+    dict(door=diffrax.diffeqsolve, throw=False, saveat=SaveAt(ts=ts), dt0=0.1),
+):
+    _, on_one_device, on_all = losses(**kwargs)
+    gradient = lambda f: jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))
+    check(gradient(on_all)(*at), gradient(on_one_device)(*at))
+print("all equal")
+"""
+
+_CHAINS = """
+import numpy as np, numpyro
+
+ts = jnp.linspace(0.2, 2.0, 8)
+data = 1.5 * jnp.exp(-0.7 * ts)
+closed_form = lambda p: p[0] * jnp.exp(-p[1] * ts)
+solved = lambda p: nodegrad.odesolve(
+    lambda t, y, rate: -rate * y, diffrax.Tsit5(), 0.0, 2.0, None, p[0], p[1],
+    stepsize_controller=diffrax.PIDController(1e-9, 1e-9),
+    # The first proposals of a chain can have very large rates.
+    adjoint=nodegrad.ACAAdjoint(max_recorded_steps=4096),
+    saveat=diffrax.SaveAt(ts=ts), throw=False,
+).ys
+
+def chain(decay, key):
+    def model():
+        normal = numpyro.distributions.Normal
+        p = numpyro.sample("p", normal(jnp.ones(2), 0.5).to_event(1))
+        numpyro.sample("data", normal(decay(p), 0.05), obs=data)
+
+    kernel = numpyro.infer.NUTS(model, max_tree_depth=4)
+    mcmc = numpyro.infer.MCMC(
+        kernel, num_warmup=40, num_samples=20, progress_bar=False
+    )
+    mcmc.run(key[0])
+    return mcmc.get_samples()["p"]
+
+keys = jr.split(jr.PRNGKey(0), 8)
+# NumPyro's own loops do not pass the check.
+chains = lambda decay: jax.jit(jax.shard_map(
+    functools.partial(chain, decay), mesh=mesh, in_specs=P("b"), out_specs=P("b"),
+    check_vma=False,
+))(keys)
+ours, reference = np.asarray(chains(solved)), np.asarray(chains(closed_form))
+assert ours.shape == (160, 2)
+assert np.max(np.abs(ours - reference)) < 1e-4, (ours, reference)
 print("all equal")
 """
 
@@ -88,7 +272,7 @@ def check(ours, reference):
 # Factors of devices add up to those of the batch.
 curvature = nodegrad.value_grad_and_curvature(loss)
 of_devices = functools.partial(
-    jax.shard_map, mesh=mesh, in_specs=(P(), P("b")), out_specs=P(), check_vma=False
+    jax.shard_map, mesh=mesh, in_specs=(P(), P("b")), out_specs=P()
 )(lambda params, xs: jax.lax.psum(
     curvature(eqx.combine(params, static), xs)[2], "b"
 ))
@@ -140,3 +324,24 @@ def test_sharded_gradients_equal_those_of_one_device():
 @pytest.mark.slow
 def test_sharded_training_with_curvature_equals_that_of_one_device():
     run_on_eight_devices(_TRAINING)
+
+
+@pytest.mark.slow
+def test_derivatives_in_shard_map_equal_those_of_one_device():
+    run_on_eight_devices(_MAPPED + _DERIVATIVES)
+
+
+@pytest.mark.slow
+def test_shard_map_repeats_no_step_and_refuses_what_would_deadlock():
+    run_on_eight_devices(_MAPPED + _PROGRAM)
+
+
+@pytest.mark.exhaustive
+def test_gradients_of_every_kind_of_solve_in_shard_map():
+    run_on_eight_devices(_MAPPED + _VARIANTS)
+
+
+@pytest.mark.exhaustive
+def test_nuts_in_shard_map_samples_as_with_the_closed_form():
+    pytest.importorskip("numpyro")
+    run_on_eight_devices(_CHAINS)
