@@ -36,7 +36,7 @@ class Probe(eqx.Module):
     """
 
     offset: Float[Array, "*stack"]
-    statistics: Statistics[Array]
+    statistics: Statistics
 
 
 class Instrumentation(eqx.Module):
