@@ -1,5 +1,6 @@
 """Elementwise arithmetic, rows and flattening of pytrees of arrays."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,19 @@ from .compat import Tracer
 def as_arrays(tree: PyTree) -> PyTree:
     """Turns every number and NumPy array of `tree` into a JAX array."""
     return jax.tree.map(lambda x: jnp.asarray(x) if eqx.is_array_like(x) else x, tree)
+
+
+def with_fields(module: Any, **new: Any) -> Any:
+    """Returns `module` with other fields, which may have other types.
+
+    `dataclasses.replace` calls the constructor, which refuses a tangent of `None` where
+    the annotations are checked at run time.
+    """
+    copy = object.__new__(type(module))
+    for field in dataclasses.fields(module):
+        value = new[field.name] if field.name in new else getattr(module, field.name)
+        object.__setattr__(copy, field.name, value)
+    return copy
 
 
 def add(left: PyTree, right: PyTree) -> PyTree:

@@ -13,7 +13,6 @@ The loop state has the fields that Diffrax's has: `y`, `tprev`, `tnext`, `made_j
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
@@ -24,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .._internal.batch import Batch
 from .._internal.closure_convert import closure_convert, Pure
 from .._internal.compat import while_loop
-from .._internal.tree import as_arrays, put
+from .._internal.tree import as_arrays, put, with_fields
 from .._reversible.reconstruction import reconstruction_error
 from .._steps.step import SolverStep
 from .._trajectory.recording import (
@@ -343,8 +342,8 @@ def _tangents_of(
         new["event_tprev"] = out.event_start
         new["event_tnext"] = out.event_end
         new["event_dense_info"] = out.event_info
-    log = replace(none_like(written.log), ends=out.ends, starts=out.starts)
-    return replace(constant, **new), Written(out.rows, log, None)
+    log = with_fields(none_like(written.log), ends=out.ends, starts=out.starts)
+    return with_fields(constant, **new), Written(out.rows, log, None)
 
 
 def _with_saved(constant: PyTree, saved: list[Saved]) -> PyTree:
@@ -358,7 +357,7 @@ def _with_saved(constant: PyTree, saved: list[Saved]) -> PyTree:
         if not is_save(state):
             return state
         new = next(rows)
-        return replace(state, ts=new.ts, ys=new.ys)
+        return with_fields(state, ts=new.ts, ys=new.ys)
 
     return jax.tree.map(with_rows, constant.save_state, is_leaf=is_save)
 
@@ -389,7 +388,7 @@ def _only_differentiable(
     for name in constant:
         if hasattr(final_state, name):
             new[name] = jax.lax.stop_gradient(getattr(final_state, name))
-    final_state = replace(final_state, **new)
+    final_state = with_fields(final_state, **new)
     # The loop writes nothing for these saves. Return their state from before the loop,
     # which may already hold a row at `t0`, with its derivative.
     idle = [save.ts is None and save.steps == 0 for save in solve.saves]

@@ -12,7 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, PyTree, Real
+from jaxtyping import Array, ArrayLike, Bool, Int, PyTree, Real
 
 from .._internal.compat import default_floating_dtype, use_stepsize_tol
 from .._internal.tree import is_traced
@@ -183,7 +183,7 @@ def _checked(x: Array, pred: Bool[Array, "..."], msg: str) -> Array:
 
 def forwards(
     sub: diffrax.SubSaveAt,
-    direction: Real[Array, ""],
+    direction: Int[Array, ""],
     t0: Real[Array, ""],
     t1: Real[Array, ""],
 ) -> diffrax.SubSaveAt:

@@ -82,7 +82,7 @@ class Problem(eqx.Module):
     - `max_steps`: a bound on the number of attempts, or `None`.
     """
 
-    direction: Real[Array, ""]
+    direction: Int[Array, ""]
     solver: diffrax.AbstractSolver
     t0: Real[Array, ""]
     t1: Real[Array, ""]

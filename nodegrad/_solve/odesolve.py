@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools as ft
 from collections.abc import Callable
-from typing import Any, Never
+from typing import Any, TYPE_CHECKING
 
 import diffrax
 import equinox as eqx
@@ -32,6 +32,13 @@ from .problem import make_problem, solution_of, solve_of
 from .recorded_adjoint import AbstractRecordedAdjoint, without_gradient
 
 
+if TYPE_CHECKING:
+    from typing import Never as Unsupported
+else:
+    # Type checkers that run with the program do not know arguments of type `Never`.
+    Unsupported = Any
+
+
 _SAVE_T1 = diffrax.SaveAt(t1=True)
 _CONSTANT = diffrax.ConstantStepSize()
 _ACA = ACAAdjoint()
@@ -52,7 +59,7 @@ def odesolve(
     max_steps: int | None = 4096,
     throw: bool = True,
     batched: bool = False,
-    **others: Never,
+    **others: Unsupported,
 ) -> diffrax.Solution:
     r"""Solves $y'(t) = f(t, y(t), \mathrm{args})$, $y(t_0) = y_0$, from `t0` to `t1`.
 

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, PyTree, Real
 from .._internal.closure_convert import as_struct, closure_convert
 from .._internal.compat import nondifferentiable_backward, solver_loop, while_loop
 from .._internal.results import coupling_stats, with_coupling_lost
+from .._internal.tree import with_fields
 from .._layers.find_products import has_products
 from .._reverse.plan import Solve
 from .._reverse.recorded_loop import recorded_loop
@@ -133,7 +134,7 @@ class AbstractRecordedAdjoint(diffrax.AbstractAdjoint):
         solver_state = final_state.solver_state
         result = with_coupling_lost(final_state.result, solver_state)
         stats = stats | _counted(solve, final_state) | coupling_stats(solver_state)
-        return replace(final_state, result=result), stats
+        return with_fields(final_state, result=result), stats
 
 
 def make_solve(
