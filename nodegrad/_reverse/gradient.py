@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree, Real
 
-from .._internal.tree import add, filled_like, where, zeros_like
+from .._internal.tree import add, filled_like, where, with_fields, zeros_like
 from .._trajectory.recording import Inputs, none_like, Outputs, Recording
 from .._trajectory.state_source import BackwardStep
 from .._trajectory.step_times import pull_back_times
@@ -199,7 +199,7 @@ class GradientVisitor(eqx.Module):
             # The first size is `first_end - first_start`.
             first_start, first_end = carry.start - carry.size, carry.size
             anchors = batch.total_over_batch(carry.anchors, axes.grid.anchors)
-            ct_grid = replace(ct_grid, anchors=anchors)
+            ct_grid = with_fields(ct_grid, anchors=anchors)
         ct_ts = [
             batch.total_over_batch(save.ts, a) if w else None
             for save, a, w in zip(carry.saves, axes.ts, wrt.ts, strict=True)

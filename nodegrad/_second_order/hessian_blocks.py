@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import diffrax
@@ -15,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree, Real
 
 from .._internal.compat import nondifferentiable, nondifferentiable_backward
-from .._internal.tree import flatten
+from .._internal.tree import flatten, with_fields
 from .._solve.adjoints import ACAAdjoint
 from .._solve.odesolve import raised
 from .._solve.recorded_adjoint import AbstractRecordedAdjoint
@@ -266,7 +265,7 @@ def _discrete_blocks(
         blocks = nondifferentiable(blocks, msg=_FROZEN)
     else:
         blocks = nondifferentiable_backward(blocks, msg=_FORWARD_ONLY)
-    return replace(sol, ys=blocks)
+    return with_fields(sol, ys=blocks)
 
 
 def _with_cost(field: Callable, running_cost: Callable) -> diffrax.ODETerm:

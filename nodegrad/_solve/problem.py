@@ -41,7 +41,7 @@ def make_problem(
     check_vector_field(terms, t0, y0, args)
     kwargs = solver.term_compatible_contr_kwargs
     assert_term_compatible(t0, y0, args, terms, solver.term_structure, kwargs)
-    # A weakly typed integer, as Diffrax's controllers and terms expect. Its product with
+    # A weakly typed integer, as Diffrax's controllers and terms expect: the product with
     # a time, or with a complex derivative, has the type of that.
     direction = jnp.where(t0 < t1, 1, -1)
     t0, t1 = t0 * direction, t1 * direction
