@@ -201,9 +201,7 @@ class NodeStatistics(eqx.Module):
         """
         consts, axes = recording.inputs.statistics[1], recording.axes.statistics[1]
 
-        def whole(
-            consts: list[Array], node: tuple, t1: Real[Array, ""]
-        ) -> PyTree[Array]:
+        def whole(consts: list[Any], node: tuple, t1: Real[Array, ""]) -> PyTree[Array]:
             t, y, (ct_y, ct_kept) = node
             if not jax.tree.leaves(ct_kept):
                 return ct_y

@@ -116,7 +116,7 @@ def _differentiable(plan: Plan, pure_run: Pure) -> Callable[..., Any]:
 
     @eqx.filter_custom_jvp
     def differentiable_run(
-        loop_consts: list[Array], init_state: PyTree, others: Inputs
+        loop_consts: list[Any], init_state: PyTree, others: Inputs
     ) -> tuple[PyTree, Written]:
         out = _arrays(pure_run(loop_consts, init_state))
         return _with_common_axes(out, _arrays((loop_consts, init_state, others)))
@@ -365,7 +365,7 @@ def _with_saved(constant: PyTree, saved: list[Saved]) -> PyTree:
 def _sum(left: PyTree, right: PyTree) -> PyTree:
     """Adds two tangents. Arrays may be `None`, which stands for zero."""
 
-    def add(x: Array | None, y: Array | None) -> Array | None:
+    def add(x: Any, y: Any) -> Any:
         return y if x is None else x if y is None else x + y
 
     return jax.tree.map(add, left, right, is_leaf=lambda x: x is None)

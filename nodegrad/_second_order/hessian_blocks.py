@@ -3,7 +3,7 @@
 # Annotations stay strings, so `help` shows them as they are written here.
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffrax
@@ -80,7 +80,7 @@ def hessian_blocks(
     terminal_cost: Callable[[PyTree], Array],
     running_cost: Callable[[Array, PyTree, PyTree], Array] | None = None,
     exact: bool = False,
-    ts: Real[ArrayLike, " times"] | None = None,
+    ts: Real[ArrayLike, " times"] | Sequence[float] | None = None,
     stepsize_controller: diffrax.AbstractStepSizeController = _CONSTANT,
     adjoint: AbstractRecordedAdjoint = _ACA,
     max_steps: int = 4096,

@@ -20,12 +20,12 @@ from .._reverse.recorded_loop import recorded_loop
 from .adjoints import ACAAdjoint
 from .arguments import (
     as_state,
+    as_terms,
     as_times,
     check_batched,
     check_no_others,
     check_supported,
     check_ts,
-    is_terms,
 )
 from .loop import loop_buffers, Problem, State
 from .problem import make_problem, solution_of, solve_of
@@ -126,9 +126,7 @@ def odesolve(
     """
     check_no_others(others)
     check_supported(adjoint, saveat)
-    if not is_terms(terms):
-        # A type checker does not know that `is_terms` distinguishes the two types.
-        terms = diffrax.ODETerm(terms)  # pyright: ignore[reportArgumentType]
+    terms = as_terms(terms)
     t0, t1, dt0 = as_times(t0, t1, dt0, saveat)
     y0 = jax.tree.map(ft.partial(as_state, t0.dtype), y0)
     check_ts(saveat, t0, t1)

@@ -16,9 +16,15 @@ from .._reverse.plan import Solve
 from .._steps.step import make_step
 from .._trajectory.output import write_final
 from .._trajectory.step_times import may_jump, without_derivatives
-from .arguments import check_vector_field, forwards, with_tolerances
+from .arguments import check_instance, check_vector_field, forwards, with_tolerances
 from .loop import nearly, Problem, State
-from .recorded_adjoint import AbstractRecordedAdjoint, make_solve, saves_of, subs_of
+from .recorded_adjoint import (
+    AbstractRecordedAdjoint,
+    check_max_steps,
+    make_solve,
+    saves_of,
+    subs_of,
+)
 
 
 def make_problem(
@@ -38,11 +44,15 @@ def make_problem(
     `t0`, `t1`, `dt0` and `saveat` are in the user's time, those of the problem are
     multiplied by its `direction`.
     """
+    check_instance("solver", solver, diffrax.AbstractSolver)
+    kind = diffrax.AbstractStepSizeController
+    check_instance("stepsize_controller", controller, kind)
+    check_max_steps(max_steps)
     check_vector_field(terms, t0, y0, args)
     kwargs = solver.term_compatible_contr_kwargs
     assert_term_compatible(t0, y0, args, terms, solver.term_structure, kwargs)
-    # A weakly typed integer, as Diffrax's controllers and terms expect: the product with
-    # a time, or with a complex derivative, has the type of that.
+    # A weakly typed integer, as Diffrax's controllers and terms expect. Its product
+    # with a time or a complex derivative has the type of that.
     direction = jnp.where(t0 < t1, 1, -1)
     t0, t1 = t0 * direction, t1 * direction
     dt0 = None if dt0 is None else dt0 * direction

@@ -58,7 +58,7 @@ class Checkpoints(eqx.Module):
         """Rows to allocate: the slots, then the segment if there is a second level."""
         return self.slots + (2**self.max_level if self.max_level > 0 else 0)
 
-    def level(self, step: Int[Array, ""]) -> Int[Array, ""]:
+    def level(self, step: Int[Array, "..."]) -> Int[Array, "..."]:
         """The smallest level at which step `0, ..., step` fit into the slots."""
         # At level `L` the slots hold the multiples of `2**L` below `slots * 2**L`.
         thresholds = [self.slots << level for level in range(self.max_level)]

@@ -1,5 +1,7 @@
 """Defines the record of the accepted steps that the forward pass makes."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -52,9 +54,10 @@ class StepLog(eqx.Module):
     - `origins`: what the sizes depend on, for an `AdaptiveGrid` (`step_times.py`).
     """
 
+    # `made_jumps` is an array, or a Python `False` in the log of a single step.
     ends: Real[Array, "..."] | None
     starts: Real[Array, "..."] | None
-    made_jumps: bool | Bool[Array, "..."] | None
+    made_jumps: Any
     origins: Int[Array, "..."] | None
 
 
