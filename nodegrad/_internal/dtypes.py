@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
@@ -10,6 +11,20 @@ from jaxtyping import Array, PyTree
 def is_real(x: Any) -> bool:
     """Whether `x` is an array of real numbers (or the shape of one)."""
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def check_numbers(integers: bool = False, **values: Any) -> None:
+    """Raises a `TypeError` for values that are not real scalars, or not `integers`.
+
+    Arrays count, also traced ones.
+    """
+    kinds = [jnp.integer] if integers else [jnp.integer, jnp.floating]
+    for name, x in values.items():
+        fits = eqx.is_array_like(x) and jnp.shape(x) == ()
+        if not fits or not any(jnp.issubdtype(jnp.result_type(x), k) for k in kinds):
+            expected = "an integer" if integers else "a real number"
+            msg = f"`{name}` must be {expected}; got {x!r}."
+            raise TypeError(msg)
 
 
 def check_unchanged(y0: PyTree[Array], y1: PyTree[Array]) -> None:

@@ -283,7 +283,7 @@ def _scaled(tree: PyTree[Array], size: Real[Array, ""]) -> PyTree[Array]:
 
 
 def make_statistics(
-    solve: Any, state: PyTree, step_consts: PyTree[Array], parts: dict[str, Part]
+    solve: Any, state: PyTree, step_consts: dict[str, list[Any]], parts: dict[str, Part]
 ) -> Any:
     """Returns `(constants, NodeStatistics)`, or `(None, None)` without layer products.
 

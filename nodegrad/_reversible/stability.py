@@ -60,7 +60,7 @@ def stability_polynomial(solver: diffrax.AbstractSolver) -> np.ndarray:
 
 def is_stable(
     solver: diffrax.AbstractSolver,
-    z: complex | Sequence[complex] | np.ndarray,
+    z: float | complex | Sequence[float | complex] | np.ndarray,
     coupling_parameter: float | None = None,
 ) -> np.ndarray:
     r"""Whether `solver` is stable on $y' = a y$ with steps of size $h$, for $z = h a$.

@@ -132,16 +132,10 @@ class AbstractRecordedAdjoint(diffrax.AbstractAdjoint):
             first_jump=first_jump,
         )
         final_state, stats = _run_recorded(run, solve)
-        # No comparison with a time of NaN is true, so such a solve makes no step.
-        is_known = kwargs["t0"] <= kwargs["t1"]
-        # Type checkers cannot know Equinox's enumerations.
-        results: Any = diffrax.RESULTS
-        result = results.where(is_known, final_state.result, results.nonfinite)
         final_state = _with_diffrax_solver_state(step, saveat, final_state)
-        solver_state = final_state.solver_state
-        result = with_coupling_lost(result, solver_state, stepsize_controller)
-        stats = stats | _counted(solve, final_state) | coupling_stats(solver_state)
-        return with_fields(final_state, result=result), stats
+        stats = stats | _counted(solve, final_state)
+        stats = stats | coupling_stats(final_state.solver_state)
+        return _with_result(solve, stepsize_controller, final_state), stats
 
 
 def make_solve(
@@ -209,6 +203,19 @@ def _run_recorded(
     if solve.check:
         stats = {**stats, "reconstruction_error": errors.pop()}
     return final_state, stats
+
+
+def _with_result(
+    solve: Solve, controller: diffrax.AbstractStepSizeController, final_state: Any
+) -> Any:
+    """Returns the final state with the reason why the solve ended."""
+    # Type checkers cannot know Equinox's enumerations.
+    results: Any = diffrax.RESULTS
+    # No comparison with NaN is true: Diffrax's loop makes no step, successfully.
+    is_known = solve.t0 <= solve.t1
+    result = results.where(is_known, final_state.result, results.nonfinite)
+    result = with_coupling_lost(result, final_state.solver_state, controller)
+    return with_fields(final_state, result=result)
 
 
 class _StepSolver(DelegatingSolver):

@@ -212,7 +212,7 @@ def write_dense(
     """
 
     # Row 0 of `ts` is `t0`, so the end of step `index` is row `index + 1`.
-    def set_row(buffer: Array, x: Array, row: Int[Array, ""]) -> Any:
+    def set_row(buffer: Any, x: Array, row: Int[Array, ""]) -> Any:
         return buffer_at_set(buffer, row, x, pred=accepted)
 
     infos = jax.tree.map(lambda x, buffer: set_row(buffer, x, index), info, infos)
