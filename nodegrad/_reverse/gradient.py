@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree, Real
 
+from .._internal.batch import Axes
 from .._internal.tree import add, filled_like, where, with_fields, zeros_like
 from .._trajectory.recording import Inputs, none_like, Outputs, Recording
 from .._trajectory.state_source import BackwardStep
@@ -166,9 +167,23 @@ class GradientVisitor(eqx.Module):
 
     def nan_where(self, failed: Bool[Array, "..."], carry: Carry) -> Carry:
         """Sets the cotangents of `failed` solves to NaN, and all sums with them."""
+        batch, axes = self.recording.batch, self.recording.axes
         nan = lambda x: x * jnp.nan if eqx.is_inexact_array(x) else x
         each = ft.partial(jax.tree.map, lambda x: where(failed, nan(x), x))
-        shared = ft.partial(jax.tree.map, lambda x: where(jnp.any(failed), nan(x), x))
+
+        def shared(cts: PyTree[Array], axes: PyTree[Axes]) -> PyTree[Array]:
+            # Only what a failed solve has a share in: samples may have parameters of
+            # their own.
+            return jax.tree.map(
+                lambda a, x: (
+                    x
+                    if x is None
+                    else where(batch.any_that_share(failed, a), nan(x), x)
+                ),
+                axes,
+                cts,
+            )
+
         return Carry(
             y=each(carry.y),
             replay_state=each(carry.replay_state),
@@ -178,14 +193,16 @@ class GradientVisitor(eqx.Module):
             saves=[
                 SaveCarry(
                     cursor=save.cursor,
-                    at_end=shared(save.at_end),
-                    inside=shared(save.inside),
+                    at_end=shared(save.at_end, consts[0]),
+                    inside=shared(save.inside, consts[1]),
                     ts=each(save.ts),
                 )
-                for save in carry.saves
+                for save, consts in zip(carry.saves, axes.save_constants, strict=True)
             ],
-            constants=shared(carry.constants),
-            statistics=shared(carry.statistics),
+            constants=shared(carry.constants, axes.constants),
+            statistics=jax.tree.map(
+                lambda x: where(jnp.any(failed), nan(x), x), carry.statistics
+            ),
         )
 
     def finish(self, carry: Carry) -> Inputs:
