@@ -172,6 +172,33 @@ def _false_abstract_names(tree: ast.Module) -> set[str]:
     return {name for name in found if re.match(r"_*Abstract[A-Z]", name)}
 
 
+# Of these, names alone are enough. `load` is NumPy's and needs `allow_pickle=False`.
+_PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+
+
+def _dangerous_calls(tree: ast.Module) -> set[str]:
+    """What could run code that comes with data: its evaluation, and pickles."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = {alias.name.partition(".")[0] for alias in node.names}
+            found |= names & _PICKLES
+        elif isinstance(node, ast.ImportFrom):
+            found |= {(node.module or "").partition(".")[0]} & _PICKLES
+        elif isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Name):
+                found |= {node.func.id} & {"eval", "exec"}
+            elif isinstance(node.func, ast.Attribute):
+                values = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+                owner = getattr(node.func.value, "id", None)
+                is_load = (owner, node.func.attr) in {("np", "load"), ("numpy", "load")}
+                if is_load and values.get("allow_pickle") is not False:
+                    found.add("load")
+                if values.get("allow_pickle"):
+                    found.add("allow_pickle")
+    return found
+
+
 MODULES = _modules(PACKAGE)
 TREES = _parsed(MODULES)
 # The package itself and its wings.
@@ -286,6 +313,17 @@ def test_versions_agree():
         version = tomllib.load(file)["project"]["version"]
     assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
     assert nodegrad.__version__ == version
+
+
+def test_nothing_evaluates_or_unpickles_data():
+    files = [*MODULES.values(), *sorted((ROOT / "scripts").rglob("*.py"))]
+    found = {
+        str(path): calls
+        for path in files
+        if (calls := _dangerous_calls(ast.parse(path.read_text())))
+    }
+    # A wheel has no scripts.
+    assert len(files) >= len(MODULES) and not found
 
 
 # The guards find what they are there for.
@@ -406,3 +444,26 @@ def test_false_abstract_names_are_seen():
     )
     found = _false_abstract_names(ast.parse(text))
     assert found == {"AbstractC", "AbstractD", "_AbstractE"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import pickle",
+        "import pickle as p",
+        "from pickle import loads",
+        "import joblib.externals",
+        "eval('1')",
+        "exec(compile('1', 'x', 'exec'))",
+        "np.load('x.npz')",
+        "numpy.load('x.npy', allow_pickle=True)",
+        "reader.load('x.npz', allow_pickle=True)",
+    ],
+)
+def test_dangerous_calls_are_seen(text):
+    assert _dangerous_calls(ast.parse(text))
+
+
+def test_harmless_calls_are_not_taken_for_dangerous_ones():
+    text = "np.load('x.npz', allow_pickle=False)\njson.load(f)\nmodel.eval()\nx.evaluate(t)"
+    assert not _dangerous_calls(ast.parse(text))

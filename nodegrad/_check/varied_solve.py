@@ -23,7 +23,7 @@ from .._internal.compat import is_sde
 from .._internal.results import promoted, RESULTS
 from .._reversible.invertible_step import make_invertible_step
 from .._solve.adjoints import ACAAdjoint, ReversibleAdjoint
-from .._solve.arguments import is_terms
+from .._solve.arguments import as_terms
 from .._solve.odesolve import odesolve
 from .._solve.recorded_adjoint import AbstractRecordedAdjoint, subs_of
 
@@ -208,8 +208,7 @@ def _run(door: Door, arguments: Arguments) -> diffrax.Solution:
         return door(**arguments)
     arguments = dict(arguments)
     batched, y0 = arguments.pop("batched"), arguments.pop("y0")
-    if not is_terms(arguments["terms"]):
-        arguments["terms"] = diffrax.ODETerm(arguments["terms"])
+    arguments["terms"] = as_terms(arguments["terms"])
     solve = lambda y0: diffrax.diffeqsolve(y0=y0, **arguments)
     return eqx.filter_vmap(solve)(y0) if batched else solve(y0)
 

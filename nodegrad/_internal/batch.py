@@ -95,6 +95,16 @@ class Batch(eqx.Module):
             tree,
         )
 
+    def any_that_share(
+        self, marked: Bool[Array, "..."], axes: Axes
+    ) -> Bool[Array, "..."]:
+        """Says for every part of an array whether a solve that shares it is `marked`.
+
+        `marked` has all batch axes, the result those of the array.
+        """
+        away = tuple(i for i, has in enumerate(axes.batched) if not has)
+        return jnp.any(marked, axis=away) if away else marked
+
     @property
     def all_axes(self) -> Axes:
         """The axes of an array that belongs to one solve: all."""

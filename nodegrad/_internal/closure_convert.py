@@ -19,7 +19,7 @@ def _is_dynamic(x: Any) -> bool:
 
 def closure_convert(
     fn: Callable[..., PyTree], *examples: PyTree
-) -> "tuple[list[Array], Pure]":
+) -> "tuple[list[Any], Pure]":
     """Splits `fn` into the arrays that it closes over and a function of those.
 
     A custom derivative rule must not close over traced values, and would lose the
@@ -66,7 +66,7 @@ class Pure:
         self._out_tree = out_tree
         self.static_out = static_out
 
-    def __call__(self, consts: list[Array], *args: PyTree) -> PyTree:
+    def __call__(self, consts: list[Any], *args: PyTree) -> PyTree:
         """Returns the result for these constants. `args` have the traced structure."""
         leaves = jax.tree.leaves(eqx.filter(args, eqx.is_array))
         out = eval_jaxpr(self.jaxpr, consts, *leaves)
@@ -77,7 +77,7 @@ class Pure:
     def evaluate(
         self,
         batch: Batch,
-        consts: list[Array],
+        consts: list[Any],
         axes: list[Axes],
         args: tuple[PyTree, ...],
     ) -> PyTree:
@@ -95,7 +95,7 @@ class Pure:
 def pullback(
     fn: Callable[..., PyTree],
     batch: Batch,
-    consts: list[Array],
+    consts: list[Any],
     axes: list[Axes],
     wrt: list[bool],
     args: tuple[PyTree, ...],

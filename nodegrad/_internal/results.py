@@ -32,7 +32,7 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "`stats['num_accepted_steps']` is its number; `ys` is finite up to that time. "
         "Other tolerances do not help: look for a division by zero, a logarithm or "
         "root of a negative number, a solution that blows up in finite time, or NaNs "
-        "in `y0` or `args`."
+        "in `y0`, in `args` or in a time."
     )
     step_too_small = (
         "The step size fell below the spacing of floating point numbers. The solution "
@@ -85,13 +85,16 @@ def coupling_stats(solver_state: Any) -> dict[str, Any]:
     return {"coupling_distance": jax.lax.stop_gradient(solver_state.distance)}
 
 
-def with_coupling_lost(result: Any, solver_state: Any) -> Any:
+def with_coupling_lost(
+    result: Any, solver_state: Any, controller: diffrax.AbstractStepSizeController
+) -> Any:
     """Replaces a failure in `result` by `coupling_lost` if that is its cause."""
     if not hasattr(solver_state, "lost"):
         return result
     result = promoted(result)
     failed = solver_state.lost & (result != RESULTS.successful)
-    if hasattr(solver_state, "limited"):
+    fixed_steps = isinstance(controller, diffrax.ConstantStepSize | diffrax.StepTo)
+    if hasattr(solver_state, "limited") and not fixed_steps:
         # The steps became too many or too small because the coupling limits their size.
         stuck = result == RESULTS.max_steps_reached
         stuck = stuck | (result == RESULTS.step_too_small)

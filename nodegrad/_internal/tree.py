@@ -1,5 +1,6 @@
-"""Pytrees of arrays: elementwise arithmetic, rows, flattening; dtypes of arrays."""
+"""Elementwise arithmetic, rows and flattening of pytrees of arrays."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,19 @@ from .compat import Tracer
 def as_arrays(tree: PyTree) -> PyTree:
     """Turns every number and NumPy array of `tree` into a JAX array."""
     return jax.tree.map(lambda x: jnp.asarray(x) if eqx.is_array_like(x) else x, tree)
+
+
+def with_fields(module: Any, **new: Any) -> Any:
+    """Returns `module` with other fields, which may have other types.
+
+    `dataclasses.replace` calls the constructor, which refuses a tangent of `None` where
+    the annotations are checked at run time.
+    """
+    copy = object.__new__(type(module))
+    for field in dataclasses.fields(module):
+        value = new[field.name] if field.name in new else getattr(module, field.name)
+        object.__setattr__(copy, field.name, value)
+    return copy
 
 
 def add(left: PyTree, right: PyTree) -> PyTree:
@@ -123,14 +137,3 @@ def flatten(
     # The empty vector is for a tree without inexact arrays.
     flat = [jnp.ravel(x).astype(dtype) for x in leaves]
     return jnp.concatenate([jnp.zeros(0, dtype), *flat]), unflatten
-
-
-def is_real(x: Any) -> bool:
-    """Whether `x` is an array of real numbers (or the shape of one)."""
-    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
-
-
-def at_least_float32(dtype: Any) -> Any:
-    """The type to sum and factorise numbers of type `dtype` in."""
-    dtype = jnp.dtype(dtype)
-    return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)

@@ -20,7 +20,7 @@ class Slots(NamedTuple):
     """The positions of a layer's probes in the list of constants of a function."""
 
     offset: int
-    statistics: Statistics[int]
+    statistics: Statistics
 
 
 # Primitives that may lie between a constant and its use as a probe, by name: `jax.vmap`

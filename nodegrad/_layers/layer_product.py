@@ -36,7 +36,7 @@ import functools as ft
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,6 @@ from jaxtyping import Array, Float
 from .._internal.compat import ad, batching, mlir, Primitive, ShapedArray
 
 
-T = TypeVar("T")
 # In the rules of the primitives. A tangent or a cotangent is an array or JAX's symbolic
 # zero, `ad.Zero`, and what a transpose is taken of is an `ad.UndefinedPrimal`: `Any`.
 Aval = ShapedArray
@@ -54,7 +53,7 @@ Arrays = Sequence[Array]
 Dims = Sequence[int | None]
 
 
-class Statistics(NamedTuple, Generic[T]):
+class Statistics(NamedTuple):
     r"""The statistics of a layer; also their probes, or the positions of these.
 
     - `inputs`: $\sum x x^\top$, of shape `(d_in, d_in)`.
@@ -66,11 +65,12 @@ class Statistics(NamedTuple, Generic[T]):
     `d_in` counts the input of the bias, which comes last.
     """
 
-    inputs: T
-    outputs: T
-    count: T
-    x_sum: T
-    g_sum: T
+    # Not generic: run-time type checkers cannot check a generic named tuple.
+    inputs: Any
+    outputs: Any
+    count: Any
+    x_sum: Any
+    g_sum: Any
 
 
 class Level(NamedTuple):
@@ -151,7 +151,7 @@ class Use:
         (out,) = jax.linear_transpose(forward, example)(x)
         return out
 
-    def statistics(self, x: Array, ct: Array, offset: Array) -> Statistics[Array]:
+    def statistics(self, x: Array, ct: Array, offset: Array) -> Statistics:
         """The statistics, summed over the levels for which the probes have no axis.
 
         `ct` is the cotangent of the result of `apply`, and has an axis for every level.
@@ -249,7 +249,7 @@ zero_p = Primitive("nodegrad_zero")
 
 
 def layer_product(
-    use: Use, weight: Array, x: Array, offset: Array, probes: Statistics[Array]
+    use: Use, weight: Array, x: Array, offset: Array, probes: Statistics
 ) -> Array:
     """The product of `weight` and `x`, with `probes` for its statistics."""
     return layer_product_p.bind(weight, x, offset, *probes, use=use)

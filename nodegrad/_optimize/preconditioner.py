@@ -190,6 +190,12 @@ def precondition_layers(
     gradients: list[Float[Array, "*stack d_out d_in"]],
 ) -> tuple[list[Float[Array, "*stack d_out d_in"]], dict[str, LayerState]]:
     """Returns the preconditioned, clipped steps of `layers` and their new states."""
+    if states and not layers:
+        msg = (
+            f"The updates have none of the layers {sorted(states)}, with which the "
+            "optimiser was initialised: pass trees of one structure to both."
+        )
+        raise ValueError(msg)
     states, steps = dict(states), []
     for layer, gradient in zip(layers, gradients, strict=True):
         step, states[layer.key] = precondition(rule, states[layer.key], gradient)

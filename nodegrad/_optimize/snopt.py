@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
+from .._internal.dtypes import check_numbers
 from .._layers.factors import KroneckerFactors
 from .._layers.layers import Layer, layers_of, Leaves
 from .preconditioner import (
@@ -299,6 +300,7 @@ def _rule(preset: str, damping_mode: str | None, **given: Any) -> Rule:
         msg = f"`preset` must be one of {sorted(_PRESETS)}; got {preset!r}."
         raise ValueError(msg)
     given = {name: value for name, value in given.items() if value is not None}
+    check_numbers(**{name: x for name, x in given.items() if name != "moment"})
     if damping_mode is not None:
         if damping_mode not in ("absolute", "relative"):
             msg = (

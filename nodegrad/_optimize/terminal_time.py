@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Real
 
-from .._internal.tree import at_least_float32, is_real
+from .._internal.dtypes import at_least_float32, check_numbers, is_real
 
 
 class TerminalTimeState(NamedTuple):
@@ -104,8 +104,8 @@ def terminal_time(
         3.4. (The published code divides by the size of the batch twice; its `penalty`
         times that size is the one here.)
     """
-    low, high = bounds
     _check_settings(bounds, penalty, update_every, decay)
+    low, high = bounds
 
     # States are `Any` for type checkers: Optax's type of states excludes named tuples.
     def init_fn(params: PyTree) -> Any:
@@ -163,6 +163,11 @@ def _check_settings(
     decay: Real[ArrayLike, ""],
 ) -> None:
     """Raises `ValueError` for wrong Python numbers; arrays may be traced, and pass."""
+    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
+        msg = f"`bounds` must be a pair (low, high); got {bounds!r}."
+        raise TypeError(msg)
+    check_numbers(penalty=penalty, decay=decay, low=bounds[0], high=bounds[1])
+    check_numbers(integers=True, update_every=update_every)
     numbers = [x for x in bounds if isinstance(x, int | float)]
     if len(numbers) == 2 and not 0 <= numbers[0] < numbers[1]:
         msg = f"`bounds` must be (low, high) with 0 <= low < high; got {bounds}."

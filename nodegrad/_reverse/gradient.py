@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree, Real
 
-from .._internal.tree import add, filled_like, where, zeros_like
+from .._internal.batch import Axes
+from .._internal.tree import add, filled_like, where, with_fields, zeros_like
 from .._trajectory.recording import Inputs, none_like, Outputs, Recording
 from .._trajectory.state_source import BackwardStep
 from .._trajectory.step_times import pull_back_times
@@ -166,9 +167,23 @@ class GradientVisitor(eqx.Module):
 
     def nan_where(self, failed: Bool[Array, "..."], carry: Carry) -> Carry:
         """Sets the cotangents of `failed` solves to NaN, and all sums with them."""
+        batch, axes = self.recording.batch, self.recording.axes
         nan = lambda x: x * jnp.nan if eqx.is_inexact_array(x) else x
         each = ft.partial(jax.tree.map, lambda x: where(failed, nan(x), x))
-        shared = ft.partial(jax.tree.map, lambda x: where(jnp.any(failed), nan(x), x))
+
+        def shared(cts: PyTree[Array], axes: PyTree[Axes]) -> PyTree[Array]:
+            # Only what a failed solve has a share in: samples may have parameters of
+            # their own.
+            return jax.tree.map(
+                lambda a, x: (
+                    x
+                    if x is None
+                    else where(batch.any_that_share(failed, a), nan(x), x)
+                ),
+                axes,
+                cts,
+            )
+
         return Carry(
             y=each(carry.y),
             replay_state=each(carry.replay_state),
@@ -178,14 +193,16 @@ class GradientVisitor(eqx.Module):
             saves=[
                 SaveCarry(
                     cursor=save.cursor,
-                    at_end=shared(save.at_end),
-                    inside=shared(save.inside),
+                    at_end=shared(save.at_end, consts[0]),
+                    inside=shared(save.inside, consts[1]),
                     ts=each(save.ts),
                 )
-                for save in carry.saves
+                for save, consts in zip(carry.saves, axes.save_constants, strict=True)
             ],
-            constants=shared(carry.constants),
-            statistics=shared(carry.statistics),
+            constants=shared(carry.constants, axes.constants),
+            statistics=jax.tree.map(
+                lambda x: where(jnp.any(failed), nan(x), x), carry.statistics
+            ),
         )
 
     def finish(self, carry: Carry) -> Inputs:
@@ -199,7 +216,7 @@ class GradientVisitor(eqx.Module):
             # The first size is `first_end - first_start`.
             first_start, first_end = carry.start - carry.size, carry.size
             anchors = batch.total_over_batch(carry.anchors, axes.grid.anchors)
-            ct_grid = replace(ct_grid, anchors=anchors)
+            ct_grid = with_fields(ct_grid, anchors=anchors)
         ct_ts = [
             batch.total_over_batch(save.ts, a) if w else None
             for save, a, w in zip(carry.saves, axes.ts, wrt.ts, strict=True)

@@ -65,7 +65,7 @@ class NodeStatistics(eqx.Module):
         wrt = replace(recording.wrt, constants=constants)
         return replace(recording, wrt=wrt), self if is_wanted else None
 
-    def _carried(self, statistics: Statistics[Any]) -> Statistics[Any]:
+    def _carried(self, statistics: Statistics) -> Statistics:
         """Returns those of `statistics` that the sweep carries; the others are `None`.
 
         The items are arrays, axes or positions.
@@ -76,7 +76,7 @@ class NodeStatistics(eqx.Module):
             return statistics._replace(inputs=None, outputs=None)
         return statistics._replace(x_sum=None, g_sum=None)
 
-    def initial(self, recording: Recording) -> list[Statistics[Array | None]]:
+    def initial(self, recording: Recording) -> list[Statistics]:
         """Returns zeros for the statistics of every layer, before the last step."""
         consts, _ = recording.inputs.statistics
         axes, _ = recording.axes.statistics
@@ -96,12 +96,12 @@ class NodeStatistics(eqx.Module):
     def visit(
         self,
         recording: Recording,
-        total: list[Statistics[Array | None]],
+        total: list[Statistics],
         step: BackwardStep,
         y1: PyTree,
         cts_start: PyTree,
         cts_end: PyTree,
-    ) -> list[Statistics[Array | None]]:
+    ) -> list[Statistics]:
         """Returns `total` plus the statistics of the two ends of a step.
 
         **Arguments:**
@@ -134,7 +134,7 @@ class NodeStatistics(eqx.Module):
         probe_axes = self._probe_axes(recording, axes)
 
         def field(
-            shared: tuple[list[Statistics[Array | None]], list[Array]],
+            shared: tuple[list[Statistics], list[Array]],
             weight: Float[Array, ""],
             start: Real[Array, ""],
             end: Real[Array, ""],
@@ -146,7 +146,7 @@ class NodeStatistics(eqx.Module):
             out = self.field(consts, start, end, t, y)
             return eqx.filter(out, eqx.is_inexact_array)
 
-        def all_nodes(probes: list[Statistics[Array | None]]) -> PyTree[Array]:
+        def all_nodes(probes: list[Statistics]) -> PyTree[Array]:
             shared, shared_axes = (probes, values), (probe_axes, axes)
             fn = recording.batch.map_shared(field, shared, shared_axes)
             return jax.vmap(fn, in_axes=(0, None, None, 0, 0))(weight, start, end, t, y)
@@ -155,9 +155,7 @@ class NodeStatistics(eqx.Module):
         (statistics,) = pull(ct_y)
         return add(total, statistics)
 
-    def _probe_axes(
-        self, recording: Recording, axes: list[Axes]
-    ) -> list[Statistics[Axes | None]]:
+    def _probe_axes(self, recording: Recording, axes: list[Axes]) -> list[Statistics]:
         """Returns the batch axes of the carried statistics of each layer."""
 
         def axes_of(slot: int) -> Axes:
@@ -171,7 +169,7 @@ class NodeStatistics(eqx.Module):
     def _consts(
         self,
         values: list[Array],
-        probes: list[Statistics[Array | None]],
+        probes: list[Statistics],
         weight: Float[Array, ""],
     ) -> list[Array]:
         """Returns the constants of `field`, with `probes` and `weight` put in."""
@@ -203,9 +201,7 @@ class NodeStatistics(eqx.Module):
         """
         consts, axes = recording.inputs.statistics[1], recording.axes.statistics[1]
 
-        def whole(
-            consts: list[Array], node: tuple, t1: Real[Array, ""]
-        ) -> PyTree[Array]:
+        def whole(consts: list[Any], node: tuple, t1: Real[Array, ""]) -> PyTree[Array]:
             t, y, (ct_y, ct_kept) = node
             if not jax.tree.leaves(ct_kept):
                 return ct_y
@@ -221,9 +217,7 @@ class NodeStatistics(eqx.Module):
         fn = recording.batch.map_shared(whole, consts, axes)
         return jax.vmap(fn, in_axes=(0, None))(nodes, t1)
 
-    def finish(
-        self, recording: Recording, total: list[Statistics[Array | None]]
-    ) -> Any:
+    def finish(self, recording: Recording, total: list[Statistics]) -> Any:
         """Returns the cotangents of the constants of `field` and of `replay_state`.
 
         Those of probes are the statistics `total`; all others are `None`.
@@ -249,7 +243,7 @@ class NodeStatistics(eqx.Module):
         return cts, [None] * len(replay_state_consts)
 
 
-def _products(sums: Statistics[Any]) -> Statistics[Any]:
+def _products(sums: Statistics) -> Statistics:
     """Returns the `inputs`, `outputs` and `count` of `reduction="reduce"`, from sums.
 
     They are the outer products of the mean input and of the summed gradient with
@@ -289,7 +283,7 @@ def _scaled(tree: PyTree[Array], size: Real[Array, ""]) -> PyTree[Array]:
 
 
 def make_statistics(
-    solve: Any, state: PyTree, step_consts: PyTree[Array], parts: dict[str, Part]
+    solve: Any, state: PyTree, step_consts: dict[str, list[Any]], parts: dict[str, Part]
 ) -> Any:
     """Returns `(constants, NodeStatistics)`, or `(None, None)` without layer products.
 

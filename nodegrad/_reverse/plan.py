@@ -129,7 +129,7 @@ def _closure_convert_save(
         return as_arrays(save.fn(t, interpolation.evaluate(t), args))
 
     # A function that does not exist has no constants.
-    no_function: tuple[list[Array], Pure | None] = [], None
+    no_function: tuple[list, Pure | None] = [], None
     at_end_consts, pure_at_end = (
         closure_convert(at_end, t, y) if save.steps else no_function
     )

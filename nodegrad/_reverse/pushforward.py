@@ -30,6 +30,8 @@ class _State(eqx.Module):
       have tangents, and are `None` where the solve has no such output.
     - `event`: start, end and dense information of the last step, or `None`.
     - `rows`, `ends`, `starts`: stored states and recorded times of steps.
+
+    Inside of the loop, the arrays with rows are its buffers: `Any`.
     """
 
     index: Int[Array, ""]
@@ -38,12 +40,12 @@ class _State(eqx.Module):
     previous_end: Real[Array, ""]
     previous_size: Real[Array, ""]
     saved: list[SaveState]
-    dense_ts: PyTree[Real[Array, " steps+1"]]
+    dense_ts: Any
     dense_infos: PyTree[Array]
     event: tuple[Array, Array, PyTree] | None
     rows: PyTree[Array]
-    ends: Real[Array, " recorded_steps"] | None
-    starts: Real[Array, " recorded_steps"] | None
+    ends: Any
+    starts: Any
 
 
 def push_forward(

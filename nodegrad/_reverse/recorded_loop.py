@@ -13,7 +13,6 @@ The loop state has the fields that Diffrax's has: `y`, `tprev`, `tnext`, `made_j
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
@@ -25,7 +24,7 @@ from .._internal.batch import Batch
 from .._internal.closure_convert import closure_convert, Pure
 from .._internal.compat import while_loop
 from .._internal.devices import hidden_axes, keep_on_devices
-from .._internal.tree import as_arrays, put
+from .._internal.tree import as_arrays, put, with_fields
 from .._reversible.reconstruction import reconstruction_error
 from .._steps.step import SolverStep
 from .._trajectory.recording import (
@@ -120,7 +119,7 @@ def _differentiable(plan: Plan, pure_run: Pure) -> Callable[..., Any]:
 
     @eqx.filter_custom_jvp
     def differentiable_run(
-        loop_consts: list[Array], init_state: PyTree, others: Inputs
+        loop_consts: list[Any], init_state: PyTree, others: Inputs
     ) -> tuple[PyTree, Written]:
         out = _arrays(pure_run(loop_consts, init_state))
         return _with_common_axes(out, _arrays((loop_consts, init_state, others)))
@@ -346,8 +345,8 @@ def _tangents_of(
         new["event_tprev"] = out.event_start
         new["event_tnext"] = out.event_end
         new["event_dense_info"] = out.event_info
-    log = replace(none_like(written.log), ends=out.ends, starts=out.starts)
-    return replace(constant, **new), Written(out.rows, log, None)
+    log = with_fields(none_like(written.log), ends=out.ends, starts=out.starts)
+    return with_fields(constant, **new), Written(out.rows, log, None)
 
 
 def _with_saved(constant: PyTree, saved: list[Saved]) -> PyTree:
@@ -361,7 +360,7 @@ def _with_saved(constant: PyTree, saved: list[Saved]) -> PyTree:
         if not is_save(state):
             return state
         new = next(rows)
-        return replace(state, ts=new.ts, ys=new.ys)
+        return with_fields(state, ts=new.ts, ys=new.ys)
 
     return jax.tree.map(with_rows, constant.save_state, is_leaf=is_save)
 
@@ -369,7 +368,7 @@ def _with_saved(constant: PyTree, saved: list[Saved]) -> PyTree:
 def _sum(left: PyTree, right: PyTree) -> PyTree:
     """Adds two tangents. Arrays may be `None`, which stands for zero."""
 
-    def add(x: Array | None, y: Array | None) -> Array | None:
+    def add(x: Any, y: Any) -> Any:
         return y if x is None else x if y is None else x + y
 
     return jax.tree.map(add, left, right, is_leaf=lambda x: x is None)
@@ -392,7 +391,7 @@ def _only_differentiable(
     for name in constant:
         if hasattr(final_state, name):
             new[name] = jax.lax.stop_gradient(getattr(final_state, name))
-    final_state = replace(final_state, **new)
+    final_state = with_fields(final_state, **new)
     # The loop writes nothing for these saves. Return their state from before the loop,
     # which may already hold a row at `t0`, with its derivative.
     idle = [save.ts is None and save.steps == 0 for save in solve.saves]

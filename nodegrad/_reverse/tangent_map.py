@@ -332,7 +332,7 @@ def _jvp(
 
 
 def _batch(
-    operands: Sequence[Array],
+    operands: Sequence[Any],
     dims: Sequence[int | None],
     *,
     static: _Static,
@@ -356,7 +356,7 @@ def _batch(
         tangents=tuple(is_batched[num_primals:]),
     )
 
-    def in_front(i: int, x: Array, d: int | None) -> Array:
+    def in_front(i: int, x: Any, d: int | None) -> Any:
         if d is not None:
             return jnp.moveaxis(x, d, 0)
         # All `own` operands have the axis; `shared` ones and tangents need no copies.

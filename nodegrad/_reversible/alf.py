@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._internal.compat import is_sde, ω
-from .._internal.norms import magnitudes, relative_size, size
 from .._internal.results import COUPLING_LOST
 from .._trajectory.state_source import Evaluate
 from .coupling_monitor import FIRST_STEPS
@@ -23,6 +22,7 @@ from .invertible_step import (
     Resync,
     Time,
 )
+from .norms import magnitudes, relative_size, size
 
 
 # The coupling is lost if the vector field in the middle of a step differs from the

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree, Real
 
-from .._internal.norms import magnitudes, relative_size, size
 from .._internal.tree import take, where, zeros_like
 from .._trajectory.linearized_calls import LinearizedCalls
 from .._trajectory.state_source import (
@@ -30,6 +29,7 @@ from .._trajectory.state_source import (
 )
 from .._trajectory.step_times import AbstractGrid, StepTimes
 from .invertible_step import AbstractInvertibleStep, is_regular_resync, Resync
+from .norms import magnitudes, relative_size, size
 
 
 # A gradient is refused if a reconstructed state differs from a stored one by more than

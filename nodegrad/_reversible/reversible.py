@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from .._internal.compat import is_sde, WrapTerm, ω
 from .._internal.results import COUPLING_LOST
@@ -356,5 +356,5 @@ class CoupledReversal(AbstractInvertibleStep):
         return (z0**ω + d0**ω).ω, (z0, d0)
 
 
-def _negative(tree: PyTree[Array]) -> PyTree[Array]:
+def _negative(tree: PyTree[ArrayLike]) -> PyTree[Array]:
     return jax.tree.map(jnp.negative, tree)

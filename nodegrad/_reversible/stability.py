@@ -1,8 +1,10 @@
 """Linear stability of solvers, in closed form."""
 
+from collections.abc import Sequence
+
 import diffrax
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from .._steps.tableau import explicit_tableau
 from .alf import ALF
@@ -58,7 +60,7 @@ def stability_polynomial(solver: diffrax.AbstractSolver) -> np.ndarray:
 
 def is_stable(
     solver: diffrax.AbstractSolver,
-    z: ArrayLike,
+    z: float | complex | Sequence[float | complex] | np.ndarray,
     coupling_parameter: float | None = None,
 ) -> np.ndarray:
     r"""Whether `solver` is stable on $y' = a y$ with steps of size $h$, for $z = h a$.

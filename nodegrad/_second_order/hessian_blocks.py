@@ -3,8 +3,7 @@
 # Annotations stay strings, so `help` shows them as they are written here.
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffrax
@@ -15,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree, Real
 
 from .._internal.compat import nondifferentiable, nondifferentiable_backward
-from .._internal.tree import flatten
+from .._internal.tree import flatten, with_fields
 from .._solve.adjoints import ACAAdjoint
 from .._solve.odesolve import raised
 from .._solve.recorded_adjoint import AbstractRecordedAdjoint
@@ -81,7 +80,7 @@ def hessian_blocks(
     terminal_cost: Callable[[PyTree], Array],
     running_cost: Callable[[Array, PyTree, PyTree], Array] | None = None,
     exact: bool = False,
-    ts: Real[ArrayLike, " times"] | None = None,
+    ts: Real[ArrayLike, " times"] | Sequence[float] | None = None,
     stepsize_controller: diffrax.AbstractStepSizeController = _CONSTANT,
     adjoint: AbstractRecordedAdjoint = _ACA,
     max_steps: int = 4096,
@@ -266,7 +265,7 @@ def _discrete_blocks(
         blocks = nondifferentiable(blocks, msg=_FROZEN)
     else:
         blocks = nondifferentiable_backward(blocks, msg=_FORWARD_ONLY)
-    return replace(sol, ys=blocks)
+    return with_fields(sol, ys=blocks)
 
 
 def _with_cost(field: Callable, running_cost: Callable) -> diffrax.ODETerm:

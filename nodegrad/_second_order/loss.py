@@ -14,7 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
-from .._solve.arguments import as_state, as_times, check_supported, check_ts, is_terms
+from .._solve.arguments import (
+    as_state,
+    as_terms,
+    as_times,
+    check_supported,
+    check_ts,
+)
 
 
 class Loss(NamedTuple):
@@ -82,8 +88,7 @@ def checked_loss(
             "allocate memory for them: pass `max_steps=...`."
         )
         raise ValueError(msg)
-    if not is_terms(terms):
-        terms = diffrax.ODETerm(terms)
+    terms = as_terms(terms)
     t0, t1, dt0 = as_times(t0, t1, dt0, saveat)
     y0 = jax.tree.map(lambda x: as_state(t0.dtype, x), y0)
     check_ts(saveat, t0, t1)

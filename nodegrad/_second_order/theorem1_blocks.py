@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools as ft
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffrax
@@ -37,7 +37,7 @@ def theorem1_blocks(
     running_cost: Callable[[Array, PyTree, PyTree], Array] | None = None,
     exact: bool = False,
     backsolve: bool = False,
-    ts: Real[ArrayLike, " times"] | None = None,
+    ts: Real[ArrayLike, " times"] | Sequence[float] | None = None,
     stepsize_controller: diffrax.AbstractStepSizeController = _CONSTANT,
     adjoint: AbstractRecordedAdjoint = _ACA,
     max_steps: int = 4096,

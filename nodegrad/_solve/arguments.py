@@ -12,10 +12,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, PyTree, Real
+from jaxtyping import Array, ArrayLike, Bool, Int, PyTree, Real
 
 from .._internal.compat import default_floating_dtype, use_stepsize_tol
-from .._internal.tree import is_traced
+from .._internal.tree import as_arrays, is_traced
 from .recorded_adjoint import AbstractRecordedAdjoint, subs_of
 
 
@@ -23,10 +23,18 @@ def _is_term(x: Any) -> bool:
     return isinstance(x, diffrax.AbstractTerm)
 
 
-def is_terms(terms: Any) -> bool:
-    """Returns whether `terms` is a pytree of Diffrax terms, not a vector field."""
+def as_terms(terms: Any) -> PyTree[diffrax.AbstractTerm]:
+    """Returns a pytree of Diffrax terms as it is, and a vector field as a term."""
     leaves = jax.tree.leaves(terms, is_leaf=_is_term)
-    return len(leaves) > 0 and all(map(_is_term, leaves))
+    if len(leaves) > 0 and all(map(_is_term, leaves)):
+        return terms
+    if not callable(terms):
+        msg = (
+            "`terms` must be a vector field `f(t, y, args)`, or terms of Diffrax such "
+            f"as `diffrax.ODETerm(f)`; got {terms!r}."
+        )
+        raise TypeError(msg)
+    return diffrax.ODETerm(terms)
 
 
 def check_no_others(others: dict[str, Any]) -> None:
@@ -41,13 +49,24 @@ def check_no_others(others: dict[str, Any]) -> None:
         raise TypeError(msg)
 
 
+def check_instance(name: str, value: Any, kind: type) -> None:
+    """Raises a `TypeError` unless the argument `name` is an instance of `kind`."""
+    if not isinstance(value, kind):
+        # Often it is the class itself, without brackets.
+        expected = f"an instance of `diffrax.{kind.__name__}`"
+        msg = f"`{name}` must be {expected}; got {value!r}."
+        raise TypeError(msg)
+
+
 def check_supported(adjoint: Any, saveat: diffrax.SaveAt) -> None:
     """Raises an error for another adjoint, and for outputs of `diffeqsolve` alone."""
+    check_instance("saveat", saveat, diffrax.SaveAt)
     if not isinstance(adjoint, AbstractRecordedAdjoint):
         msg = (
             "`odesolve(adjoint=...)` takes a `nodegrad.ACAAdjoint` or a "
-            f"`nodegrad.ReversibleAdjoint`; got {adjoint}. "
-            "For Diffrax's own adjoints use `diffrax.diffeqsolve`."
+            f"`nodegrad.ReversibleAdjoint`; got {adjoint}. Diffrax's own adjoints, "
+            "also `diffrax.ImplicitAdjoint` for steady states, work in "
+            "`diffrax.diffeqsolve(..., adjoint=...)` alone."
         )
         raise TypeError(msg)
     for name in ("solver_state", "controller_state", "made_jump"):
@@ -55,6 +74,14 @@ def check_supported(adjoint: Any, saveat: diffrax.SaveAt) -> None:
             msg = (
                 f"`odesolve` does not return `SaveAt({name}=True)`. Use "
                 "`diffrax.diffeqsolve(..., adjoint=nodegrad.ACAAdjoint())`."
+            )
+            raise ValueError(msg)
+    for sub in subs_of(saveat):
+        # `True` and `False` are integers in Python.
+        if not isinstance(sub.steps, int) or sub.steps < 0:
+            msg = (
+                "`SaveAt(steps=...)` must be `True`, `False`, or how many steps there "
+                f"are from one saved step to the next; got {sub.steps!r}."
             )
             raise ValueError(msg)
 
@@ -67,6 +94,10 @@ def as_times(
     That is the common type of these times and the times to save at.
     """
     times = [t0, t1, dt0, *(sub.ts for sub in subs_of(saveat))]
+    for name, t in zip(("t0", "t1", "dt0"), times, strict=False):
+        if not (eqx.is_array_like(t) or (t is None and name == "dt0")):
+            msg = f"`{name}` must be a real number; got {t!r}."
+            raise TypeError(msg)
     # Also if the user has set JAX's strict promotion: times may be Python numbers.
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.result_type(*(t for t in times if t is not None))
@@ -84,14 +115,33 @@ def as_times(
             "vector field, or use `jax.vmap`."
         )
         raise ValueError(msg)
-    if dt0 is not None:
-        dt0 = jnp.asarray(dt0, dtype)
+    # For a traced NaN the result of the solve says so.
+    for name, t in (("t0", t0), ("t1", t1)):
+        if not is_traced(t) and not jnp.isfinite(t):
+            msg = f"`{name}` must be a finite number; got {t}."
+            raise ValueError(msg)
+    return t0, t1, None if dt0 is None else _as_dt0(jnp.asarray(dt0, dtype), t0, t1)
+
+
+def _as_dt0(
+    dt0: Real[Array, "..."], t0: Real[Array, ""], t1: Real[Array, ""]
+) -> Real[Array, ""]:
+    """Returns `dt0`; raises an error if it does not point from `t0` to `t1`."""
+    if dt0.ndim:
         msg = (
-            f"`dt0` must point from `t0` to `t1`; got t0={t0}, t1={t1}, dt0={dt0}. For "
-            "a solve backwards in time it is negative."
+            f"`dt0` must be a scalar; got shape {dt0.shape}. For a first step of each "
+            "sample use `jax.vmap`."
         )
-        dt0 = _checked(dt0, (t1 - t0) * dt0 < 0, msg)
-    return t0, t1, dt0
+        raise ValueError(msg)
+    # False for NaN, so that a traced NaN fails its own sample. The product of the times
+    # may underflow, and that of their signs not. With `t0 == t1` no step is made.
+    wrong = (jnp.sign(t1 - t0) * jnp.sign(dt0) <= 0) & (t0 != t1)
+    known = "" if is_traced(wrong) else f"; got t0={t0}, t1={t1}, dt0={dt0}"
+    msg = (
+        f"`dt0` must point from `t0` to `t1`, and must not be zero{known}. For a solve "
+        "backwards in time it is negative."
+    )
+    return _checked(dt0, wrong, msg)
 
 
 def as_state(time_dtype: Any, x: Any) -> Array:
@@ -100,10 +150,13 @@ def as_state(time_dtype: Any, x: Any) -> Array:
     A step multiplies the vector field by the step size. An integer state, or a state
     of lower precision than the times, would change its type in the loop.
     """
-    if not eqx.is_array_like(x):
+    is_number = eqx.is_array_like(x) and not jnp.issubdtype(
+        jnp.result_type(x), jax.dtypes.extended
+    )
+    if not is_number:
         msg = (
-            f"Every leaf of `y0` must be a number or an array; got {x!r}. Anything "
-            "that is not integrated belongs into `args`."
+            f"Every leaf of `y0` must be a number or an array of numbers; got {x!r}. "
+            "Anything that is not integrated belongs into `args`."
         )
         raise TypeError(msg)
     with jax.numpy_dtype_promotion("standard"):
@@ -131,12 +184,20 @@ def check_vector_field(
         )
         raise ValueError(msg)
     leaves, _ = jax.tree.flatten_with_path(y0)
-    # A scalar is broadcast to its leaf, as in Diffrax: `lambda t, y, args: 0.0`.
     for (path, y), f in zip(leaves, jax.tree.leaves(out), strict=True):
-        if jnp.broadcast_shapes((), f.shape) not in ((), y.shape):
+        name = f"`y0{jax.tree_util.keystr(path)}`"
+        if not (eqx.is_array_like(f) or isinstance(f, jax.ShapeDtypeStruct)):
             msg = (
-                f"The vector field must return the shape of the state: for `y0"
-                f"{jax.tree_util.keystr(path)}` expected {y.shape}, got {f.shape}."
+                "The vector field must return numbers and arrays: for "
+                f"{name} it returned {f!r}."
+            )
+            raise TypeError(msg)
+        # A scalar is broadcast to its leaf, as in Diffrax: `lambda t, y, args: 0.0`.
+        shape = getattr(f, "shape", ())
+        if shape not in ((), y.shape):
+            msg = (
+                "The vector field must return the shape of the state: for "
+                f"{name} expected {y.shape}, got {shape}."
             )
             raise ValueError(msg)
 
@@ -148,10 +209,18 @@ def check_ts(saveat: diffrax.SaveAt, t0: Real[Array, ""], t1: Real[Array, ""]) -
         if sub.ts is None or any(map(is_traced, (sub.ts, t0, t1))):
             continue
         ts, backwards = np.asarray(sub.ts), t1 < t0
+        if ts.ndim != 1:
+            msg = (
+                "`SaveAt(ts=...)` must be one sequence of times; got an array of shape "
+                f"{ts.shape}."
+            )
+            raise ValueError(msg)
         low, high = (t1, t0) if backwards else (t0, t1)
         steps = np.diff(ts, prepend=ts[:1])
         unordered = steps > 0 if backwards else steps < 0
-        bad = np.flatnonzero(unordered | (ts < low) | (ts > high))
+        # Also true for NaN.
+        outside = ~((ts >= low) & (ts <= high))
+        bad = np.flatnonzero(unordered | outside)
         if len(bad):
             msg = (
                 "`SaveAt(ts=...)` must be ordered from `t0` to `t1` and lie between "
@@ -183,7 +252,7 @@ def _checked(x: Array, pred: Bool[Array, "..."], msg: str) -> Array:
 
 def forwards(
     sub: diffrax.SubSaveAt,
-    direction: Real[Array, ""],
+    direction: Int[Array, ""],
     t0: Real[Array, ""],
     t1: Real[Array, ""],
 ) -> diffrax.SubSaveAt:
@@ -199,11 +268,18 @@ def forwards(
         )
         ts = eqx.error_if(
             ts,
-            (ts < t0) | (ts > t1),
+            ~((ts >= t0) & (ts <= t1)),
             "`SaveAt(ts=...)` must lie between `t0` and `t1`.",
         )
-    # The user's function expects the user's time.
-    fn = lambda t, y, args: sub.fn(direction * t, y, args)
+
+    def fn(t: Real[Array, ""], y: PyTree[Array], args: PyTree) -> PyTree[Array]:
+        # The user's function expects the user's time.
+        out = as_arrays(sub.fn(direction * t, y, args))
+        if not all(map(eqx.is_array, jax.tree.leaves(out))):
+            msg = f"`SaveAt(fn=...)` must return numbers and arrays; got {out}."
+            raise TypeError(msg)
+        return out
+
     return diffrax.SubSaveAt(t0=sub.t0, t1=sub.t1, ts=ts, steps=sub.steps, fn=fn)
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree, Real
 
+from .._internal.dtypes import check_unchanged
 from .._internal.results import (
     comparable,
     promoted,
@@ -82,7 +83,7 @@ class Problem(eqx.Module):
     - `max_steps`: a bound on the number of attempts, or `None`.
     """
 
-    direction: Real[Array, ""]
+    direction: Int[Array, ""]
     solver: diffrax.AbstractSolver
     t0: Real[Array, ""]
     t1: Real[Array, ""]
@@ -166,6 +167,7 @@ class Problem(eqx.Module):
             state.solver_state,
             state.made_jump if self.jumps else False,
         )
+        check_unchanged(state.y, y)
         # An infinite error estimate alone is no sign of a NaN: it may be an overflow.
         no_nan = all_finite(y) & (y_error is None or ~_has_nan(y_error))
 
@@ -320,7 +322,12 @@ class Problem(eqx.Module):
             RESULTS.vector_field_not_finite,
         )
         result = RESULTS.where(self.is_running(state), out_of_steps, state.result)
-        return comparable(with_coupling_lost(result, state.solver_state))
+        # No comparison with a time of NaN is true, so such a solve makes no step.
+        arrived = (state.tprev >= self.t1) | (result != RESULTS.successful)
+        result = RESULTS.where(arrived, result, RESULTS.vector_field_not_finite)
+        return comparable(
+            with_coupling_lost(result, state.solver_state, self.controller)
+        )
 
 
 def loop_buffers(state: State) -> PyTree:

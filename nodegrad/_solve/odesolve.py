@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools as ft
 from collections.abc import Callable
-from typing import Any, Never
+from typing import Any, TYPE_CHECKING
 
 import diffrax
 import equinox as eqx
@@ -21,16 +21,23 @@ from .._reverse.recorded_loop import recorded_loop
 from .adjoints import ACAAdjoint
 from .arguments import (
     as_state,
+    as_terms,
     as_times,
     check_batched,
     check_no_others,
     check_supported,
     check_ts,
-    is_terms,
 )
 from .loop import loop_buffers, Problem, State
 from .problem import make_problem, solution_of, solve_of
 from .recorded_adjoint import AbstractRecordedAdjoint, without_gradient
+
+
+if TYPE_CHECKING:
+    from typing import Never as Unsupported
+else:
+    # Type checkers that run with the program do not know arguments of type `Never`.
+    Unsupported = Any
 
 
 _SAVE_T1 = diffrax.SaveAt(t1=True)
@@ -53,7 +60,7 @@ def odesolve(
     max_steps: int | None = 4096,
     throw: bool = True,
     batched: bool = False,
-    **others: Never,
+    **others: Unsupported,
 ) -> diffrax.Solution:
     r"""Solves $y'(t) = f(t, y(t), \mathrm{args})$, $y(t_0) = y_0$, from `t0` to `t1`.
 
@@ -121,9 +128,7 @@ def odesolve(
     """
     check_no_others(others)
     check_supported(adjoint, saveat)
-    if not is_terms(terms):
-        # A type checker does not know that `is_terms` distinguishes the two types.
-        terms = diffrax.ODETerm(terms)  # pyright: ignore[reportArgumentType]
+    terms = as_terms(terms)
     t0, t1, dt0 = as_times(t0, t1, dt0, saveat)
     y0 = jax.tree.map(ft.partial(as_state, t0.dtype), y0)
     check_ts(saveat, t0, t1)

@@ -7,17 +7,24 @@ without a batch axis, in a time that runs forwards.
 import diffrax
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree, Real
+from jaxtyping import Array, Int, PyTree, Real
 
 from .._internal.compat import assert_term_compatible, WrapTerm
 from .._internal.results import coupling_stats
+from .._internal.tree import with_fields
 from .._reverse.plan import Solve
 from .._steps.step import make_step
 from .._trajectory.output import write_final
 from .._trajectory.step_times import may_jump, without_derivatives
-from .arguments import check_vector_field, forwards, with_tolerances
+from .arguments import check_instance, check_vector_field, forwards, with_tolerances
 from .loop import nearly, Problem, State
-from .recorded_adjoint import AbstractRecordedAdjoint, make_solve, saves_of, subs_of
+from .recorded_adjoint import (
+    AbstractRecordedAdjoint,
+    check_max_steps,
+    make_solve,
+    saves_of,
+    subs_of,
+)
 
 
 def make_problem(
@@ -37,10 +44,16 @@ def make_problem(
     `t0`, `t1`, `dt0` and `saveat` are in the user's time, those of the problem are
     multiplied by its `direction`.
     """
+    check_instance("solver", solver, diffrax.AbstractSolver)
+    kind = diffrax.AbstractStepSizeController
+    check_instance("stepsize_controller", controller, kind)
+    check_max_steps(max_steps)
     check_vector_field(terms, t0, y0, args)
     kwargs = solver.term_compatible_contr_kwargs
     assert_term_compatible(t0, y0, args, terms, solver.term_structure, kwargs)
-    direction = jnp.where(t0 < t1, 1, -1).astype(t0.dtype)
+    # A weakly typed integer, as Diffrax's controllers and terms expect. Its product
+    # with a time or a complex derivative has the type of that.
+    direction = jnp.where(t0 < t1, 1, -1)
     t0, t1 = t0 * direction, t1 * direction
     dt0 = None if dt0 is None else dt0 * direction
     # `wrap` changes the times that a controller has, such as `step_ts`.
@@ -123,8 +136,7 @@ def solution_of(
             ts_size=count + 1,
             infos=state.dense_infos,
             interpolation_cls=problem.solver.interpolation_cls,
-            # Weakly typed: it multiplies derivatives, which may be complex.
-            direction=jnp.where(direction > 0, 1, -1),
+            direction=direction,
             t0_if_trivial=problem.t0,
             y0_if_trivial=y0,
         )
@@ -139,7 +151,7 @@ def solution_of(
     }
     if error is not None:
         stats["reconstruction_error"] = error
-    return diffrax.Solution(
+    sol = diffrax.Solution(
         t0=problem.t0 * direction,
         t1=problem.t1 * direction,
         ts=jax.tree.unflatten(
@@ -148,16 +160,19 @@ def solution_of(
         ys=jax.tree.unflatten(structure, [s.ys for s in saved]),
         interpolation=interpolation,
         stats=stats,
-        result=problem.result(state),
+        result=diffrax.RESULTS.successful,
         solver_state=None,
         controller_state=None,
         made_jump=None,
         event_mask=None,
     )
+    # Where types are checked at run time, the constructor refuses items of
+    # `nodegrad.RESULTS`.
+    return with_fields(sol, result=problem.result(state))
 
 
 def _in_user_time(
-    ts: Real[Array, " num_saved"], direction: Real[Array, ""]
+    ts: Real[Array, " num_saved"], direction: Int[Array, ""]
 ) -> Real[Array, " num_saved"]:
     """Returns saved times in the user's time. Rows not written stay plus infinity."""
     return jnp.where(jnp.isinf(ts), jnp.inf, ts * direction)

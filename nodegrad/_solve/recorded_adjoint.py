@@ -21,7 +21,9 @@ from jaxtyping import Array, Bool, PyTree, Real
 from .._internal.closure_convert import as_struct, closure_convert
 from .._internal.compat import nondifferentiable_backward, solver_loop, while_loop
 from .._internal.devices import axes_of_devices, on_each_device
+from .._internal.dtypes import check_unchanged
 from .._internal.results import coupling_stats, with_coupling_lost
+from .._internal.tree import with_fields
 from .._layers.find_products import has_products
 from .._reverse.plan import Solve
 from .._reverse.recorded_loop import recorded_loop
@@ -109,6 +111,7 @@ class AbstractRecordedAdjoint(diffrax.AbstractAdjoint):
         loop has more in `kwargs`: `t0`, `t1`, `dt0`, `event`, `progress_meter`.
         """
         del passed_controller_state
+        check_max_steps(max_steps)
         first = init_state.tprev, init_state.tnext, init_state.y
         # It is the literal `False` unless the user passed another value.
         first_jump = init_state.made_jump is not False
@@ -149,10 +152,9 @@ class AbstractRecordedAdjoint(diffrax.AbstractAdjoint):
         )
         final_state, stats = _run_recorded(run, solve)
         final_state = _with_diffrax_solver_state(step, saveat, final_state)
-        solver_state = final_state.solver_state
-        result = with_coupling_lost(final_state.result, solver_state)
-        stats = stats | _counted(solve, final_state) | coupling_stats(solver_state)
-        return replace(final_state, result=result), stats
+        stats = stats | _counted(solve, final_state)
+        stats = stats | coupling_stats(final_state.solver_state)
+        return _with_result(solve, stepsize_controller, final_state), stats
 
 
 def make_solve(
@@ -222,6 +224,19 @@ def _run_recorded(
     return final_state, stats
 
 
+def _with_result(
+    solve: Solve, controller: diffrax.AbstractStepSizeController, final_state: Any
+) -> Any:
+    """Returns the final state with the reason why the solve ended."""
+    # Type checkers cannot know Equinox's enumerations.
+    results: Any = diffrax.RESULTS
+    # No comparison with NaN is true: Diffrax's loop makes no step, successfully.
+    is_known = solve.t0 <= solve.t1
+    result = results.where(is_known, final_state.result, results.nonfinite)
+    result = with_coupling_lost(result, final_state.solver_state, controller)
+    return with_fields(final_state, result=result)
+
+
 class _StepSolver(DelegatingSolver):
     """`solver` for Diffrax's loop, with its steps made by `stepper`.
 
@@ -257,7 +272,9 @@ class _StepSolver(DelegatingSolver):
         made_jump: bool | Bool[Array, ""],
     ) -> Any:
         del terms, args
-        return self.stepper.advance(t0, t1, y0, solver_state, made_jump)
+        out = self.stepper.advance(t0, t1, y0, solver_state, made_jump)
+        check_unchanged(y0, out[0])
+        return out
 
 
 def _started(step: AbstractStep, init_state: Any, passed_solver_state: bool) -> Any:
@@ -314,6 +331,19 @@ def _counted(solve: Solve, final_state: Any) -> dict[str, Any]:
     return {
         "num_vector_field_evaluations": first + each_attempt * final_state.num_steps
     }
+
+
+def check_max_steps(max_steps: Any) -> None:
+    """Raises an error unless `max_steps` is `None` or a positive Python integer."""
+    # `True` is an integer in Python.
+    is_integer = isinstance(max_steps, int) and not isinstance(max_steps, bool)
+    if max_steps is None or (is_integer and max_steps > 0):
+        return
+    msg = (
+        "`max_steps` must be a positive Python integer, since it is a size of arrays, "
+        f"or `None` for no bound; got {max_steps!r}."
+    )
+    raise (ValueError if is_integer else TypeError)(msg)
 
 
 def subs_of(saveat: diffrax.SaveAt) -> list[diffrax.SubSaveAt]:

@@ -21,7 +21,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree, Real
+from jaxtyping import Array, ArrayLike, PyTree, Real
 
 from .._internal.batch import Axes, Batch
 from .._internal.closure_convert import as_struct, closure_convert, pullback, Pure
@@ -85,14 +85,15 @@ class Increment:
 
     def evaluate(
         self,
-        t0: Real[Array, ""],
-        t1: Real[Array, ""],
-        control: PyTree[Array],
+        t0: Real[ArrayLike, ""],
+        t1: Real[ArrayLike, ""],
+        control: PyTree[ArrayLike],
         y0: PyTree[Array],
     ) -> tuple[PyTree[Array], list[PyTree[Array]]]:
         """Returns the increment and the list of the stages."""
         product = lambda t, y: self.product(t, y, control)
-        ks = stages(self.tableau, product, t0, t1, y0)
+        times = jnp.asarray(t0), jnp.asarray(t1)
+        ks = stages(self.tableau, product, *times, y0)
         increment = self.weighted(ks)
         # Only "all" asks for the stage that is shared with the next step.
         if len(ks) < self.num_stages:
@@ -165,7 +166,7 @@ class StagedIncrement:
         #: Whether the stages and their pullbacks are loops.
         self.scanned = is_scanned(increment.tableau, product.jaxpr)
 
-    def __call__(self, consts: list[Array], *args: PyTree) -> PyTree:
+    def __call__(self, consts: list[Any], *args: PyTree) -> PyTree:
         """Returns what `Increment` returns, for one solve with these constants."""
         if self.scanned:
             return self.evaluate(Batch(), consts, [Axes(()) for _ in consts], args)
@@ -174,7 +175,7 @@ class StagedIncrement:
         return Increment(increment.tableau, product, increment.returns)(*args)
 
     def evaluate(
-        self, batch: Batch, consts: list[Array], axes: list[Axes], args: tuple
+        self, batch: Batch, consts: list[Any], axes: list[Axes], args: tuple
     ) -> PyTree:
         """Returns the results for every solve of a batch, as `Pure.evaluate` does."""
         # Nothing is differentiated here, so a loop costs little and compiles fast.
@@ -182,7 +183,7 @@ class StagedIncrement:
         return self._results(batch, ks)
 
     def _stages(
-        self, batch: Batch, consts: list[Array], axes: list[Axes], args: tuple
+        self, batch: Batch, consts: list[Any], axes: list[Axes], args: tuple
     ) -> tuple[PyTree, PyTree]:
         """Returns the stages and the states $Y_i$: arrays `(stages, *batch, *y)`.
 
@@ -204,7 +205,7 @@ class StagedIncrement:
     def pullback(
         self,
         batch: Batch,
-        consts: list[Array],
+        consts: list[Any],
         axes: list[Axes],
         wrt: list[bool],
         args: tuple,
@@ -288,7 +289,7 @@ class StagedIncrement:
 
 def closure_convert_part(
     part: Callable[..., PyTree], *args: PyTree
-) -> tuple[list[Array], Pure | StagedIncrement]:
+) -> tuple[list[Any], Pure | StagedIncrement]:
     """Splits a part of a step into the arrays it closes over and a function of those.
 
     The shapes and dtypes of `args` are those that the function is traced for.

@@ -36,6 +36,10 @@ from .state_source import (
 from .step_times import AbstractGrid, StepTimes
 
 
+# Of one solve or of several.
+_Ints = Int[Array, "..."]
+
+
 C = TypeVar("C")
 
 
@@ -58,7 +62,7 @@ class Checkpoints(eqx.Module):
         """Rows to allocate: the slots, then the segment if there is a second level."""
         return self.slots + (2**self.max_level if self.max_level > 0 else 0)
 
-    def level(self, step: Int[Array, ""]) -> Int[Array, ""]:
+    def level(self, step: _Ints) -> _Ints:
         """The smallest level at which step `0, ..., step` fit into the slots."""
         # At level `L` the slots hold the multiples of `2**L` below `slots * 2**L`.
         thresholds = [self.slots << level for level in range(self.max_level)]
@@ -67,7 +71,7 @@ class Checkpoints(eqx.Module):
             out = out + jnp.where(step >= threshold, 1, 0)
         return out
 
-    def slot(self, step: Int[Array, ""], level: Int[Array, ""]) -> Int[Array, ""]:
+    def slot(self, step: _Ints, level: _Ints) -> _Ints:
         """The slot that holds `step`, a multiple of `2**level`."""
         # Let `rot(j, L)` rotate the `bits`-bit number `j` to the left by `L` bits. The
         # claim is that at level `L` slot `rot(j, L)` holds step `j * 2**L`, for every
@@ -88,7 +92,7 @@ class Checkpoints(eqx.Module):
         index, turn = step >> level, level % bits
         return ((index << turn) | (index >> (bits - turn))) & (self.slots - 1)
 
-    def row_to_write(self, step: Int[Array, ""]) -> Int[Array, ""]:
+    def row_to_write(self, step: _Ints) -> _Ints:
         """Where the forward pass puts `step`: its slot, or a row that is not read."""
         if self.max_level == 0:
             return step

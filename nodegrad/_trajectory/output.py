@@ -198,20 +198,21 @@ def allocate_dense(
 
 
 def write_dense(
-    ts: Real[Array, " times"],
+    ts: Any,
     infos: PyTree[Array],
     index: Int[Array, ""],
     t: Real[Array, ""],
     info: PyTree[Array],
     accepted: Any,
-) -> tuple[Real[Array, " times"], PyTree[Array]]:
+) -> tuple[Any, PyTree[Array]]:
     """Writes the dense output of step `index`, which ended at `t`, if `accepted`.
 
-    `accepted` is a boolean or a scalar array, as `pred` of `write`.
+    `ts` and the leaves of `infos` are arrays, or buffers of a loop. `accepted` is a
+    boolean or a scalar array, as `pred` of `write`.
     """
 
     # Row 0 of `ts` is `t0`, so the end of step `index` is row `index + 1`.
-    def set_row(buffer: Array, x: Array, row: Int[Array, ""]) -> Any:
+    def set_row(buffer: Any, x: Array, row: Int[Array, ""]) -> Any:
         return buffer_at_set(buffer, row, x, pred=accepted)
 
     infos = jax.tree.map(lambda x, buffer: set_row(buffer, x, index), info, infos)

@@ -1,5 +1,7 @@
 """Defines the record of the accepted steps that the forward pass makes."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -42,6 +44,8 @@ def refuse(cut: Bool[Array, "..."], throw: bool) -> Bool[Array, "..."]:
 class StepLog(eqx.Module):
     """The times of the accepted steps; each array has one row for every step.
 
+    The shape is `(*batch, steps)`, and that of a scalar in the log of a single step.
+
     A field is `None` where the solve does not need it:
 
     - `ends`: where steps end, unless the grid can compute it.
@@ -50,10 +54,11 @@ class StepLog(eqx.Module):
     - `origins`: what the sizes depend on, for an `AdaptiveGrid` (`step_times.py`).
     """
 
-    ends: Real[Array, "*batch steps"] | None
-    starts: Real[Array, "*batch steps"] | None
-    made_jumps: Bool[Array, "*batch steps"] | None
-    origins: Int[Array, "*batch steps"] | None
+    # `made_jumps` is an array, or a Python `False` in the log of a single step.
+    ends: Real[Array, "..."] | None
+    starts: Real[Array, "..."] | None
+    made_jumps: Any
+    origins: Int[Array, "..."] | None
 
 
 class Cursor(eqx.Module):

@@ -180,7 +180,7 @@ def make_steps(mesh):
 
 def guide():
     """The program of the guide, with more digits."""
-    (code,) = re.findall(
+    code, _ = re.findall(
         r"```python\n((?:(?!```).)*jax\.shard_map.*?)```", PAGE.read_text(), re.S
     )
     found, marker = {}, "    @jax.jit\n    def step("

@@ -366,58 +366,7 @@ def test_failure_inside_jit_raises():
         solve()
 
 
-# Misuse.
-
-
-def _solve(**overrides):
-    kwargs = dict(
-        terms=lambda t, y, args: -y,
-        solver=diffrax.Tsit5(),
-        t0=0.0,
-        t1=1.0,
-        dt0=0.1,
-        y0=jnp.ones(2),
-    )
-    return nodegrad.odesolve(**{**kwargs, **overrides})
-
-
-@pytest.mark.parametrize(
-    ("overrides", "match"),
-    [
-        (dict(dt0=-0.1), "`dt0` must point from"),
-        (dict(y0="state"), "y0"),
-        (dict(adjoint=diffrax.DirectAdjoint()), "ACAAdjoint"),
-        (dict(saveat=diffrax.SaveAt(t1=True, solver_state=True)), "diffeqsolve"),
-        (dict(t0=1j), "real"),
-        (dict(t1=jnp.ones(2)), "scalars"),
-        (dict(y0={"a": jnp.ones(2), "b": 1.0}, batched=True), "leading batch axis"),
-        (dict(solver=diffrax.Kvaerno3()), "tolerances"),
-        (dict(terms=lambda t, y, args: jnp.ones(3)), r"expected \(2,\)"),
-        (dict(saveat=diffrax.SaveAt(ts=[0.5, 0.2])), r"ts\[1\]"),
-        (dict(saveat=diffrax.SaveAt(ts=[0.5, 1.2])), r"ts\[1\]"),
-        (dict(max_steps=None, saveat=diffrax.SaveAt(steps=True)), "max_steps"),
-        (dict(max_steps=None, saveat=diffrax.SaveAt(dense=True)), "max_steps"),
-        (dict(event=None), r"`diffrax.diffeqsolve\(..., event=..., adjoint="),
-        (dict(save_at=None), "has no argument `save_at`.$"),
-    ],
-    ids=lambda x: next(iter(x)) if isinstance(x, dict) else None,
-)
-def test_misuse_is_named(overrides, match):
-    with pytest.raises((ValueError, TypeError), match=match):
-        _solve(**overrides)
-
-
-def test_an_adaptive_solve_with_a_method_without_error_estimate_is_refused():
-    with pytest.raises(RuntimeError, match="error estimates"):
-        _solve(solver=nodegrad.RK4(), stepsize_controller=PID)
-
-
-def test_exceptions_of_the_vector_field_pass_through():
-    def field(t, y, args):
-        raise KeyError(t)
-
-    with pytest.raises(KeyError):
-        _solve(terms=field)
+# Rounding.
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
