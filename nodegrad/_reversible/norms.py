@@ -43,7 +43,7 @@ def ratios(tree: PyTree[Array], scale: PyTree[Array]) -> PyTree[Array]:
 
     def ratio(x: Array, s: Array) -> Array:
         # 0 / 0, where all of the scale is zero, is 0.
-        floor = _ROUNDING * jnp.finfo(s.dtype).eps * top
+        floor = _ROUNDING * float(jnp.finfo(s.dtype).eps) * top
         divisor = jnp.maximum(s, floor.astype(s.dtype)).astype(x.dtype)
         return jnp.where(x == 0, 0, x / divisor)
 
