@@ -130,13 +130,14 @@ for kwargs, derivatives, operands in (
 ):
     one, on_one_device, on_all = losses(**kwargs)
     reference = jax.jit(derivatives(on_one_device))(*operands)
-    # Those of the whole, and those of what each device does.
-    check(jax.jit(derivatives(on_all))(*operands), reference)
+    # Those of the whole, and those of what each device does. Rounding moves the
+    # steps of an adaptive solve slightly.
+    check(jax.jit(derivatives(on_all))(*operands), reference, 1e-11)
     of_one = functools.partial(inside, derivatives(one))
     of_all = mapped(
         of_one, specs * (len(operands) // 3), [(P(), specs)] * len(reference)
     )
-    check(jax.jit(of_all)(*operands), reference)
+    check(jax.jit(of_all)(*operands), reference, 1e-11)
 print("all equal")
 """
 
@@ -194,10 +195,10 @@ reverses = nodegrad.ReversibleAdjoint()
 for kwargs in (
     dict(dt0=0.1, saveat=SaveAt(ts=ts), adjoint=nodegrad.ACAAdjoint(4)),
     dict(dt0=0.1, saveat=SaveAt(steps=True), adjoint=nodegrad.ACAAdjoint("all")),
-    dict(saveat=SaveAt(dense=True)),
+    dict(dt0=0.1, saveat=SaveAt(dense=True)),
     dict(solver=nodegrad.Reversible(diffrax.Tsit5()), dt0=0.1, adjoint=reverses),
     dict(solver=nodegrad.ALF(resync_every=5), dt0=0.05, adjoint=reverses),
-    dict(batched=True, closure=True),
+    dict(dt0=0.1, batched=True, closure=True),
     dict(door=diffrax.diffeqsolve, throw=False, saveat=SaveAt(ts=ts), dt0=0.1),
 ):
     _, on_one_device, on_all = losses(**kwargs)
