@@ -274,7 +274,10 @@ def loss(structure: Structure, reference: bool, x: dict[str, Any]) -> tuple[Any,
         max_steps=MAX_STEPS,
         throw=False,
     )
-    saved = [*jax.tree.leaves((sol.ts, sol.ys))]
+    okay = sol.result == diffrax.RESULTS.successful
+    # The time that a failed solve reached moves with `t0` alone in nodegrad.
+    fixed = lambda ts: jnp.where(okay, ts, jax.lax.stop_gradient(ts))
+    saved = [*jax.tree.leaves((jax.tree.map(fixed, sol.ts), sol.ys))]
     if sol.interpolation is not None:
         inside = t0 + x["span"] * jnp.array([0.31, 0.77], t0.dtype)
         saved += [unpack(sol.evaluate(t)) for t in inside]
@@ -284,7 +287,6 @@ def loss(structure: Structure, reference: bool, x: dict[str, Any]) -> tuple[Any,
         rows = jnp.where(jnp.isfinite(rows), rows, 0)
         weights = jnp.cos(jnp.arange(rows.size) + i).reshape(rows.shape)
         total = total + jnp.sum(weights.astype(rows.dtype) * jnp.sin(rows))
-    okay = sol.result == diffrax.RESULTS.successful
     error = sol.stats.get("reconstruction_error", jnp.zeros(()))
     return total, (okay, sol.stats["num_accepted_steps"], error)
 

@@ -166,28 +166,23 @@ class Use:
             # The rows share the weight: average x and sum g before the outer products.
             x = jnp.mean(x, axis=-2, keepdims=True)
             g = jnp.sum(g, axis=-2, keepdims=True)
-        # The levels that are summed become rows as well. So the sum of all outer
-        # products is one product of matrices, and not one for each sample.
+        # The sum of all outer products is one product of matrices: levels without
+        # probes are contracted with the rows. (Merged into one axis, they would be
+        # gathered on every device if a level is sharded.)
+        kept = [i for i, level in enumerate(self.levels) if level.probes]
+        rows = tuple(i for i in range(x.ndim - 1) if i not in kept)
+        dims = (rows, rows), (kept, kept)
         weight = jnp.broadcast_to(weight[..., None, None], (*x.shape[:-1], 1))
-        weight, x, g = map(self._summed_levels_as_rows, (weight, x, g))
         weighted_x, weighted_g = weight * x, weight * g
         # Rows that were averaged still count, and enter into the sum of the inputs.
         scale = num_rows if self.reduction == "reduce" else 1
         return Statistics(
-            inputs=jnp.swapaxes(weighted_x, -1, -2) @ x,
-            outputs=jnp.swapaxes(weighted_g, -1, -2) @ g,
-            count=scale * jnp.sum(weight, axis=(-1, -2)),
-            x_sum=scale * jnp.sum(weighted_x, axis=-2),
-            g_sum=jnp.sum(weighted_g, axis=-2),
+            inputs=jax.lax.dot_general(weighted_x, x, dims),
+            outputs=jax.lax.dot_general(weighted_g, g, dims),
+            count=scale * jnp.sum(weight, axis=(*rows, -1)),
+            x_sum=scale * jnp.sum(weighted_x, axis=rows),
+            g_sum=jnp.sum(weighted_g, axis=rows),
         )
-
-    def _summed_levels_as_rows(
-        self, x: Float[Array, "*sizes rows d"]
-    ) -> Float[Array, "*kept all_rows d"]:
-        """`x` with the levels without probes merged into the axis of rows."""
-        kept = [i for i, level in enumerate(self.levels) if level.probes]
-        x = jnp.moveaxis(x, kept, range(len(kept)))
-        return x.reshape(*x.shape[: len(kept)], -1, x.shape[-1])
 
     def _weight_and_rows(
         self, x: Array, ct: Array, offset: Array

@@ -16,12 +16,14 @@ import pytest
 from .on_devices import BATCH, PAGE, TIMES
 
 
-_CASES = ["guide", "gradient:vmap:aca:jit"]
-_OTHERS = ["make_steps", "curvature"] + [
+# Under `jax.jit` XLA decides what devices send, so that is what CI runs.
+_CASES = ["make_steps", "gradient:vmap:aca:jit"]
+_OTHERS = ["guide", "curvature"] + [
     f"gradient:{how}:{adjoint}:{parallel}"
     for how in ("vmap", "batched", "diffeqsolve")
     for adjoint in ("aca", "reversible")
     for parallel in ("jit", "shard_map")
+    if (how, adjoint, parallel) != ("vmap", "aca", "jit")
 ]
 
 
