@@ -228,11 +228,23 @@ def _eigenbasis(
     scaled = jnp.where(
         usable[..., None, None], symmetric / size[..., None, None], _eye_like(factor)
     )
-    values, vectors = jnp.linalg.eigh(scaled, symmetrize_input=False)
+    values, vectors = jnp.vectorize(eigh, signature="(d,d)->(d),(d,d)")(scaled)
     found = jnp.all(jnp.isfinite(vectors), axis=(-1, -2))
     found = found & jnp.all(jnp.isfinite(values), axis=-1)
     # Rounding may make eigenvalues of a semidefinite matrix negative.
     return jnp.maximum(values, 0) * size[..., None], vectors, usable & found
+
+
+@jax.custom_batching.sequential_vmap
+def eigh(
+    matrix: Float[Array, "d d"],
+) -> tuple[Float[Array, " d"], Float[Array, "d d"]]:
+    """Returns the eigenvalues and eigenvectors of a symmetric matrix."""
+    # One matrix after the other, also under `jax.vmap`. On CPUs, XLA splits a batch of
+    # decompositions among the threads of the pool that runs it. Where these threads run
+    # two such batches, both wait for a free thread, and the program hangs: seen with
+    # `jax.vmap` over ten models on two cores, JAX 0.10.2.
+    return jnp.linalg.eigh(matrix, symmetrize_input=False)
 
 
 def _is_usable(factor: Float[Array, "*stack d d"]) -> Bool[Array, "*stack"]:

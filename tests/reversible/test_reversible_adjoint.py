@@ -177,7 +177,7 @@ def test_matches_diffrax_for_semi_implicit_euler():
         assert relative_error(ours, expected) < 1e-12
 
 
-@pytest.mark.rows(test=0, ci=1)
+@pytest.mark.rows(test=0, ci=0)
 @pytest.mark.parametrize("made_jump", [None, True])
 @pytest.mark.parametrize(
     "solver",

@@ -177,7 +177,7 @@ def test_discrete_is_the_hessian_of_the_accepted_grid(name, running):
     assert relative_error(_assembled(blocks), expected) < 1e-11
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_discrete_is_exact_for_a_reversible_solver():
     solver = nodegrad.Reversible(diffrax.Tsit5())
     grid = _grid(with_cost, solver, jnp.append(Y0, 0.0), PID)
@@ -603,7 +603,7 @@ SOLVERS = {
 }
 
 
-@pytest.mark.rows(test=0, ci=1)
+@pytest.mark.rows(test=0, ci=0)
 @pytest.mark.parametrize("name", SOLVERS)
 def test_every_kind_of_solver_and_memory(name):
     """Against `jax.hessian` through nodegrad's own gradient, which others check."""

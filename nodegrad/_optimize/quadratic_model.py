@@ -1,0 +1,169 @@
+r"""The length of a step from a quadratic model of the loss: no learning rate.
+
+A step is a combination $\delta = \sum_i c_i d_i$ of few directions: the preconditioned
+gradient, and the step before. With the gradient $g$ and the curvature $C$ of the batch,
+the coefficients minimise
+
+$$m(c) = b^\top c + \tfrac{1}{2} c^\top (Q + \lambda N)\, c, \quad
+  b_i = \langle d_i, g \rangle, \quad Q_{ij} = d_i^\top C\, d_j, \quad
+  N_{ij} = \langle d_i, d_j \rangle.$$
+
+$C$ enters by $Q$ alone, whose entries need one pushforward for each direction.
+$\lambda$ follows from how well the model predicted the loss (Martens and Grosse 2015,
+sections 6 and 7; arXiv:1503.05671).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree
+
+from .._internal.dtypes import at_least_float32
+from .preconditioner import eigh, Scalar
+
+
+# Martens and Grosse (section 6.5) take 0.95 for both. The first one brings a damping that
+# dominates the curvature to its size in a few steps. (Then the loss falls by up to twice
+# what the model predicts.)
+_SHRINK_FAST, _SHRINK = 0.5, 0.85
+# A step that raises the loss is not taken, and the next one is much shorter.
+_GROW_AFTER_FAILURE = 4.0
+# Eigenvalues below this share of the largest one count as zero.
+_RANK = 1e-6
+
+
+class Step(NamedTuple):
+    """A combination of directions.
+
+    - `update`: the combination, a tree like the parameters.
+    - `predicted`: the change of the loss in the model, at most zero.
+    """
+
+    update: PyTree[Array]
+    predicted: Float[Array, ""]
+
+
+def inner(left: PyTree[Array], right: PyTree[Array]) -> Float[Array, ""]:
+    """Returns the inner product of two trees, summed in float32 or wider."""
+    as_better = lambda x: x.astype(at_least_float32(x.dtype))
+    products = [
+        jnp.vdot(as_better(x), as_better(y))
+        for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+    ]
+    dtype = max((x.dtype for x in products), key=lambda d: jnp.finfo(d).bits)
+    return sum((x.astype(dtype) for x in products), jnp.zeros((), dtype))
+
+
+def products(
+    left: Sequence[PyTree[Array]], right: Sequence[PyTree[Array]]
+) -> Float[Array, "k k"]:
+    """Returns the matrix of the inner products of the trees of two lists."""
+    return jnp.stack([jnp.stack([inner(x, y) for y in right]) for x in left])
+
+
+def best_step(
+    directions: Sequence[PyTree[Array]],
+    gradient: PyTree[Array],
+    curvature: Float[Array, "k k"],
+    damping: Float[Array, ""],
+    momentum: Scalar | None,
+) -> Step:
+    r"""Returns the combination of `directions` that minimises the quadratic model.
+
+    `curvature` is $Q$ and `damping` $\lambda$. If `momentum` is a number, the last
+    direction is the step before, and its coefficient is kept in `[0, momentum]`:
+    without a bound a model of one mini-batch takes any combination that fits this
+    batch.
+    """
+    slopes = jnp.stack([inner(d, gradient) for d in directions])
+    overlaps = jnp.stack(
+        [jnp.stack([inner(x, y) for y in directions]) for x in directions]
+    )
+    dtype = slopes.dtype
+    matrix = curvature.astype(dtype) + damping.astype(dtype) * overlaps
+    # A direction of negative curvature is followed as far as one of positive curvature.
+    matrix = _absolute(matrix)
+    coefficients = -_solve(matrix, slopes)
+    if momentum is not None:
+        last = jnp.clip(coefficients[-1], 0, jnp.asarray(momentum).astype(dtype))
+        rest = -_solve(matrix[:-1, :-1], slopes[:-1] + matrix[:-1, -1] * last)
+        coefficients = jnp.append(rest, last)
+    predicted = coefficients @ (slopes + matrix @ coefficients / 2)
+
+    def combined(*leaves: Array) -> Array:
+        terms = [
+            c.astype(x.dtype) * x for c, x in zip(coefficients, leaves, strict=True)
+        ]
+        return sum(terms[1:], terms[0])
+
+    return Step(jax.tree.map(combined, *directions), predicted)
+
+
+def adapted_damping(
+    damping: Float[Array, ""],
+    least: Float[Array, ""],
+    predicted: Float[Array, ""],
+    actual: Float[Array, ""],
+    accepted: Bool[Array, ""],
+) -> Float[Array, ""]:
+    """Returns the damping of the next step, at least `least`.
+
+    It falls where the loss fell by more than 3/4 of what the model `predicted`, faster
+    where by more than 5/4, and grows where it fell by less than 1/4.
+    """
+    # Both changes are negative.
+    factor = jnp.select(
+        [
+            actual < 1.25 * predicted,
+            actual < 0.75 * predicted,
+            actual > 0.25 * predicted,
+        ],
+        [_SHRINK_FAST, _SHRINK, 1 / _SHRINK],
+        1.0,
+    )
+    factor = jnp.where(accepted, factor, _GROW_AFTER_FAILURE)
+    return jnp.maximum(damping * factor.astype(damping.dtype), least)
+
+
+def _scaled(matrix: Float[Array, "k k"]) -> tuple[Array, Array]:
+    """Returns a symmetric matrix with a diagonal of ones or zeros, and the scales.
+
+    Directions differ in length by orders of magnitude.
+    """
+    diagonal = jnp.abs(jnp.diagonal(matrix))
+    scale = jnp.where(
+        diagonal > 0, 1 / jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1)), 0
+    )
+    scaled = matrix * jnp.outer(scale, scale)
+    return (scaled + scaled.T) / 2, scale
+
+
+def _absolute(matrix: Float[Array, "k k"]) -> Float[Array, "k k"]:
+    """Returns the matrix with the absolute values of its (scaled) eigenvalues."""
+    scaled, scale = _scaled(matrix)
+    values, vectors = _finite_eigh(scaled)
+    back = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
+    return (vectors * jnp.abs(values)[None]) @ vectors.T * jnp.outer(back, back)
+
+
+def _solve(
+    matrix: Float[Array, "k k"], vector: Float[Array, " k"]
+) -> Float[Array, " k"]:
+    """Returns the solution of least norm for a positive semidefinite matrix.
+
+    The matrix is singular if directions are parallel, or if one is zero.
+    """
+    scaled, scale = _scaled(matrix)
+    values, vectors = _finite_eigh(scaled)
+    keep = values > _RANK * jnp.max(values)
+    inverse = jnp.where(keep, 1 / jnp.where(keep, values, 1), 0)
+    return scale * (vectors @ (inverse * (vectors.T @ (scale * vector))))
+
+
+def _finite_eigh(matrix: Float[Array, "k k"]) -> tuple[Any, Any]:
+    # LAPACK need not return for NaNs. A step of NaNs is not accepted.
+    finite = jnp.all(jnp.isfinite(matrix))
+    values, vectors = eigh(jnp.where(finite, matrix, 0))
+    return jnp.where(finite, values, jnp.nan), vectors

@@ -1,0 +1,307 @@
+"""`snopt()` without a learning rate, against dense matrices and closed forms."""
+
+import functools as ft
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import nodegrad
+
+
+X = jr.normal(jr.PRNGKey(0), (24, 2))
+Y = jnp.stack([jnp.sin(X[:, 0]), X[:, 0] * X[:, 1]], axis=1)
+
+
+class Net(eqx.Module):
+    field: eqx.nn.MLP
+    scale: jax.Array
+
+    def __call__(self, x):
+        sol = nodegrad.odesolve(
+            lambda t, y, args: self.field(y),
+            diffrax.Heun(),
+            0.0,
+            1.0,
+            0.25,
+            x,
+            batched=True,
+            max_steps=4,
+        )
+        return self.scale * sol.ys[:, 0]
+
+
+def _net(dtype=jnp.float64, scale=1.0):
+    field = eqx.nn.MLP(2, 2, 5, 1, jnp.tanh, dtype=dtype, key=jr.PRNGKey(1))
+    return Net(field, jnp.asarray(scale, dtype))
+
+
+def _predict(model, x, y):
+    del y
+    return model(x)
+
+
+def _square(out, x, y):
+    del x
+    return jnp.sum((out - y) ** 2, axis=1)
+
+
+def _loss(model, x, y):
+    return _square(model(x), x, y)
+
+
+def _steps(optim, kind):
+    if kind == "hessian":
+        return nodegrad.make_steps(optim, _loss, moments=True)
+    return nodegrad.make_steps(
+        optim, _square, predict=_predict, kind="ggn", moments=True
+    )
+
+
+def _init(optim, model):
+    return optim.init(eqx.filter(model, eqx.is_inexact_array))
+
+
+def _dense_curvature(kind, model):
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    flat, unravel = ravel_pytree(params)
+    outputs = lambda p: eqx.combine(unravel(p), static)(X).reshape(-1)
+    if kind == "hessian":
+        mean = lambda p: jnp.mean(jnp.sum((outputs(p).reshape(Y.shape) - Y) ** 2, 1))
+        return jax.jacfwd(jax.jacrev(mean))(flat)
+    jacobian = jax.jacrev(outputs)(flat)
+    return 2 * jacobian.T @ jacobian / len(X)
+
+
+def _recorder():
+    """An optimiser whose state is the curvature in two fixed directions."""
+
+    def update(updates, state, params=None, *, curvature_fn, value_fn, value, **extra):
+        del state, extra
+        wave = lambda x: jnp.cos(jnp.arange(x.size) + x.ndim).reshape(x.shape)
+        directions = [jax.tree.map(wave, params), updates]
+        return updates, (directions, curvature_fn(directions), value, value_fn(params))
+
+    return optax.GradientTransformationExtraArgs(lambda params: (), update)
+
+
+@pytest.mark.parametrize("kind", ["hessian", "ggn"])
+def test_make_steps_passes_the_exact_curvature_in_directions(kind):
+    model = _net()
+    _, seen, _ = _steps(_recorder(), kind).step(model, (), X, Y)
+    directions, matrix, value, same_value = seen
+    d = jnp.stack([ravel_pytree(v)[0] for v in directions])
+    expected = d @ _dense_curvature(kind, model) @ d.T
+    assert jnp.allclose(matrix, expected, rtol=1e-11, atol=0)
+    assert value == pytest.approx(float(same_value), rel=1e-14)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["hessian", "ggn"])
+def test_a_step_minimises_the_quadratic_model(kind, weight_decay):
+    # From the states before and after a step, by dense linear algebra.
+    optim = nodegrad.snopt(weight_decay=weight_decay, moment="kronecker")
+    step, refresh = _steps(optim, kind)
+    model = _net()
+    state = _init(optim, model)
+    for i in range(3):
+        run = refresh if i == 0 else step
+        model, state, _ = run(model, state, X, Y, key=jr.PRNGKey(i))
+    before, old = model, state
+    model, state, _ = step(model, state, X, Y)
+    assert state.accepted
+    flat = lambda tree: ravel_pytree(eqx.filter(tree, eqx.is_inexact_array))[0]
+    update = flat(model) - flat(before)
+
+    mean = lambda m: jnp.mean(_loss(m, X, Y))
+    g = flat(eqx.filter_grad(mean)(before)) + weight_decay * flat(before)
+    matrix = _dense_curvature(kind, before)
+    matrix = matrix + (weight_decay + old.damping) * jnp.eye(len(g))
+    # The preconditioned gradient lies in the layers, the rest is `scale`.
+    rule = nodegrad.scale_by_snopt(
+        moment="kronecker",
+        damping=float(old.damping),
+        damping_mode="absolute",
+        kl_clip=jnp.inf,
+    )
+    _, unravel = ravel_pytree(eqx.filter(before, eqx.is_inexact_array))
+    direction, _ = rule.update(unravel(g), old.preconditioner)
+    direction = flat(direction)
+    is_scale = jnp.arange(len(g)) == len(g) - 1
+    basis = jnp.stack(
+        [
+            jnp.where(is_scale, 0, direction),
+            jnp.where(is_scale, direction, 0),
+            flat(old.previous),
+        ]
+    )
+    # The matrix may be indefinite: the step is stationary where it is not.
+    small = basis @ matrix @ basis.T
+    assert jnp.linalg.eigvalsh(small)[0] > 0
+    free = -jnp.linalg.solve(small, basis @ g)
+    coefficients = jnp.linalg.lstsq(basis.T, update)[0]
+    assert jnp.allclose(coefficients @ basis, update, rtol=1e-9, atol=1e-12)
+    if 0 < free[-1] < 0.9:
+        assert jnp.allclose(coefficients, free, rtol=1e-7)
+    else:
+        last = jnp.clip(free[-1], 0, 0.9)
+        rest = small[:2, :2], basis[:2] @ g + small[:2, 2] * last
+        expected = jnp.append(-jnp.linalg.solve(*rest), last)
+        assert jnp.allclose(coefficients, expected, rtol=1e-7, atol=1e-9)
+    # The state reports how well the model predicted the change of the loss.
+    c = coefficients
+    predicted = c @ (basis @ g) + c @ small @ c / 2
+    half = lambda m: weight_decay * jnp.sum(flat(m) ** 2) / 2
+    actual = mean(model) + half(model) - mean(before) - half(before)
+    assert jnp.allclose(state.ratio, actual / predicted, rtol=1e-6)
+
+
+def test_a_linear_model_reaches_the_solution_of_ridge_regression():
+    model = eqx.nn.Linear(2, 2, key=jr.PRNGKey(2))
+    gamma = 0.3
+    optim = nodegrad.snopt(
+        weight_decay=gamma, mask=lambda p: jax.tree.map(lambda x: x.ndim == 2, p)
+    )
+    loss = lambda m, x, y: jnp.sum((jax.vmap(m)(x) - y) ** 2, axis=1)
+    step, refresh = nodegrad.make_steps(optim, loss, moments=True)
+    state = _init(optim, model)
+    for i in range(60):
+        run = refresh if i % 20 == 0 else step
+        model, state, _ = run(model, state, X, Y, key=jr.PRNGKey(i))
+    # The mean of |W x + b - y|^2 plus gamma / 2 |W|^2.
+    x, y = np.asarray(X), np.asarray(Y)
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    x, y = x - x_mean, y - y_mean
+    normal = x.T @ x / len(x) + gamma / 2 * np.eye(2)
+    weight = np.linalg.solve(normal, x.T @ y / len(x)).T
+    assert np.allclose(model.weight, weight, rtol=0, atol=1e-6)
+    assert np.allclose(model.bias, y_mean - weight @ x_mean, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["hessian", "ggn"])
+def test_the_loss_of_a_batch_never_rises(kind):
+    # In float32, from a poor start: a scale of 30 in front of the solve.
+    single = ft.partial(jax.tree.map, lambda a: a.astype(jnp.float32))
+    x, y = single((X, Y))
+
+    def predict(model, x, y):
+        del y
+        zero, end, dt = jnp.float32(0), jnp.float32(1), jnp.float32(0.25)
+        field = lambda t, u, args: model.field(u)
+        sol = nodegrad.odesolve(
+            field, diffrax.Heun(), zero, end, dt, x, batched=True, max_steps=4
+        )
+        return model.scale * sol.ys[:, 0]
+
+    optim = nodegrad.snopt()
+    if kind == "ggn":
+        make = ft.partial(nodegrad.make_steps, optim, _square, predict=predict)
+        step, refresh = make(kind="ggn", moments=True)
+    else:
+        loss = lambda m, x, y: _square(predict(m, x, y), x, y)
+        step, refresh = nodegrad.make_steps(optim, loss, moments=True)
+    model = _net(jnp.float32, 30.0)
+    state, values = _init(optim, model), []
+    for i in range(80):
+        run = refresh if i % 10 == 0 else step
+        model, state, value = run(model, state, x, y, key=jr.PRNGKey(i))
+        values.append(float(value))
+    assert values[-1] < 2 < 2000 < values[0]
+    assert np.all(np.diff(values) <= 1e-5 * np.abs(values[:-1]))
+
+
+def test_a_step_into_nan_is_not_taken_and_the_next_one_is_shorter():
+    # The loss is not defined beyond a wall, and its gradient points there.
+    def loss(model, x):
+        z = jax.vmap(model)(x)[:, 0]
+        return jnp.where(z < 1.5, (z - 1.4) ** 2, jnp.nan)
+
+    model = eqx.nn.Linear(1, 1, key=jr.PRNGKey(0))
+    model = jax.tree.map(jnp.zeros_like, model)
+    optim = nodegrad.snopt(momentum=0.0)
+    step, refresh = nodegrad.make_steps(optim, loss, moments=True)
+    x, state = jnp.array([[1.0], [0.1]]), _init(optim, model)
+    refused, damping = 0, []
+    for i in range(40):
+        run = refresh if i % 20 == 0 else step
+        old = model
+        model, state, value = run(model, state, x, key=jr.PRNGKey(i))
+        assert jnp.isfinite(value)
+        damping.append(float(state.damping))
+        if not state.accepted:
+            refused += 1
+            assert eqx.tree_equal(model, old)
+            assert i == 0 or damping[-1] == pytest.approx(4 * damping[-2])
+    assert value < 0.01
+
+
+def test_it_needs_what_make_steps_passes():
+    optim, model = nodegrad.snopt(), _net()
+    params = eqx.filter(model, eqx.is_inexact_array)
+    with pytest.raises(ValueError, match=r"`value_fn` and `curvature_fn`.*make_steps"):
+        optim.update(params, optim.init(params), params)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"damping": 0.1}, {"damping_mode": "absolute"}, {"kl_clip": 1.0}]
+)
+def test_arguments_of_the_learning_rate_are_refused_without_one(arguments):
+    (name,) = arguments
+    with pytest.raises(ValueError, match=rf"`{name}`.*without a `learning_rate`"):
+        nodegrad.snopt(**arguments)
+
+
+def test_momentum_is_checked():
+    with pytest.raises(ValueError, match=r"`momentum` must not be negative; got -1"):
+        nodegrad.snopt(momentum=-1.0)
+    with pytest.raises(TypeError, match="`momentum` must be a real number"):
+        nodegrad.snopt(momentum="0.9")
+
+
+def test_steps_before_any_curvature_descend_too():
+    optim, model = nodegrad.snopt(), _net()
+    step, _ = _steps(optim, "ggn")
+    state, values = _init(optim, model), []
+    for _ in range(5):
+        model, state, value = step(model, state, X, Y)
+        values.append(float(value))
+    assert state.damping == -1
+    assert values[-1] < values[0] / 2
+
+
+@pytest.mark.slow
+def test_many_models_at_once_train_as_one_does():
+    # Batches of eigenvalue problems under `jax.vmap` must not wait for each other.
+    optim = nodegrad.snopt()
+    step, refresh = _steps(optim, "ggn")
+    make = lambda key: Net(eqx.nn.MLP(2, 2, 5, 1, jnp.tanh, key=key), jnp.array(1.0))
+    models = eqx.filter_vmap(make)(jr.split(jr.PRNGKey(3), 4))
+
+    def many(fn):
+        one = lambda m, s, key: fn(m, s, X, Y, key=key)
+        in_axes = eqx.if_array(0), eqx.if_array(0), None
+        return eqx.filter_jit(eqx.filter_vmap(one, in_axes=in_axes))
+
+    state = eqx.filter_vmap(ft.partial(_init, optim))(models)
+    first = jax.tree.map(lambda x: x[0] if eqx.is_array(x) else x, models)
+    state_of_first = _init(optim, first)
+    all_steps, all_refreshes = many(step), many(refresh)
+    for i in range(4):
+        key = jr.PRNGKey(i)
+        run, run_all = (refresh, all_refreshes) if i % 2 == 0 else (step, all_steps)
+        models, state, _ = run_all(models, state, key)
+        first, state_of_first, _ = run(first, state_of_first, X, Y, key=key)
+    for many_leaf, leaf in zip(
+        jax.tree.leaves(eqx.filter(models, eqx.is_inexact_array)),
+        jax.tree.leaves(eqx.filter(first, eqx.is_inexact_array)),
+        strict=True,
+    ):
+        assert jnp.allclose(many_leaf[0], leaf, rtol=1e-6, atol=1e-8)
