@@ -57,7 +57,7 @@ def _loss(model, x, y):
 
 
 def _steps(optim, kind):
-    if kind == "hessian":
+    if kind == "loss":
         return nodegrad.make_steps(optim, _loss, moments=True)
     return nodegrad.make_steps(
         optim, _square, predict=_predict, kind="ggn", moments=True
@@ -68,99 +68,89 @@ def _init(optim, model):
     return optim.init(eqx.filter(model, eqx.is_inexact_array))
 
 
-def _dense_curvature(kind, model):
-    params, static = eqx.partition(model, eqx.is_inexact_array)
-    flat, unravel = ravel_pytree(params)
-    outputs = lambda p: eqx.combine(unravel(p), static)(X).reshape(-1)
-    if kind == "hessian":
-        mean = lambda p: jnp.mean(jnp.sum((outputs(p).reshape(Y.shape) - Y) ** 2, 1))
-        return jax.jacfwd(jax.jacrev(mean))(flat)
-    jacobian = jax.jacrev(outputs)(flat)
-    return 2 * jacobian.T @ jacobian / len(X)
+class Affine(eqx.Module):
+    layer: eqx.nn.Linear
+    shift: jax.Array  # outside of all layers
+
+    def __call__(self, x):
+        return jax.vmap(self.layer)(x) + self.shift[None]
 
 
-def _recorder():
-    """An optimiser whose state is the curvature in two fixed directions."""
-
-    def update(updates, state, params=None, *, curvature_fn, value_fn, value, **extra):
-        del state, extra
-        wave = lambda x: jnp.cos(jnp.arange(x.size) + x.ndim).reshape(x.shape)
-        directions = [jax.tree.map(wave, params), updates]
-        return updates, (directions, curvature_fn(directions), value, value_fn(params))
-
-    return optax.GradientTransformationExtraArgs(lambda params: (), update)
-
-
-@pytest.mark.parametrize("kind", ["hessian", "ggn"])
-def test_make_steps_passes_the_exact_curvature_in_directions(kind):
-    model = _net()
-    _, seen, _ = _steps(_recorder(), kind).step(model, (), X, Y)
-    directions, matrix, value, same_value = seen
-    d = jnp.stack([ravel_pytree(v)[0] for v in directions])
-    expected = d @ _dense_curvature(kind, model) @ d.T
-    assert jnp.allclose(matrix, expected, rtol=1e-11, atol=0)
-    assert value == pytest.approx(float(same_value), rel=1e-14)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("kind", ["hessian", "ggn"])
-def test_a_step_minimises_the_quadratic_model(kind, weight_decay):
-    # From the states before and after a step, by dense linear algebra.
+@pytest.mark.parametrize("dtype, tol", [(jnp.float64, 1e-7), (jnp.float32, 2e-2)])
+def test_a_step_minimises_the_quadratic_model(weight_decay, dtype, tol):
+    # The loss is quadratic, so the model is exact but for its damping. The step is
+    # compared with dense linear algebra, from the states before and after it.
+    cast = ft.partial(jax.tree.map, lambda a: a.astype(dtype))
+    x, y = cast((X, Y))
     optim = nodegrad.snopt(weight_decay=weight_decay, moment="kronecker")
-    step, refresh = _steps(optim, kind)
-    model = _net()
+    step, refresh = nodegrad.make_steps(optim, _loss)
+    layer = eqx.nn.Linear(2, 2, dtype=dtype, key=jr.PRNGKey(2))
+    model = Affine(layer, jnp.ones(2, dtype))
     state = _init(optim, model)
     for i in range(3):
         run = refresh if i == 0 else step
-        model, state, _ = run(model, state, X, Y, key=jr.PRNGKey(i))
+        model, state, _ = run(model, state, x, y, key=jr.PRNGKey(i))
     before, old = model, state
-    model, state, _ = step(model, state, X, Y)
+    model, state, _ = step(model, state, x, y)
     assert state.accepted
-    flat = lambda tree: ravel_pytree(eqx.filter(tree, eqx.is_inexact_array))[0]
+    flat = lambda tree: np.asarray(ravel_pytree(tree)[0], np.float64)
     update = flat(model) - flat(before)
 
-    mean = lambda m: jnp.mean(_loss(m, X, Y))
-    g = flat(eqx.filter_grad(mean)(before)) + weight_decay * flat(before)
-    matrix = _dense_curvature(kind, before)
-    matrix = matrix + (weight_decay + old.damping) * jnp.eye(len(g))
-    # The preconditioned gradient lies in the layers, the rest is `scale`.
+    # Rows of the model's matrix: outputs by (weight, bias, shift).
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    rows, ones = np.eye(2), np.ones(len(x))
+    jacobian = np.concatenate(
+        [
+            np.einsum("bj,oi->boij", x, rows).reshape(-1, 4),
+            np.einsum("b,oi->boi", ones, rows).reshape(-1, 2),
+            np.einsum("b,oi->boi", ones, rows).reshape(-1, 2),
+        ],
+        axis=1,
+    )
+    parameters, n = flat(before), len(x)
+    value = lambda p: (
+        np.sum((jacobian @ p - y.reshape(-1)) ** 2) / n + weight_decay / 2 * p @ p
+    )
+    g = 2 * jacobian.T @ (jacobian @ parameters - y.reshape(-1)) / n
+    g = g + weight_decay * parameters
+    matrix = 2 * jacobian.T @ jacobian / n
+    matrix = matrix + (weight_decay + float(old.damping)) * np.eye(len(g))
     rule = nodegrad.scale_by_snopt(
         moment="kronecker",
         damping=float(old.damping),
         damping_mode="absolute",
         kl_clip=jnp.inf,
     )
-    _, unravel = ravel_pytree(eqx.filter(before, eqx.is_inexact_array))
-    direction, _ = rule.update(unravel(g), old.preconditioner)
-    direction = flat(direction)
-    is_scale = jnp.arange(len(g)) == len(g) - 1
-    basis = jnp.stack(
-        [
-            jnp.where(is_scale, 0, direction),
-            jnp.where(is_scale, direction, 0),
-            flat(old.previous),
-        ]
-    )
-    # The matrix may be indefinite: the step is stationary where it is not.
+    _, unravel = ravel_pytree(before)
+    direction, _ = rule.update(unravel(jnp.asarray(g, dtype)), old.preconditioner)
+    direction, in_layer = flat(direction), np.arange(len(g)) < 6
+    basis = np.stack([direction * in_layer, direction * ~in_layer, flat(old.previous)])
     small = basis @ matrix @ basis.T
-    assert jnp.linalg.eigvalsh(small)[0] > 0
-    free = -jnp.linalg.solve(small, basis @ g)
-    coefficients = jnp.linalg.lstsq(basis.T, update)[0]
-    assert jnp.allclose(coefficients @ basis, update, rtol=1e-9, atol=1e-12)
-    if 0 < free[-1] < 0.9:
-        assert jnp.allclose(coefficients, free, rtol=1e-7)
-    else:
-        last = jnp.clip(free[-1], 0, 0.9)
-        rest = small[:2, :2], basis[:2] @ g + small[:2, 2] * last
-        expected = jnp.append(-jnp.linalg.solve(*rest), last)
-        assert jnp.allclose(coefficients, expected, rtol=1e-7, atol=1e-9)
+    free = -np.linalg.solve(small, basis @ g)
+    last = np.clip(free[2], 0, 0.9)
+    rest = -np.linalg.solve(small[:2, :2], basis[:2] @ g + small[:2, 2] * last)
+    expected = basis.T @ np.append(rest, last)
+    assert np.linalg.norm(update - expected) < tol * np.linalg.norm(expected)
     # The state reports how well the model predicted the change of the loss.
-    c = coefficients
-    predicted = c @ (basis @ g) + c @ small @ c / 2
-    half = lambda m: weight_decay * jnp.sum(flat(m) ** 2) / 2
-    actual = mean(model) + half(model) - mean(before) - half(before)
-    assert jnp.allclose(state.ratio, actual / predicted, rtol=1e-6)
+    predicted = update @ g + update @ matrix @ update / 2
+    actual = value(parameters + update) - value(parameters)
+    assert float(state.ratio) == pytest.approx(actual / predicted, rel=tol)
+
+
+def test_make_steps_passes_the_loss_of_the_batch():
+    def update(updates, state, params=None, *, value, value_fn, **extra):
+        del state, extra
+        return updates, (value, value_fn(params), value_fn(updates))
+
+    optim = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    model = _net()
+    for kind in ("loss", "ggn"):
+        _, (value, same, other), _ = _steps(optim, kind).step(model, (), X, Y)
+        gradient = eqx.filter_grad(lambda m: jnp.mean(_loss(m, X, Y)))(model)
+        at_gradient = eqx.combine(gradient, model)
+        assert value == pytest.approx(float(same), rel=1e-14)
+        assert other == pytest.approx(float(jnp.mean(_loss(at_gradient, X, Y))))
 
 
 def test_a_linear_model_reaches_the_solution_of_ridge_regression():
@@ -186,7 +176,7 @@ def test_a_linear_model_reaches_the_solution_of_ridge_regression():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["hessian", "ggn"])
+@pytest.mark.parametrize("kind", ["loss", "ggn"])
 def test_the_loss_of_a_batch_never_rises(kind):
     # In float32, from a poor start: a scale of 30 in front of the solve.
     single = ft.partial(jax.tree.map, lambda a: a.astype(jnp.float32))
@@ -246,7 +236,7 @@ def test_a_step_into_nan_is_not_taken_and_the_next_one_is_shorter():
 def test_it_needs_what_make_steps_passes():
     optim, model = nodegrad.snopt(), _net()
     params = eqx.filter(model, eqx.is_inexact_array)
-    with pytest.raises(ValueError, match=r"`value_fn` and `curvature_fn`.*make_steps"):
+    with pytest.raises(ValueError, match=r"`value` and `value_fn`.*make_steps"):
         optim.update(params, optim.init(params), params)
 
 
@@ -274,7 +264,8 @@ def test_steps_before_any_curvature_descend_too():
         model, state, value = step(model, state, X, Y)
         values.append(float(value))
     assert state.damping == -1
-    assert values[-1] < values[0] / 2
+    assert values[-1] < 0.9 * values[0]
+    assert np.all(np.diff(values) <= 0)
 
 
 @pytest.mark.slow
