@@ -52,7 +52,14 @@ from ._solve.adjoints import (
     ReversibleAdjoint as ReversibleAdjoint,
 )
 from ._solve.odesolve import odesolve as odesolve
-from ._steps.rk4 import RK4 as RK4
+from ._steps.explicit_methods import (
+    EES25 as EES25,
+    EES27 as EES27,
+    RK4 as RK4,
+)
+from ._steps.reversible_solver import (
+    AbstractReversibleSolver as AbstractReversibleSolver,
+)
 
 
 # The version in `pyproject.toml`; `tests/test_house.py` compares them.
