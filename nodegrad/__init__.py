@@ -60,6 +60,7 @@ from ._steps.explicit_methods import (
 from ._steps.reversible_solver import (
     AbstractReversibleSolver as AbstractReversibleSolver,
 )
+from ._steps.stiff_methods import Rodas5P as Rodas5P, Rosenbrock23 as Rosenbrock23
 
 
 # The version in `pyproject.toml`; `tests/test_house.py` compares them.
