@@ -188,7 +188,7 @@ def test_orders_of_solutions_errors_and_dense_output(solver):
 # Gradients.
 
 
-@pytest.mark.rows(test=1, ci=3)
+@pytest.mark.rows(test=1, ci=2)
 @pytest.mark.parametrize(
     "door, solver, controller, saveat, backwards",
     [
