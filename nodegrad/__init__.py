@@ -55,7 +55,15 @@ from ._solve.adjoints import (
     ReversibleAdjoint as ReversibleAdjoint,
 )
 from ._solve.odesolve import odesolve as odesolve
-from ._steps.rk4 import RK4 as RK4
+from ._steps.explicit_methods import (
+    EES25 as EES25,
+    EES27 as EES27,
+    RK4 as RK4,
+)
+from ._steps.reversible_solver import (
+    AbstractReversibleSolver as AbstractReversibleSolver,
+)
+from ._steps.stiff_methods import Rodas5P as Rodas5P, Rosenbrock23 as Rosenbrock23
 
 
 # The version in `pyproject.toml`; `tests/test_house.py` compares them.

@@ -21,7 +21,7 @@ from jaxtyping import Array, ArrayLike, Bool, PyTree, Real
 
 from .._internal.compat import is_sde
 from .._internal.results import promoted, RESULTS
-from .._reversible.invertible_step import make_invertible_step
+from .._reversible.reversals import make_invertible_step
 from .._solve.adjoints import ACAAdjoint, ReversibleAdjoint
 from .._solve.arguments import as_terms
 from .._solve.odesolve import odesolve

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from .._internal.compat import running_adjoints
-from .._internal.dtypes import at_least_float32
+from .._internal.tree import at_least_float32
 from .._layers.layer_product import layer_product, Statistics, Use
 from .._layers.layers import is_module, Layer, layers_of
 from .._solve.recorded_adjoint import AbstractRecordedAdjoint

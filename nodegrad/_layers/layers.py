@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from .._internal.dtypes import at_least_float32, is_real
+from .._internal.tree import at_least_float32, is_real
 
 
 class Layer(NamedTuple):

@@ -8,7 +8,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import ArrayLike, PyTree, Real
 
-from .._internal.dtypes import at_least_float32
+from .._internal.tree import at_least_float32
 
 
 def scale_by_gauss_newton(

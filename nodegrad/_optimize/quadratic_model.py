@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._internal.dtypes import at_least_float32
+from .._internal.tree import at_least_float32
 from .preconditioner import eigh, Scalar
 
 

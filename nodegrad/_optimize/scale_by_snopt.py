@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
-from .._internal.dtypes import check_numbers
+from .._internal.tree import check_numbers
 from .._layers.factors import KroneckerFactors
 from .._layers.layers import Layer, layers_of, Leaves
 from .preconditioner import (

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._internal.dtypes import check_numbers
+from .._internal.tree import check_numbers
 from .._internal.tree import add, where, zeros_like
 from .._layers.factors import KroneckerFactors
 from .._layers.layers import Layer

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Real
 
-from .._internal.dtypes import at_least_float32, check_numbers, is_real
+from .._internal.tree import at_least_float32, check_numbers, is_real
 
 
 class TerminalTimeState(NamedTuple):

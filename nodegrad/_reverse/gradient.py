@@ -129,7 +129,9 @@ class GradientVisitor(eqx.Module):
             y=ct_y,
             replay_state=ct_state,
             saves=saves,
-            constants=add(carry.constants, ct_consts),
+            # A part that only the inverse of a step calls has no cotangents.
+            constants=carry.constants
+            | {part: add(carry.constants[part], ct) for part, ct in ct_consts.items()},
         )
         # The times of the step depend on the previous step, and on the anchors.
         if recording.wrt_times:

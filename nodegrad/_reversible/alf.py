@@ -10,19 +10,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._internal.compat import is_sde, ω
+from .._internal.norms import magnitudes, relative_size, size
 from .._internal.results import COUPLING_LOST
+from .._steps.reversible_solver import check_number, check_resync_every
 from .._trajectory.state_source import Evaluate
 from .coupling_monitor import FIRST_STEPS
 from .invertible_step import (
     AbstractInvertibleStep,
-    check_number,
-    check_resync_every,
     Flag,
     is_regular_resync,
     Resync,
+    SharingSolver,
     Time,
 )
-from .norms import magnitudes, relative_size, size
 
 
 # The coupling is lost if the vector field in the middle of a step differs from the
@@ -32,7 +32,7 @@ from .norms import magnitudes, relative_size, size
 _OVERWHELMING = 0.5
 
 
-class ALF(diffrax.AbstractAdaptiveSolver):
+class ALF(SharingSolver, diffrax.AbstractAdaptiveSolver):
     r"""Asynchronous leapfrog, a reversible method of second order.
 
     The solver carries a velocity $v$ in addition to the state $x$, with
@@ -210,8 +210,10 @@ class LeapfrogReversal(AbstractInvertibleStep):
     an ordinary equation), so `k0` is $h v$, and `k1` is $h v'$.
     """
 
-    # A jump changes the vector field, so the velocity has to be evaluated again.
-    resyncs_at_jumps: ClassVar[bool] = True
+    @property
+    def resyncs_at_jumps(self) -> bool:
+        # A jump changes the vector field, so the velocity has to be evaluated again.
+        return True
 
     def parts(self) -> dict[str, Callable]:
         def vf(t: Time, y: PyTree[Array]) -> PyTree[Array]:

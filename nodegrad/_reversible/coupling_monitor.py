@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from .norms import dot, magnitudes, ratios, relative_size, size
+from .._internal.norms import dot, magnitudes, ratios, relative_size, size
 
 
 # The growth of the difference in a step is its size after the step, less a part of its

@@ -10,7 +10,11 @@ control.
 same part and key have the same arguments, up to rounding, and are evaluated only once:
 the pullback through `forward` uses the values and pullbacks of the calls of `backward`.
 So undoing and pulling back a step costs as many evaluations as the step, and as many
-pullbacks.
+pullbacks. A call of `backward` with the key `"undo"` is not shared. No pullback is
+stored for it.
+
+A solver of this package names its class by `reversal_cls`. `reversals.py` has the
+classes of other solvers, and chooses one.
 
 All code outside of the parts is arithmetic without shapes: it works on one state as
 well as on a batch of states.
@@ -22,13 +26,11 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import diffrax
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Int, PyTree, Real
 
-from .._internal.compat import ω
-from .._steps.tableau import explicit_tableau
+from .._steps.reversible_solver import AbstractReversibleSolver
 from .._trajectory.state_source import Evaluate
 
 
@@ -57,8 +59,13 @@ class AbstractInvertibleStep(eqx.Module):
     terms: PyTree[diffrax.AbstractTerm]
     args: PyTree
 
-    #: Whether a jump of the vector field is a resync.
-    resyncs_at_jumps: ClassVar[bool] = False
+    #: Whether `forward` gets regular resyncs. Otherwise only a state is stored there.
+    told_of_regular_resyncs: ClassVar[bool] = True
+
+    @property
+    def resyncs_at_jumps(self) -> bool:
+        """Whether a jump of the vector field is a resync."""
+        return False
 
     @property
     def resync_every(self) -> int | None:
@@ -127,202 +134,46 @@ class AbstractInvertibleStep(eqx.Module):
         return replay_state
 
 
-class _ReversibleHeun(AbstractInvertibleStep):
-    r"""The step of `diffrax.ReversibleHeun`, and its inverse.
+class SharingSolver(AbstractReversibleSolver):
+    """A reversible solver whose inverse shares its evaluations with the step."""
 
-    With $f$ for the vector field times the control, a step is
-    $\hat y_1 = 2 y_0 - \hat y_0 + f(\hat y_0)$ and
-    $y_1 = y_0 + (f(\hat y_0) + f(\hat y_1)) / 2$. Its inverse begins with
-    $\hat y_0 = 2 y_1 - \hat y_1 - f(\hat y_1)$. The replay state is $\hat y$ and the
-    vector field there, without the control.
-    """
+    @property
+    @abc.abstractmethod
+    def reversal_cls(self) -> type[AbstractInvertibleStep]:
+        """The class of the step and its inverse."""
 
-    # A jump discards the stored vector field, and evaluates it at the state `y`.
-    resyncs_at_jumps: ClassVar[bool] = True
-
-    def checked_part(
-        self, y: PyTree[Array], replay_state: PyTree[Array]
-    ) -> PyTree[Array]:
-        del y
-        yhat, _ = replay_state
-        return yhat
-
-    def parts(self) -> dict[str, Callable]:
-        def vf(t: Time, y: PyTree[Array]) -> PyTree[Array]:
-            return self.terms.vf(t, y, self.args)
-
-        return dict(
-            control=self.terms.contr,
-            vf=vf,
-            vf_after_jump=lambda t, y, old_vf, jump: jax.lax.cond(
-                jump, lambda: vf(t, y), lambda: old_vf
-            ),
-            product=self.terms.prod,
-        )
-
-    def forward(
+    def backward_step(
         self,
-        evaluate: Evaluate,
+        terms: PyTree[diffrax.AbstractTerm],
         t0: Time,
         t1: Time,
-        y0: PyTree[Array],
-        state0: PyTree[Array],
-        resync: Resync,
-    ) -> tuple[PyTree[Array], PyTree[Array], PyTree[Array]]:
-        yhat0, vf0 = state0
-        if resync is not False:
-            vf0 = evaluate("vf_after_jump", "jump", t0, y0, vf0, resync)
-        control = evaluate("control", "control", t0, t1)
-        f0 = evaluate("product", "start", vf0, control)
-        yhat1 = (2 * y0**ω - yhat0**ω + f0**ω).ω
-        vf1 = evaluate("vf", "end", t1, yhat1)
-        f1 = evaluate("product", "end", vf1, control)
-        y1 = (y0**ω + 0.5 * (f0**ω + f1**ω)).ω
-        return y1, (yhat1, vf1), dict(y0=y0, y1=y1)
-
-    def backward(
-        self,
-        evaluate: Evaluate,
-        t0: Time,
-        t1: Time,
-        before: Time,
         y1: PyTree[Array],
-        state1: PyTree[Array],
-    ) -> tuple[PyTree[Array], PyTree[Array]]:
-        del before
-        # The stored vector field is not used. It is evaluated again, under the key that
-        # `forward` uses for its last call, so that this call has a pullback.
-        yhat1, _ = state1
-        control = evaluate("control", "control", t0, t1)
-        vf1 = evaluate("vf", "end", t1, yhat1)
-        f1 = evaluate("product", "end", vf1, control)
-        yhat0 = (2 * y1**ω - yhat1**ω - f1**ω).ω
-        # Not the key "start": after a jump, `forward` calls that with another argument.
-        vf0 = evaluate("vf", "undo", t0, yhat0)
-        f0 = evaluate("product", "undo", vf0, control)
-        y0 = (y1**ω - 0.5 * (f0**ω + f1**ω)).ω
-        return y0, (yhat0, vf0)
+        args: PyTree,
+        ts_state: PyTree[Time],
+        solver_state: PyTree,
+        made_jump: Flag,
+    ) -> tuple[PyTree, dict[str, PyTree], PyTree, Any]:
+        """Undoes a step; see `nodegrad.AbstractReversibleSolver`.
 
+        Statistics in the solver state, such as the largest velocity so far, are not
+        undone. The state before a resync cannot be found: that after it is returned.
+        """
+        del made_jump
+        step: Any = self.reversal_cls(self, terms, args)
+        parts, made = step.parts(), {}
 
-class _LeapfrogMidpoint(AbstractInvertibleStep):
-    r"""The step of `diffrax.LeapfrogMidpoint`, and its inverse.
+        def evaluate(part: str, key: str, *part_args: PyTree) -> PyTree:
+            if (part, key) not in made:
+                made[part, key] = parts[part](*part_args)
+            return made[part, key]
 
-    A step is $y_1 = y_{-1} + f(y_0)$, with the control from $t_{-1}$ to $t_1$. The
-    replay state is $(t_{-1}, y_{-1})$.
-    """
-
-    def parts(self) -> dict[str, Callable]:
-        product = lambda t, y, control: self.terms.vf_prod(t, y, self.args, control)
-        return dict(control=self.terms.contr, product=product)
-
-    def forward(
-        self,
-        evaluate: Evaluate,
-        t0: Time,
-        t1: Time,
-        y0: PyTree[Array],
-        state0: PyTree[Array],
-        resync: Resync,
-    ) -> tuple[PyTree[Array], PyTree[Array], PyTree[Array]]:
-        del resync
-        # The step starts from the state before the last one.
-        before, y_before = state0
-        control = evaluate("control", "control", before, t1)
-        f0 = evaluate("product", "product", t0, y0, control)
-        y1 = (y_before**ω + f0**ω).ω
-        return y1, (t0, y0), dict(y0=y0, y1=y1)
-
-    def backward(
-        self,
-        evaluate: Evaluate,
-        t0: Time,
-        t1: Time,
-        before: Time,
-        y1: PyTree[Array],
-        state1: PyTree[Array],
-    ) -> tuple[PyTree[Array], PyTree[Array]]:
-        # The replay state has `y0` already. Only the state before it is reconstructed.
-        _, y0 = state1
-        control = evaluate("control", "control", before, t1)
-        f0 = evaluate("product", "product", t0, y0, control)
-        return y0, (before, (y1**ω - f0**ω).ω)
-
-
-class _SemiImplicitEuler(AbstractInvertibleStep):
-    r"""The step of `diffrax.SemiImplicitEuler` for a pair $(p, q)$, and its inverse.
-
-    A step is $p_1 = p_0 + f(q_0)$, then $q_1 = q_0 + g(p_1)$. The inverse undoes these
-    in the opposite order. There is no replay state.
-    """
-
-    def parts(self) -> dict[str, Callable]:
-        first, second = self.terms
-        f = lambda t, y, control: first.vf_prod(t, y, self.args, control)
-        g = lambda t, y, control: second.vf_prod(t, y, self.args, control)
-        return dict(control_f=first.contr, control_g=second.contr, f=f, g=g)
-
-    def forward(
-        self,
-        evaluate: Evaluate,
-        t0: Time,
-        t1: Time,
-        y0: PyTree[Array],
-        state0: PyTree[Array],
-        resync: Resync,
-    ) -> tuple[PyTree[Array], PyTree[Array], PyTree[Array]]:
-        del state0, resync
-        p0, q0 = y0
-        control_f = evaluate("control_f", "f", t0, t1)
-        control_g = evaluate("control_g", "g", t0, t1)
-        p1 = (p0**ω + evaluate("f", "f", t0, q0, control_f) ** ω).ω
-        q1 = (q0**ω + evaluate("g", "g", t0, p1, control_g) ** ω).ω
-        return (p1, q1), None, dict(y0=y0, y1=(p1, q1))
-
-    def backward(
-        self,
-        evaluate: Evaluate,
-        t0: Time,
-        t1: Time,
-        before: Time,
-        y1: PyTree[Array],
-        state1: PyTree[Array],
-    ) -> tuple[PyTree[Array], PyTree[Array]]:
-        del before, state1
-        p1, q1 = y1
-        control_f = evaluate("control_f", "f", t0, t1)
-        control_g = evaluate("control_g", "g", t0, t1)
-        q0 = (q1**ω - evaluate("g", "g", t0, p1, control_g) ** ω).ω
-        p0 = (p1**ω - evaluate("f", "f", t0, q0, control_f) ** ω).ω
-        return (p0, q0), None
-
-
-# Solvers of Diffrax. A solver of nodegrad names its class by `reversal_cls`.
-_REVERSALS = {
-    diffrax.ReversibleHeun: _ReversibleHeun,
-    diffrax.LeapfrogMidpoint: _LeapfrogMidpoint,
-    diffrax.SemiImplicitEuler: _SemiImplicitEuler,
-}
-
-
-def make_invertible_step(
-    solver: diffrax.AbstractSolver, terms: PyTree[diffrax.AbstractTerm], args: PyTree
-) -> AbstractInvertibleStep:
-    """Returns the step of `solver` with its inverse, or raises if there is none."""
-    cls = _REVERSALS.get(type(solver)) or getattr(solver, "reversal_cls", None)
-    if cls is None:
-        name = type(solver).__name__
-        # Suggest `Reversible(...)` of the user's own solver, if it is an explicit
-        # Runge-Kutta method.
-        inner = name if explicit_tableau(solver) is not None else "Tsit5"
-        msg = (
-            f"`nodegrad.ReversibleAdjoint` needs a solver whose steps can be undone, "
-            f"and those of `{name}` cannot. Use `nodegrad.Reversible({inner}())`, "
-            "`nodegrad.ALF()`, `diffrax.ReversibleHeun()`, "
-            "`diffrax.SemiImplicitEuler()` or `diffrax.LeapfrogMidpoint()`; or keep "
-            "the solver and use `nodegrad.ACAAdjoint()`."
-        )
-        raise TypeError(msg)
-    return cls(solver, terms, args)
+        (before,) = ts_state
+        state1 = step.replay_state(solver_state)
+        y0, state0 = step.backward(evaluate, t0, t1, before, y1, state1)
+        # The step finds the evaluations that the inverse made.
+        _, _, dense_info = step.forward(evaluate, t0, t1, y0, state0, False)
+        solver_state = step.with_replay_state(solver_state, state0)
+        return y0, dense_info, solver_state, diffrax.RESULTS.successful
 
 
 def is_regular_resync(resync_every: int | None, count: Int[Array, "..."]) -> Resync:
@@ -334,30 +185,3 @@ def is_regular_resync(resync_every: int | None, count: Int[Array, "..."]) -> Res
     if resync_every is None:
         return False
     return (count % resync_every == 0) & (count > 0)
-
-
-def check_number(name: str, value: object) -> None:
-    """Raises unless the argument `name` has a Python or NumPy number for its value."""
-    # It is a static field of a solver, so an array would fail later, when hashed.
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        msg = (
-            f"`{name}` must be a number that is known before the solve; got "
-            f"{value!r}, a {type(value).__name__}."
-        )
-        raise TypeError(msg)
-
-
-def check_resync_every(name: str, resync_every: Any) -> None:
-    """Raises unless `resync_every` of solver `name` is `None` or a positive integer."""
-    if resync_every is None:
-        return
-    # NumPy integers have `__index__` as well, and so has `bool`.
-    if isinstance(resync_every, bool) or not hasattr(resync_every, "__index__"):
-        msg = (
-            f"`nodegrad.{name}(resync_every=...)` must be `None` or an integer; got "
-            f"{resync_every!r}."
-        )
-        raise TypeError(msg)
-    if resync_every < 1:
-        msg = f"`resync_every` must be at least one step; got {resync_every}."
-        raise ValueError(msg)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree, Real
 
+from .._internal.norms import magnitudes, relative_size, size
 from .._internal.tree import take, where, zeros_like
 from .._trajectory.linearized_calls import LinearizedCalls
 from .._trajectory.state_source import (
@@ -29,7 +30,6 @@ from .._trajectory.state_source import (
 )
 from .._trajectory.step_times import AbstractGrid, StepTimes
 from .invertible_step import AbstractInvertibleStep, is_regular_resync, Resync
-from .norms import magnitudes, relative_size, size
 
 
 # A gradient is refused if a reconstructed state differs from a stored one by more than
@@ -48,9 +48,10 @@ _USUAL = 0.1
 _UNTRUSTED = (
     "A state that `nodegrad.ReversibleAdjoint` reconstructed differs from the stored "
     f"one by more than a relative {_MAX_ERROR}: rounding errors have grown in the "
-    "backward pass, and the gradient would be wrong. Pass `resync_every=10` or so to "
-    "the solver, take fewer steps or a `coupling_parameter` closer to one, or use "
-    "`nodegrad.ACAAdjoint()`."
+    "backward pass (or those of an inverse that is not exact), and the gradient would "
+    "be wrong. Pass `resync_every=10` or so to the solver; take fewer steps or a "
+    "`coupling_parameter` closer to one (if the inverse is not exact, smaller steps); "
+    "or use `nodegrad.ACAAdjoint()`."
 )
 
 _LOST = (
@@ -104,6 +105,10 @@ class Resyncs(eqx.Module):
         """
         resync = is_regular_resync(self.every, index + step_offset)
         return resync | made_jump if self.jumps or self.first_jump else resync
+
+    def is_at_jump(self, made_jump: Bool[Array, "..."]) -> Resync:
+        """Returns whether a step begins with a resync because of a jump."""
+        return made_jump if self.jumps or self.first_jump else False
 
     def row_to_write(
         self,
@@ -187,11 +192,31 @@ class ReconstructedStates(AbstractStateSource):
         y: PyTree,
         state: PyTree,
     ) -> tuple[PyTree, PyTree, PyTree]:
-        resync = self._is_resync(times)
+        resync = self._told(times)
         return self.invertible_step.forward(evaluate, t0, t1, y, state, resync)
 
+    def step_and_undo(
+        self,
+        evaluate: Evaluate,
+        times: StepTimes,
+        t0: Real[Array, "..."],
+        t1: Real[Array, "..."],
+        y: PyTree,
+        state: PyTree,
+    ) -> tuple[PyTree, PyTree, PyTree]:
+        y1, state1, dense_info = self.step(evaluate, times, t0, t1, y, state)
+        self.invertible_step.backward(evaluate, t0, t1, t0, y1, state1)
+        return y1, state1, dense_info
+
     def _is_resync(self, times: StepTimes) -> Resync:
+        """Returns whether the state before a step is stored."""
         return self.resyncs.is_resync(times.index, times.step_offset, times.made_jump)
+
+    def _told(self, times: StepTimes) -> Resync:
+        """Returns the flag that `forward` gets."""
+        if self.invertible_step.told_of_regular_resyncs:
+            return self._is_resync(times)
+        return self.resyncs.is_at_jump(times.made_jump)
 
     def walk(
         self,
@@ -296,7 +321,7 @@ class ReconstructedStates(AbstractStateSource):
         """
 
         def linearize() -> tuple[PyTree, Callable]:
-            resync = self._is_resync(times)
+            resync = self._told(times)
             forward: Any = self.invertible_step.forward
 
             def step(evaluate: Evaluate, *args: PyTree) -> PyTree:
@@ -362,7 +387,10 @@ def _relative_error(
     # Relative to this, `_MAX_ROUNDING` units of rounding of the largest state are an
     # error of `_MAX_ERROR`.
     least = _MAX_ROUNDING / _MAX_ERROR * unit * size(peak)
+    # A relative error of zero does not exist. A solve from rest is compared with its
+    # largest values only.
     overall = size(error) / jnp.maximum(size(known), least)
+    overall = jnp.where(size(known) == 0, 0, overall)
     # An entry may be zero in this one state. Compare it with its values elsewhere.
     usual = magnitudes(known, jax.tree.map(lambda x: _USUAL * x, peak))
     worst = jnp.maximum(overall, relative_size(error, usual))

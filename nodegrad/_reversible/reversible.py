@@ -14,22 +14,22 @@ from .._internal.compat import is_sde, WrapTerm, ω
 from .._internal.results import COUPLING_LOST
 from .._internal.tree import where
 from .._steps.increment import Increment
+from .._steps.reversible_solver import check_number, check_resync_every
 from .._steps.step import DelegatingSolver
 from .._steps.tableau import combine, explicit_tableau, num_inner_stages
 from .._trajectory.state_source import Evaluate
 from .coupling_monitor import allowed_difference, CouplingMonitor, with_difference
 from .invertible_step import (
     AbstractInvertibleStep,
-    check_number,
-    check_resync_every,
     Flag,
     is_regular_resync,
     Resync,
+    SharingSolver,
     Time,
 )
 
 
-class Reversible(DelegatingSolver, diffrax.AbstractStratonovichSolver):
+class Reversible(SharingSolver, DelegatingSolver, diffrax.AbstractStratonovichSolver):
     r"""Makes an explicit Runge-Kutta method algebraically reversible.
 
     The solver carries two copies of the solution, $y$ and $z$. With $\Psi_h(t, x)$ for

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import diffrax
 import equinox as eqx
 
-from .._reversible.invertible_step import make_invertible_step
 from .._reversible.reconstruction import ReconstructedStates, Resyncs
+from .._reversible.reversals import make_invertible_step
 from .._steps.step import AbstractStep
 from .._trajectory.checkpoints import CheckpointedStates, choose_checkpoints
 from .._trajectory.step_times import AbstractGrid, has_unknown_jumps, may_jump
@@ -170,7 +170,9 @@ class ReversibleAdjoint(AbstractRecordedAdjoint):
 
     The solver has to be one of `nodegrad.Reversible(...)`, `nodegrad.ALF(...)`,
     `diffrax.ReversibleHeun()`, `diffrax.SemiImplicitEuler()` and
-    `diffrax.LeapfrogMidpoint()`.
+    `diffrax.LeapfrogMidpoint()`; `nodegrad.EES25()` and `nodegrad.EES27()`, whose
+    inverse and gradient are not exact; or any Diffrax solver with a method
+    `backward_step` (see `nodegrad.AbstractReversibleSolver`).
 
     **Example:**
 

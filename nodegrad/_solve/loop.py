@@ -13,14 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree, Real
 
-from .._internal.dtypes import check_unchanged
 from .._internal.results import (
     comparable,
     promoted,
     RESULTS as _RESULTS,
     with_coupling_lost,
 )
-from .._internal.tree import all_finite, where
+from .._internal.tree import all_finite, check_unchanged, where
 from .._reverse.saves import Save
 from .._steps.step import AbstractStep
 from .._trajectory.output import (

@@ -21,9 +21,8 @@ from jaxtyping import Array, Bool, PyTree, Real
 from .._internal.closure_convert import as_struct, closure_convert
 from .._internal.compat import nondifferentiable_backward, solver_loop, while_loop
 from .._internal.devices import axes_of_devices, on_each_device
-from .._internal.dtypes import check_unchanged
 from .._internal.results import coupling_stats, with_coupling_lost
-from .._internal.tree import with_fields
+from .._internal.tree import check_unchanged, with_fields
 from .._layers.find_products import has_products
 from .._reverse.plan import Solve
 from .._reverse.recorded_loop import recorded_loop

@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, PyTree, Real
 from .._internal.tree import as_arrays
 from .._layers.find_products import without_statistics
 from .increment import Increment
+from .reversible_solver import has_backward_step
 from .tableau import advance_by, combine, has_explicit_tableau, stacked, stages
 
 
@@ -369,7 +370,11 @@ def make_step(
     # If `is_vf_expensive`, `vf_prod` twice is cheaper than `vf` once. Diffrax's step
     # then does without `vf`, and `RungeKuttaStep` does not.
     if has_explicit_tableau(solver) and not terms.is_vf_expensive(t0, t1, y0, args):
-        return RungeKuttaStep(solver, terms, args)
+        # The `backward_step` of a user expects the solver state of `solver.step`. A
+        # `RungeKuttaStep` has another one if stages are shared.
+        step = RungeKuttaStep(solver, terms, args)
+        if not (step.tableau.fsal and has_backward_step(solver)):
+            return step
     return SolverStep(solver, terms, args, jumps)
 
 

@@ -12,8 +12,8 @@ from jaxtyping import Array, PyTree, Real
 
 from .._internal.compat import Jaxpr
 from .._internal.tree import set_row
-from .rk4 import RK4
-from .work import products_dominate
+from .._layers.work import products_dominate
+from .explicit_methods import RK4
 
 
 # Tableaus with more stages are always scanned. Unrolled stages run faster, but the time

@@ -12,6 +12,10 @@ from .state_source import RecordedSteps
 from .step_times import StepTimes
 
 
+# Calls with this key are made by an inverse only, and never by a step.
+UNDO = "undo"
+
+
 class LinearizedCalls:
     """Evaluates the parts of one step, and stores the value and pullback of each call.
 
@@ -33,7 +37,12 @@ class LinearizedCalls:
         self.made: dict[tuple[str, str], _Call] = {}
 
     def __call__(self, part: str, key: str, *args: PyTree) -> PyTree[Array]:
-        """Returns the value of a call, and linearises it if it is the first one."""
+        """Returns the value of a call, and linearises it if it is the first one.
+
+        Calls with the key `"undo"` are evaluated without a pullback.
+        """
+        if key == UNDO:
+            return self.steps.evaluate(part, key, *args)
         if (part, key) not in self.made:
             spec = inexact_spec(args)
             if not self.steps.wrt_times:

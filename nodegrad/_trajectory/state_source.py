@@ -200,6 +200,18 @@ class AbstractStateSource(eqx.Module):
         step times are differentiated.
         """
 
+    def step_and_undo(
+        self,
+        evaluate: Evaluate,
+        times: StepTimes,
+        t0: Real[Array, "..."],
+        t1: Real[Array, "..."],
+        y: PyTree,
+        state: PyTree,
+    ) -> tuple[PyTree, PyTree, PyTree]:
+        """Makes a step as `step` does, and calls every part that `walk` will call."""
+        return self.step(evaluate, times, t0, t1, y, state)
+
     @abc.abstractmethod
     def walk(
         self,
@@ -260,6 +272,6 @@ def closure_convert_parts(
         # Only shapes and dtypes matter here: these times stand for any step.
         zero, false = jnp.array(0), jnp.array(False)
         times = StepTimes(zero, t0, t1, false, zero, t0, t0, zero)
-        return source.step(evaluate, times, t0, t1, y, replay_state)
+        return source.step_and_undo(evaluate, times, t0, t1, y, replay_state)
 
     return consts, pure, eqx.filter_eval_shape(step, t, t, y, replay_state)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import nodegrad
-from nodegrad._reversible.invertible_step import make_invertible_step
+from nodegrad._reversible.reversals import make_invertible_step
 
 from ..problems import explicit_step, Field, van_der_pol
 

@@ -8,8 +8,8 @@ import pytest
 
 import nodegrad
 from nodegrad._internal.batch import Axes, Batch
+from nodegrad._layers.work import products_dominate
 from nodegrad._steps.increment import Increment, StagedIncrement
-from nodegrad._steps.work import products_dominate
 
 from ..problems import relative_error
 
