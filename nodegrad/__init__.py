@@ -23,14 +23,12 @@ from ._curvature.products import (
 from ._internal.results import RESULTS as RESULTS
 from ._layers.factors import KroneckerFactors as KroneckerFactors
 from ._optimize.gauss_newton import scale_by_gauss_newton as scale_by_gauss_newton
+from ._optimize.quadratic_steps import SNOptModelState as SNOptModelState
 from ._optimize.scale_by_snopt import (
     scale_by_snopt as scale_by_snopt,
     SNOptState as SNOptState,
 )
-from ._optimize.snopt import (
-    snopt as snopt,
-    SNOptModelState as SNOptModelState,
-)
+from ._optimize.snopt import snopt as snopt
 from ._optimize.terminal_time import (
     terminal_time as terminal_time,
     terminal_time_derivatives as terminal_time_derivatives,

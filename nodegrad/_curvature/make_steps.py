@@ -98,15 +98,9 @@ def make_steps(
         number, _ = value if has_aux else (value, None)
         value_fn = lambda params: mean_loss(eqx.combine(params, static), args)[0]
         # Optimisers without extra arguments ignore them.
-        updates, opt_state = optax.with_extra_args_support(optim).update(
-            grads,
-            opt_state,
-            params,
-            value=number,
-            grad=grads,
-            value_fn=value_fn,
-            **extra,
-        )
+        extra = dict(value=number, grad=grads, value_fn=value_fn, **extra)
+        any_optim = optax.with_extra_args_support(optim)
+        updates, opt_state = any_optim.update(grads, opt_state, params, **extra)
         return eqx.apply_updates(model, updates), opt_state, value
 
     @eqx.filter_jit

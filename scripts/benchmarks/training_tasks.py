@@ -1,4 +1,4 @@
-"""What to train: three models with a differential equation in them, small ones.
+"""What to train: four models with a differential equation in them, small ones.
 
 Each task says how to make the model, its batches, and its losses; all in float32.
 """
@@ -303,6 +303,71 @@ def circles(iterations: int) -> Task:
         metric=_log_likelihood,
         batches=batches,
         test=(draw(2048, 12345),),
+        steps=lambda model, batch: model.solution(batch[0]).stats,
+        iterations=iterations,
+    )
+
+
+# README's example.
+
+
+class DiscNODE(eqx.Module):
+    """A neural differential equation in the plane and a linear read-out."""
+
+    mlp: eqx.nn.MLP
+    read_out: eqx.nn.Linear
+
+    def __init__(self, key: Any):
+        """A field with two hidden layers of 16."""
+        for_field, for_read_out = jr.split(key)
+        self.mlp = eqx.nn.MLP(2, 2, 16, 2, jnp.tanh, key=for_field)
+        self.read_out = eqx.nn.Linear(2, 2, key=for_read_out)
+
+    def field(self, t: Any, y: Any, args: Any) -> Any:
+        """A network of the state."""
+        del t, args
+        return self.mlp(y)
+
+    def solution(self, x: Any) -> Any:
+        """Four steps of Heun's method."""
+        return nodegrad.odesolve(
+            self.field,
+            diffrax.Heun(),
+            jnp.float32(0),
+            jnp.float32(1),
+            jnp.float32(0.25),
+            x,
+            batched=True,
+            max_steps=4,
+        )
+
+    def __call__(self, x: Any) -> Any:
+        """The logits of a batch."""
+        return jax.vmap(self.read_out)(self.solution(x).ys[:, 0])
+
+
+def discs(iterations: int) -> Task:
+    """Points inside and outside of a circle; every batch is the whole training set."""
+
+    def draw(count: int, seed: int) -> Batch:
+        x = np.random.default_rng(seed).normal(size=(count, 2)).astype(np.float32)
+        return x, (np.sum(x**2, axis=1) < 1).astype(int)
+
+    train = draw(256, 0)
+
+    def batches(seed: int) -> Iterator[Batch]:
+        del seed
+        while True:
+            yield train
+
+    return Task(
+        name="discs",
+        make_model=DiscNODE,
+        loss=cross_entropy,
+        predict=_logits,
+        metric=accuracy,
+        batches=batches,
+        test=draw(2048, 1),
         steps=lambda model, batch: model.solution(batch[0]).stats,
         iterations=iterations,
     )

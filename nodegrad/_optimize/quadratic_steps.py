@@ -1,0 +1,211 @@
+"""The optax transformation whose steps minimise a quadratic model of the loss."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, PyTree
+
+from .._internal.tree import add, where, zeros_like
+from .._layers.factors import KroneckerFactors
+from .._layers.layers import Layer
+from .preconditioner import LayerState, Rule, Scalar
+from .quadratic_model import adapted_damping, best_step, combined, curvature_in, inner
+from .scale_by_snopt import (
+    Chosen,
+    initial_snopt_state,
+    preconditioned,
+    refreshed,
+    SNOptState,
+)
+
+
+class SNOptModelState(NamedTuple):
+    r"""The state of `nodegrad.snopt` without a learning rate. All leaves are arrays.
+
+    **Arguments:**
+
+    - `preconditioner`: a `nodegrad.SNOptState`.
+    - `previous`: the last update, a tree like the parameters.
+    - `damping`: $\lambda$, or a negative number before the first curvature.
+    - `lengths`: the last coefficients of the preconditioned gradient, of that in layers
+      and of the rest.
+    - `accepted`: whether the last step was taken. If not, it was zero.
+    - `ratio`: the last change of the loss, divided by that which the model predicted.
+    - `weight_decay`: the state of `optax.add_decayed_weights`.
+    """
+
+    preconditioner: SNOptState
+    previous: PyTree[Array]
+    damping: Float[Array, ""]
+    lengths: Float[Array, " parts"]
+    accepted: Bool[Array, ""]
+    ratio: Float[Array, ""]
+    weight_decay: Any
+
+
+class QuadraticSteps(NamedTuple):
+    """The optimiser of `nodegrad.snopt` without a learning rate.
+
+    - `rule`, `chosen`: of the preconditioner; its damping is that of the state.
+    - `momentum`: the greatest coefficient of the last step, or `None` for none.
+    - `decay`: `optax.add_decayed_weights`, or `None`.
+    """
+
+    rule: Rule
+    chosen: Chosen
+    momentum: Scalar | None
+    decay: optax.GradientTransformation | None
+
+    # States are `Any` for type checkers: Optax's type of states excludes named tuples.
+    def init(self, params: PyTree) -> Any:
+        """Returns the state before the first step."""
+        state = initial_snopt_state(self.rule, self.chosen, params)
+        dtype = _damping_dtype(state)
+        return SNOptModelState(
+            preconditioner=state,
+            previous=zeros_like(params),
+            damping=jnp.full((), -1, dtype),
+            lengths=jnp.ones(len(_separated(params, self.chosen(params))), dtype),
+            accepted=jnp.array(True),
+            ratio=jnp.ones((), dtype),
+            weight_decay=None if self.decay is None else self.decay.init(params),
+        )
+
+    def update(
+        self,
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        *,
+        value: Array | None = None,
+        value_fn: Callable[[PyTree], Array] | None = None,
+        curvature: Mapping[str, KroneckerFactors] | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, Any]:
+        """Returns the step, and the next state."""
+        del extra
+        if params is None or value is None or value_fn is None:
+            raise ValueError(_NO_MODEL)
+        gradient, decay_state = self._decayed(updates, state.weight_decay, params)
+
+        def penalty(params: PyTree) -> Array:
+            zeros = zeros_like(params)
+            shrunk, _ = self._decayed(zeros, state.weight_decay, params)
+            return (inner(params, shrunk) / 2).astype(value.dtype)
+
+        objective = lambda params: value_fn(params) + penalty(params)
+        old = value + penalty(params)
+        inside, damping, parts = self._preconditioned(gradient, state, curvature)
+        # Downhill, and of the length of the last step.
+        directions = [
+            combined(-length[None], [part])
+            for length, part in zip(state.lengths, parts, strict=True)
+        ]
+        if self.momentum is not None:
+            directions.append(state.previous)
+        matrix = curvature_in(directions, objective, old, gradient, params)
+        used = jnp.maximum(damping, 0)
+        step = best_step(directions, gradient, matrix, used, self.momentum)
+
+        actual = objective(add(params, step.update)) - old
+        predicted = step.predicted.astype(actual.dtype)
+        # Near a minimum the change is rounding, of either sign.
+        rounding = 10 * jnp.finfo(actual.dtype).eps * jnp.abs(old)
+        accepted = jnp.isfinite(actual) & (actual <= rounding)
+        update = where(accepted, step.update, zeros_like(step.update))
+        least = jnp.finfo(damping.dtype).eps * _mean_moment(inside)
+        adapted = adapted_damping(used, least, predicted, actual, accepted)
+        # A single step says little: each length changes by a factor of ten at most.
+        factors = jnp.clip(step.coefficients[: len(parts)], 0.1, 10)
+        factors = jnp.where(accepted, factors, 0.25).astype(state.lengths.dtype)
+        ratio = actual / jnp.where(predicted < 0, predicted, 1)
+        return update, SNOptModelState(
+            preconditioner=inside,
+            previous=update,
+            damping=jnp.where(damping < 0, damping, adapted),
+            lengths=state.lengths * factors,
+            accepted=accepted,
+            ratio=jnp.where(predicted < 0, ratio, 1).astype(damping.dtype),
+            weight_decay=decay_state,
+        )
+
+    def _decayed(
+        self, updates: PyTree, state: Any, params: PyTree
+    ) -> tuple[PyTree, Any]:
+        if self.decay is None:
+            return updates, state
+        return self.decay.update(updates, state, params)
+
+    def _preconditioned(
+        self,
+        gradient: PyTree,
+        state: Any,
+        curvature: Mapping[str, KroneckerFactors] | None,
+    ) -> tuple[Any, Float[Array, ""], list[PyTree]]:
+        """Returns the next state, the damping, and the parts of the direction."""
+        inside = state.preconditioner
+        if curvature is not None:
+            inside = refreshed(self.rule, self.chosen, gradient, inside, curvature)
+        # The first curvature sets the scale: at the start the model is trusted little.
+        start = jnp.where(_num_refreshes(inside) > 0, _mean_moment(inside), -1)
+        damping = jnp.where(state.damping < 0, start, state.damping)
+        rule = self.rule._replace(
+            damping=jnp.maximum(damping, 0), relative=False, kl_clip=float("inf")
+        )
+        direction, inside = preconditioned(rule, self.chosen, gradient, inside)
+        return inside, damping, _separated(direction, self.chosen(gradient))
+
+
+_NO_MODEL = (
+    "`nodegrad.snopt()` without a learning rate needs `params` and the extra arguments "
+    "`value` and `value_fn` in `update`. `nodegrad.make_steps` passes them. Or pass a "
+    "`learning_rate`."
+)
+
+
+def _separated(direction: PyTree, layers: list[Layer]) -> list[PyTree]:
+    """Returns `direction` as the part in layers, and the rest if there is one.
+
+    The rest is a plain gradient, whose length has nothing to do with that of the first.
+    """
+    inside = {layer.weight for layer in layers} | {layer.bias for layer in layers}
+    paths = jax.tree_util.tree_flatten_with_path(direction)[0]
+    is_inside = [jax.tree_util.keystr(path) in inside for path, _ in paths]
+    if all(is_inside) or not any(is_inside):
+        return [direction]
+
+    def part(wanted: bool) -> PyTree:
+        leaves, structure = jax.tree.flatten(direction)
+        kept = [
+            x if found == wanted else jnp.zeros_like(x)
+            for x, found in zip(leaves, is_inside, strict=True)
+        ]
+        return jax.tree.unflatten(structure, kept)
+
+    return [part(True), part(False)]
+
+
+def _states(state: Any) -> list[LayerState]:
+    return list(state.layers.values()) if isinstance(state.layers, dict) else []
+
+
+def _damping_dtype(state: Any) -> Any:
+    # The widest: strict dtype promotion refuses to combine them.
+    moments = [layer.second_moment.dtype for layer in _states(state)]
+    return max(moments, key=lambda d: jnp.finfo(d).bits, default=jnp.dtype("float32"))
+
+
+def _mean_moment(state: Any) -> Float[Array, ""]:
+    """Returns the mean of the eigenvalues of the curvature of all layers."""
+    moments = [layer.second_moment for layer in _states(state)]
+    dtype = _damping_dtype(state)
+    total = sum((jnp.sum(x).astype(dtype) for x in moments), jnp.zeros((), dtype))
+    return total / max(sum(x.size for x in moments), 1)
+
+
+def _num_refreshes(state: Any) -> Array:
+    counts = [jnp.max(layer.num_refreshes) for layer in _states(state)]
+    return jnp.max(jnp.stack(counts)) if counts else jnp.zeros((), jnp.int32)
