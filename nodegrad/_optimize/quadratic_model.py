@@ -57,8 +57,9 @@ def inner(left: PyTree[Array], right: PyTree[Array]) -> Float[Array, ""]:
         jnp.vdot(as_better(x), as_better(y))
         for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
     ]
+    # The widest: strict dtype promotion refuses to combine them.
     dtype = max((x.dtype for x in products), key=lambda d: jnp.finfo(d).bits)
-    return sum((x.astype(dtype) for x in products), jnp.zeros((), dtype))
+    return jnp.sum(jnp.stack([x.astype(dtype) for x in products]))
 
 
 def products(
@@ -106,9 +107,10 @@ def combined(
     """Returns the sum of `directions` with `coefficients`."""
 
     def of_leaves(*leaves: Array) -> Array:
-        pairs = zip(coefficients, leaves, strict=True)
-        terms = [c.astype(x.dtype) * x for c, x in pairs]
-        return sum(terms[1:], terms[0])
+        total = jnp.zeros_like(leaves[0])
+        for c, x in zip(coefficients, leaves, strict=True):
+            total = total + c.astype(x.dtype) * x
+        return total
 
     return jax.tree.map(of_leaves, *directions)
 

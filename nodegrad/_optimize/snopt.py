@@ -47,7 +47,10 @@ def snopt(
     values at their ends. The damping $\lambda$, which is also the $\varepsilon$ of
     `scale_by_snopt`, starts at the mean eigenvalue of the curvature. It falls where the
     model predicts the loss well, and grows where it does not (Levenberg and Marquardt).
-    A step that raises the loss of its batch is not taken. Nothing is left to tune.
+    A step that raises the loss of its batch, or makes it NaN, is not taken. Nothing is
+    left to tune. (If a solve in the loss may fail at other parameters, pass
+    `throw=False` to it, and let the loss be NaN where `result` is not successful.
+    Otherwise an evaluation at the end of a direction may raise.)
 
     *With a learning rate* $\eta$ the optimiser is the chain
     `scale_by_snopt`, weight decay, momentum, learning rate:
