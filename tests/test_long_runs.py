@@ -99,7 +99,7 @@ train(folder / "at_once", 6)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_killed(tmp_path):
     def run(program):
         command = [sys.executable, "-c", _FUNCTIONS + program, str(tmp_path)]

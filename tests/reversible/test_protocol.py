@@ -70,7 +70,7 @@ class SharesItsLastStage(Undone, diffrax.Bosh3):
         return y0, info, state, result
 
 
-@pytest.mark.rows(test=1, ci=2)
+@pytest.mark.rows(test=0, ci=1)
 @pytest.mark.parametrize(
     "door, controller, saveat, backwards",
     [
@@ -96,7 +96,7 @@ def _noisy():
     return diffrax.MultiTerm(drift, diffrax.ControlTerm(noise, path))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_users_solver_of_stochastic_equations():
     def loss(y0, a, solver, solve, adjoint):
         sol = solve(_noisy(), solver, 0.0, 1.0, 0.05, y0, a, adjoint=adjoint)
@@ -110,6 +110,7 @@ def test_a_users_solver_of_stochastic_equations():
         assert relative_error(ours, expected) < 1e-11
 
 
+@pytest.mark.slow
 def test_a_users_solver_under_vmap_and_twice():
     field = Field(3, 5, jr.PRNGKey(0))
     y0s = jr.normal(jr.PRNGKey(1), (4, 3))
@@ -156,6 +157,7 @@ def _spiral_grad(solver, adjoint, solve=nodegrad.odesolve, h=0.1, throw=True):
     return grad(jnp.array([1.0, 0.5]), jnp.array(0.4))
 
 
+@pytest.mark.rows(test=0, ci=1)
 @pytest.mark.parametrize("door", DOORS)
 def test_gradients_are_as_exact_as_the_inverse(door):
     solve, adjoint = DOORS[door], nodegrad.ReversibleAdjoint(check=True)
@@ -183,6 +185,7 @@ def test_states_before_resyncs_are_stored():
     assert relative_error(ours, expected) < 1e-13
 
 
+@pytest.mark.rows(test=0, ci=1)
 @pytest.mark.parametrize("door", DOORS)
 def test_a_stage_that_steps_share_is_in_the_solver_state(door):
     solve, adjoint = DOORS[door], nodegrad.ReversibleAdjoint(check=True)

@@ -112,7 +112,7 @@ def test_gradient_is_that_of_the_recursion(door, solver):
 # Against Diffrax's default adjoint, on the same solver.
 
 
-@pytest.mark.rows(test=0, ci=2)
+@pytest.mark.rows(test=1, ci=3)
 @pytest.mark.parametrize(
     "door, solver, controller, saveat, backwards",
     [
@@ -572,7 +572,7 @@ def test_a_way_back_that_goes_astray_is_an_error_or_a_nan():
     assert jnp.all(jnp.isnan(jax.grad(_forgetful_loss)(y0, False)))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_reconstruction_error_is_reported_on_request():
     field, y0 = Field(8, 32, jr.PRNGKey(0)), jr.normal(jr.PRNGKey(1), (3, 8))
 

@@ -155,7 +155,7 @@ def _grid(field, solver, y0, controller, dt0=None):
     return accepted_grid(field, solver, 0.0, 1.0, y0, NETWORK, controller, dt0)
 
 
-@pytest.mark.rows(test=0, ci=2)
+@pytest.mark.rows(test=0, ci=1)
 @pytest.mark.parametrize("running", [False, True])
 @pytest.mark.parametrize("name", ["Tsit5", "RK4"])
 def test_discrete_is_the_hessian_of_the_accepted_grid(name, running):

@@ -70,7 +70,7 @@ def test_matches_diffrax_for_every_solver(solver):
     _check(solver, "constant", "all", 1e-12)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_matches_diffrax_for_an_implicit_solver():
     root_finder = diffrax.VeryChord(rtol=1e-10, atol=1e-10)
     # Stages are known to 1e-10, and one more iteration may be made or not.
@@ -428,7 +428,7 @@ def test_jumps_are_replayed_where_they_were():
             assert relative_error(ours, expected) < 1e-12
 
 
-@pytest.mark.rows(test=0, ci=1)
+@pytest.mark.rows(test=0, ci=0)
 @pytest.mark.parametrize(
     "door, solver, adjoint",
     [

@@ -101,6 +101,7 @@ def test_solution_and_dense_output_have_order_two(solver):
     assert _slope(sizes[:-1], inside) > 1.8
 
 
+@pytest.mark.rows(test=1, ci=2)
 @pytest.mark.parametrize("door", DOORS)
 @by_name
 def test_gradient_error_has_the_stated_order(solver, door):
@@ -124,7 +125,7 @@ def test_gradient_error_has_the_stated_order(solver, door):
     assert all(0.05 * m < e < 20 * m for e, m in zip(errors, measured, strict=True))
 
 
-@pytest.mark.rows(test=1, ci=2)
+@pytest.mark.rows(test=0, ci=1)
 @pytest.mark.parametrize(
     "door, controller, saveat, backwards",
     [
@@ -153,6 +154,7 @@ def _geometric(path_cls):
     return diffrax.MultiTerm(drift, diffrax.ControlTerm(noise, path)), path
 
 
+@pytest.mark.rows(test=0, ci=1)
 @by_name
 def test_stochastic_equations_are_those_of_stratonovich(solver):
     terms, path = _geometric(diffrax.VirtualBrownianTree)
@@ -164,7 +166,7 @@ def test_stochastic_equations_are_those_of_stratonovich(solver):
     assert _slope(sizes, errors) > 0.8 and errors[-1] < 0.01
 
 
-@pytest.mark.rows(test=1, ci=2)
+@pytest.mark.rows(test=0, ci=1)
 @pytest.mark.parametrize("path", ["VirtualBrownianTree", "UnsafeBrownianPath"])
 @pytest.mark.parametrize("door", DOORS)
 def test_gradients_along_noise(door, path):

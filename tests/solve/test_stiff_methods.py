@@ -188,7 +188,7 @@ def test_orders_of_solutions_errors_and_dense_output(solver):
 # Gradients.
 
 
-@pytest.mark.rows(test=1, ci=2)
+@pytest.mark.rows(test=0, ci=1)
 @pytest.mark.parametrize(
     "door, solver, controller, saveat, backwards",
     [
@@ -209,6 +209,7 @@ def _van_der_pol(t, y, mu):
     return jnp.stack([y[1], mu * ((1 - y[0] ** 2) * y[1] - y[0])])
 
 
+@pytest.mark.rows(test=0, ci=1)
 @by_name
 def test_second_derivatives_are_those_of_the_recursion(solver):
     n, h = 3, 0.1
@@ -266,6 +267,7 @@ def _sensitivities(field, y0, k, t1, atol):
     return sol.y[:n, -1], sol.y[n:, -1].reshape(n, -1)
 
 
+@pytest.mark.rows(test=0, ci=1)
 @pytest.mark.parametrize("door", DOORS)
 def test_sensitivities_of_robertsons_reactions(door):
     k, y0 = jnp.array([0.04, 1e4, 3e7]), jnp.array([1.0, 0.0, 0.0])
@@ -301,7 +303,7 @@ def test_sensitivities_of_robertsons_reactions(door):
     assert np.max(errors) < 1e-8
 
 
-@pytest.mark.slow
+@pytest.mark.rows(test=0, ci=1)
 @by_name
 def test_gradient_of_a_stiff_oscillator(solver):
     # The van der Pol oscillator with mu = 1000, before its first jump.
