@@ -147,7 +147,7 @@ def test_matches_diffrax_on_the_same_solver(
     assert relative_error(ours, expected) < 1e-10
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_matches_diffrax_for_semi_implicit_euler():
     class Pendulum:
         @staticmethod

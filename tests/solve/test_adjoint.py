@@ -329,7 +329,7 @@ def test_closed_over_arrays_are_differentiated():
         assert relative_error(ours, expected) < 1e-12
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_chained_solver_state_carries_its_gradient():
     def loss(y0, adjoint):
         kwargs = dict(
