@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
+from .._internal.norms import dot
 from .._internal.tree import at_least_float32
 from .preconditioner import eigh, Scalar
 
@@ -53,13 +54,7 @@ class Step(NamedTuple):
 def inner(left: PyTree[Array], right: PyTree[Array]) -> Float[Array, ""]:
     """Returns the inner product of two trees, summed in float32 or wider."""
     as_better = lambda x: x.astype(at_least_float32(x.dtype))
-    products = [
-        jnp.vdot(as_better(x), as_better(y))
-        for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
-    ]
-    # The widest: strict dtype promotion refuses to combine them.
-    dtype = max((x.dtype for x in products), key=lambda d: jnp.finfo(d).bits)
-    return jnp.sum(jnp.stack([x.astype(dtype) for x in products]))
+    return dot(jax.tree.map(as_better, left), jax.tree.map(as_better, right))
 
 
 def products(
@@ -71,9 +66,9 @@ def products(
 
 def curvature_in(
     directions: Sequence[PyTree[Array]],
+    slopes: Float[Array, " k"],
     objective: Callable[[PyTree], Array],
     value: Float[Array, ""],
-    gradient: PyTree[Array],
     params: PyTree[Array],
 ) -> Float[Array, "k k"]:
     """Returns $Q$ from the values of `objective` at the ends of `directions`.
@@ -92,12 +87,11 @@ def curvature_in(
         return objective(jax.tree.map(jnp.add, params, combined(point, directions)))
 
     change = jax.vmap(at)(points) - value
-    slopes = products(directions, [gradient])[:, 0].astype(change.dtype)
     mixed = change[k:] - change[first] - change[second]
     matrix = jnp.zeros((k, k), change.dtype).at[first, second].set(mixed)
     # The rounding of the values counts as curvature: it makes steps short.
     rounding = 4 * jnp.finfo(change.dtype).eps * jnp.abs(value)
-    diagonal = 2 * (change[:k] - slopes) + rounding
+    diagonal = 2 * (change[:k] - slopes.astype(change.dtype)) + rounding
     return matrix + matrix.T + jnp.diag(diagonal)
 
 
@@ -117,23 +111,20 @@ def combined(
 
 def best_step(
     directions: Sequence[PyTree[Array]],
-    gradient: PyTree[Array],
+    slopes: Float[Array, " k"],
     curvature: Float[Array, "k k"],
     damping: Float[Array, ""],
     momentum: Scalar | None,
 ) -> Step:
     r"""Returns the combination of `directions` that minimises the quadratic model.
 
-    `curvature` is $Q$ and `damping` $\lambda$. If `momentum` is a number, the last
-    direction is the step before, and its coefficient is kept in `[0, momentum]`:
-    without a bound a model of one mini-batch takes any combination that fits this
-    batch.
+    `slopes` is $b$, `curvature` is $Q$ and `damping` $\lambda$. If `momentum` is a
+    number, the last direction is the step before, and its coefficient is kept in
+    `[0, momentum]`: without a bound a model of one mini-batch takes any combination
+    that fits this batch.
     """
-    slopes = jnp.stack([inner(d, gradient) for d in directions])
-    overlaps = jnp.stack(
-        [jnp.stack([inner(x, y) for y in directions]) for x in directions]
-    )
     dtype = slopes.dtype
+    overlaps = products(directions, directions)
     matrix = curvature.astype(dtype) + damping.astype(dtype) * overlaps
     # A direction of negative curvature is followed as far as one of positive curvature.
     matrix = _absolute(matrix)

@@ -12,7 +12,14 @@ from .._internal.tree import add, where, zeros_like
 from .._layers.factors import KroneckerFactors
 from .._layers.layers import Layer
 from .preconditioner import LayerState, Rule, Scalar
-from .quadratic_model import adapted_damping, best_step, combined, curvature_in, inner
+from .quadratic_model import (
+    adapted_damping,
+    best_step,
+    combined,
+    curvature_in,
+    inner,
+    products,
+)
 from .scale_by_snopt import (
     Chosen,
     initial_snopt_state,
@@ -91,13 +98,16 @@ class QuadraticSteps(NamedTuple):
             raise ValueError(_NO_MODEL)
         gradient, decay_state = self._decayed(updates, state.weight_decay, params)
 
-        def penalty(params: PyTree) -> Array:
-            zeros = zeros_like(params)
-            shrunk, _ = self._decayed(zeros, state.weight_decay, params)
-            return (inner(params, shrunk) / 2).astype(value.dtype)
+        objective, old = value_fn, value
+        if self.decay is not None:
 
-        objective = lambda params: value_fn(params) + penalty(params)
-        old = value + penalty(params)
+            def penalty(params: PyTree) -> Array:
+                zeros = zeros_like(params)
+                shrunk, _ = self._decayed(zeros, state.weight_decay, params)
+                return (inner(params, shrunk) / 2).astype(value.dtype)
+
+            objective = lambda params: value_fn(params) + penalty(params)
+            old = value + penalty(params)
         inside, damping, parts = self._preconditioned(gradient, state, curvature)
         # Downhill, and of the length of the last step.
         directions = [
@@ -106,9 +116,10 @@ class QuadraticSteps(NamedTuple):
         ]
         if self.momentum is not None:
             directions.append(state.previous)
-        matrix = curvature_in(directions, objective, old, gradient, params)
+        slopes = products(directions, [gradient])[:, 0]
+        matrix = curvature_in(directions, slopes, objective, old, params)
         used = jnp.maximum(damping, 0)
-        step = best_step(directions, gradient, matrix, used, self.momentum)
+        step = best_step(directions, slopes, matrix, used, self.momentum)
 
         actual = objective(add(params, step.update)) - old
         predicted = step.predicted.astype(actual.dtype)

@@ -391,11 +391,11 @@ def _report_task(
         Budget(what, task.name, ADAM, value, limit)
     )
     amortised_limit = 1.6 if task.name == "circles" else 1.16
-    for name in {PAPER, ROBUST} & set(by_name):
+    for name in filter(by_name.__contains__, (PAPER, ROBUST)):
         enter(f"ordinary iteration, {name}", by_name[name]["per_iteration"], 1.10)
         enter(f"amortised, {name}", by_name[name]["amortised"], amortised_limit)
     limits = {ROBUST: (0.5, 0.7), DEFAULT: (0.4, 0.7)}
-    for name in set(limits) & set(by_name):
+    for name in filter(by_name.__contains__, limits):
         to_train, to_test = limits[name]
         enter(f"time to train loss, {name}", by_name[name]["to_train"], to_train)
         enter(f"time to test loss, {name}", by_name[name]["to_test"], to_test)
