@@ -3,7 +3,7 @@
 A *structure* is what a program is compiled for: vector field, solver, controller,
 outputs, direction, dtype, pytree, adjoint, door and mode. Each is compiled once and run
 for many random *draws* of parameters, times, save times and tolerances. The reference
-is `diffrax.RecursiveCheckpointAdjoint` (for forward mode `diffrax.DirectAdjoint`) in
+is `diffrax.RecursiveCheckpointAdjoint` (for forward mode `diffrax.ForwardMode`) in
 `diffrax.diffeqsolve`. A mismatch is made smaller, one choice after the other, as long
 as it remains, and is printed as a command that repeats it.
 """
@@ -257,7 +257,8 @@ def loss(structure: Structure, reference: bool, x: dict[str, Any]) -> tuple[Any,
 
     adjoint = ADJOINTS[structure.adjoint]
     if reference and structure.mode == "jvp":
-        adjoint = diffrax.DirectAdjoint()
+        # `DirectAdjoint` refuses `HalfSolver`.
+        adjoint = diffrax.ForwardMode()
     elif reference:
         adjoint = diffrax.RecursiveCheckpointAdjoint()
     sol = DOORS["diffrax" if reference else structure.door](

@@ -1,3 +1,4 @@
+import gc
 from pathlib import Path
 
 import jax
@@ -7,6 +8,10 @@ import pytest
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A trace makes millions of objects that live for a second. With Python's own thresholds
+# (700 objects) its search for cycles took a sixth of the time of the tests.
+gc.set_threshold(500_000, 50, 100)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -29,6 +34,12 @@ def pytest_collection_modifyitems(items):
                 row.add_marker(pytest.mark.exhaustive)
             elif row not in for_test:
                 row.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish():
+    # What was imported and collected stays: it is not searched again.
+    gc.collect()
+    gc.freeze()
 
 
 def _evenly(rows: list, num: int) -> list:

@@ -8,7 +8,7 @@ one set of parameters for each model. `Axes` says for which levels an array has 
 These come first in its shape, in the order of the levels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree
 
-from .compat import while_loop
+from .compat import ad, batching, mlir, Primitive, while_loop
 from .tree import put, set_row, take, where, zeros_like
 
 
@@ -191,3 +191,57 @@ def _filled(invalid: Bool[Array, "..."], tree: PyTree[Array]) -> PyTree[Array]:
         return where(invalid, jnp.broadcast_to(row, x.shape), x)
 
     return jax.tree.map(fill, tree)
+
+
+def with_common_axes(out: PyTree[Array], inputs: PyTree[Array]) -> PyTree[Array]:
+    """Returns `out`, with every array batched by each `vmap` that any input has.
+
+    The tangents of a solve are always batched by all of these. For a function with a
+    rule for forward mode, `vmap` requires the same of results and their tangents.
+    """
+    leaves, structure = jax.tree.flatten(out)
+    operands = leaves + jax.tree.leaves(inputs)
+    leaves = _common_axes_p.bind(*operands, num_out=len(leaves))
+    return jax.tree.unflatten(structure, leaves)
+
+
+# A primitive, and no `custom_vmap`: where JAX differentiates a `lax.scan` of solves
+# twice, it drops the rules of custom functions and differentiates what they consist of.
+# A `custom_vmap` that calls itself cannot be differentiated.
+_common_axes_p = Primitive("nodegrad_common_axes")
+_common_axes_p.multiple_results = True
+
+
+def _first(*operands: Any, num_out: int) -> list[Any]:
+    return list(operands[:num_out])
+
+
+def _jvp(
+    primals: Sequence[Array], tangents: Sequence[Any], *, num_out: int
+) -> tuple[list[Array], list[Any]]:
+    return _common_axes_p.bind(*primals, num_out=num_out), list(tangents[:num_out])
+
+
+def _batch(
+    operands: Sequence[Any], dims: Sequence[int | None], *, num_out: int
+) -> tuple[list[Array], list[int]]:
+    size = next(
+        x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None
+    )
+
+    def in_front(x: Any, d: int | None) -> Array:
+        if d is None:
+            return jnp.broadcast_to(x, (size, *jnp.shape(x)))
+        return jnp.moveaxis(x, d, 0)
+
+    out = map(in_front, operands[:num_out], dims[:num_out])
+    # Bind it again, for further `vmap`s around this one.
+    out = _common_axes_p.bind(*out, *operands[num_out:], num_out=num_out)
+    return out, [0] * num_out
+
+
+_common_axes_p.def_impl(_first)
+_common_axes_p.def_abstract_eval(_first)
+mlir.register_lowering(_common_axes_p, mlir.lower_fun(_first, multiple_results=True))
+ad.primitive_jvps[_common_axes_p] = _jvp
+batching.primitive_batchers[_common_axes_p] = _batch

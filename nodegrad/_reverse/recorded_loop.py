@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._internal.batch import Batch
+from .._internal.batch import Batch, with_common_axes
 from .._internal.closure_convert import closure_convert, Pure
 from .._internal.compat import while_loop
 from .._internal.devices import hidden_axes, keep_on_devices
@@ -122,7 +122,7 @@ def _differentiable(plan: Plan, pure_run: Pure) -> Callable[..., Any]:
         loop_consts: list[Any], init_state: PyTree, others: Inputs
     ) -> tuple[PyTree, Written]:
         out = _arrays(pure_run(loop_consts, init_state))
-        return _with_common_axes(out, _arrays((loop_consts, init_state, others)))
+        return with_common_axes(out, _arrays((loop_consts, init_state, others)))
 
     @differentiable_run.def_jvp
     def _rule(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
@@ -144,32 +144,6 @@ def _differentiable(plan: Plan, pure_run: Pure) -> Callable[..., Any]:
         return eqx.combine(differentiable_run(*args), pure_run.static_out)
 
     return run
-
-
-@jax.custom_batching.custom_vmap
-def _with_common_axes(out: PyTree[Array], inputs: PyTree[Array]) -> PyTree[Array]:
-    """Returns `out`, with every array batched by each `vmap` that any input has.
-
-    The tangents of a solve are always batched by all of these. For a function with a
-    rule for forward mode, `vmap` requires the same of results and their tangents.
-    """
-    del inputs
-    return out
-
-
-@_with_common_axes.def_vmap
-def _batch_common_axes(
-    size: int, is_batched: Any, out: PyTree[Array], inputs: PyTree[Array]
-) -> tuple[PyTree[Array], PyTree[bool]]:
-    is_out_batched, _ = is_batched
-
-    def with_axis(x: Array, has_axis: bool) -> Array:
-        return x if has_axis else jnp.broadcast_to(x, (size, *x.shape))
-
-    out = jax.tree.map(with_axis, out, is_out_batched)
-    # Call it again, for further `vmap`s around this one.
-    out = _with_common_axes(out, inputs)
-    return out, jax.tree.map(lambda _: True, out)
 
 
 def make_trajectory(
