@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .._internal.compat import is_sde, ω
 from .._internal.norms import magnitudes, relative_size, size
 from .._internal.results import COUPLING_LOST
+from .._internal.tree import all_finite, where
 from .._steps.reversible_solver import check_number, check_resync_every
 from .._trajectory.state_source import Evaluate
 from .coupling_monitor import FIRST_STEPS
@@ -139,7 +140,15 @@ class ALF(SharingSolver, diffrax.AbstractAdaptiveSolver):
                 "`nodegrad.ALF` is for ordinary and controlled equations without noise."
             )
             raise ValueError(msg)
-        velocity = terms.vf(t0, y0, args)
+        # A sample that starts at NaN is evaluated at ones. If a loss ignores it, its
+        # cotangents are zero. A pullback through NaN would turn these into NaN for the
+        # parameters that it shares with the other samples of a batch.
+        is_valid = all_finite(y0)
+        velocity = terms.vf(
+            t0, where(is_valid, y0, jax.tree.map(jnp.ones_like, y0)), args
+        )
+        nan = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), velocity)
+        velocity = where(is_valid, velocity, nan)
         speed = jax.lax.stop_gradient(velocity)
         zero = jnp.zeros_like(size(speed))
         return VelocityState(

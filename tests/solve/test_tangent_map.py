@@ -521,8 +521,8 @@ def test_lanes_that_share_parameters_share_their_gradient(door, models):
     assert memory < 16 * w.nbytes + 32 * models * _MANY * _BIG * 8
 
 
-# These solvers evaluate the vector field before the first step, which is ordinary code
-# outside of the recorded loop: zero cotangents times NaN are NaN there.
+# Diffrax's `ReversibleHeun` evaluates the vector field before the first step, which is
+# ordinary code outside of the recorded loop: zero cotangents times NaN are NaN there.
 _FIRST_EVALUATION = (
     pytest.mark.exhaustive,
     pytest.mark.xfail(reason="the evaluation before the first step is not masked"),
@@ -535,7 +535,7 @@ _FIRST_EVALUATION = (
         pytest.param("diffrax", "aca", "y0", marks=pytest.mark.slow),
         ("native", "bosh3", "model"),
         pytest.param("native", "aca(4)", "y0", marks=pytest.mark.exhaustive),
-        pytest.param("native", "alf", "y0", marks=_FIRST_EVALUATION),
+        pytest.param("native", "alf", "y0", marks=pytest.mark.exhaustive),
         pytest.param("diffrax", "bosh3", "y0", marks=pytest.mark.exhaustive),
         pytest.param("diffrax", "aca", "model", marks=pytest.mark.exhaustive),
         pytest.param("diffrax", "heun", "model", marks=_FIRST_EVALUATION),
