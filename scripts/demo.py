@@ -30,11 +30,11 @@ def main() -> None:
     """Trains, compares, evaluates, and saves the figure."""
     options = _parse_arguments()
     start = time.perf_counter()
-    epochs, batches, seconds = options.epochs, data.BATCHES, 2.0
+    epochs, batches, seconds, size = options.epochs, data.BATCHES, 2.0, data.BATCH_SIZE
     clock = make_clock("wall")
     report = Report("nodegrad demo", describe_machine(clock, "float32"))
     if options.quick:
-        epochs, batches, seconds = min(epochs, 2), 5, 0.1
+        epochs, batches, seconds, size = min(epochs, 2), 5, 0.1, 8
         jax.config.update("jax_disable_most_optimizations", True)
         report.note("Quick: a few batches of training, compiled without optimisation.")
 
@@ -42,8 +42,7 @@ def main() -> None:
     model, history = train(digits, epochs, batches, options.seed)
 
     images, labels = digits.test
-    batch = images[: data.BATCH_SIZE], labels[: data.BATCH_SIZE]
-    subject = comparison.Subject(model, *batch)
+    subject = comparison.Subject(model, images[:size], labels[:size])
     gradients = comparison.compare_gradients(clock, subject, seconds)
     output.print_gradients(report, gradients[TOLERANCE], TOLERANCE)
     swaps = comparison.swap_solvers(model, digits.test)

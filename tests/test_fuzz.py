@@ -11,7 +11,7 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "scripts" / "fuzz.py"
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.skipif(not SCRIPT.exists(), reason="a source distribution has no scripts")
 def test_random_solves_agree_with_diffrax(tmp_path):
     output = tmp_path / "summary.json"
