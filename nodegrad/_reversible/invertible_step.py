@@ -69,8 +69,14 @@ class AbstractInvertibleStep(eqx.Module):
 
     @property
     def resync_every(self) -> int | None:
-        """The number of steps from one resync to the next; `None` without resyncs."""
-        return getattr(self.solver, "resync_every", None)
+        """The number of steps from one regular resync to the next, or `None`."""
+        every = getattr(self.solver, "resync_every", None)
+        return None if self.chooses_resyncs else every
+
+    @property
+    def chooses_resyncs(self) -> bool:
+        """Whether the solver decides where to resync, by its state's `resync`."""
+        return False
 
     @abc.abstractmethod
     def parts(self) -> dict[str, Callable]:

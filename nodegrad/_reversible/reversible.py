@@ -1,7 +1,7 @@
 """The coupling of two copies that makes an explicit Runge-Kutta method reversible."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import diffrax
 import equinox as eqx
@@ -106,7 +106,7 @@ class Reversible(SharingSolver, DelegatingSolver, diffrax.AbstractStratonovichSo
 
     solver: diffrax.AbstractSolver
     coupling_parameter: float = eqx.field(static=True, default=0.999)
-    resync_every: int | None = eqx.field(static=True, default=None)
+    resync_every: int | Literal["auto"] | None = eqx.field(static=True, default=None)
 
     interpolation_cls: ClassVar[Callable[..., diffrax.AbstractLocalInterpolation]] = (
         diffrax.ThirdOrderHermitePolynomialInterpolation
@@ -116,7 +116,8 @@ class Reversible(SharingSolver, DelegatingSolver, diffrax.AbstractStratonovichSo
     scan_kind: ClassVar[str] = "lax"
 
     def __check_init__(self) -> None:
-        check_resync_every("Reversible", self.resync_every)
+        if self.resync_every != "auto":
+            check_resync_every("Reversible", self.resync_every)
         if explicit_tableau(self.solver) is None:
             msg = (
                 "`nodegrad.Reversible` takes an explicit Runge-Kutta method such as "
@@ -162,7 +163,7 @@ class Reversible(SharingSolver, DelegatingSolver, diffrax.AbstractStratonovichSo
         monitor = CouplingMonitor.init(y0, _have_slopes(terms, t0, t1))
         # Both copies start at `y0`.
         difference = jax.tree.map(jnp.zeros_like, y0)
-        return CoupledState(y0, difference, monitor, jnp.array(0))
+        return CoupledState(y0, difference, monitor, jnp.array(False), jnp.array(0))
 
     def step(
         self,
@@ -185,7 +186,11 @@ class Reversible(SharingSolver, DelegatingSolver, diffrax.AbstractStratonovichSo
             return increment, ks[key][0]
 
         count, (z0, d0) = solver_state.steps_taken, step.replay_state(solver_state)
-        resync = is_regular_resync(self.resync_every, count)
+        resync = (
+            solver_state.resync
+            if step.chooses_resyncs
+            else is_regular_resync(self.resync_every, count)
+        )
         if resync is not False:
             z0, d0 = step.coupled(z0, d0, resync)
         # The resync is done. The monitor compares the difference after it with `d1`.
@@ -197,7 +202,9 @@ class Reversible(SharingSolver, DelegatingSolver, diffrax.AbstractStratonovichSo
         result = diffrax.RESULTS.where(
             monitor.lost, COUPLING_LOST, diffrax.RESULTS.successful
         )
-        new_state = CoupledState(z1, d1, monitor, count + 1)
+        new_state = CoupledState(
+            z1, d1, monitor, monitor.wants_resync & step.chooses_resyncs, count + 1
+        )
         if error is not None:
             resyncs = self.resync_every is not None
             allowed = allowed_difference(self.coupling_parameter, resyncs)
@@ -247,6 +254,7 @@ class CoupledState(eqx.Module):
     - `z`: the second copy of the solution.
     - `difference`: $D = y - z$.
     - `monitor`: detects that the copies diverge.
+    - `resync`: whether the next step begins with a resync that the monitor asked for.
     - `steps_taken`: the number of steps, including those of a solve that this one
       continues.
     """
@@ -254,6 +262,7 @@ class CoupledState(eqx.Module):
     z: PyTree[Array]
     difference: PyTree[Array]
     monitor: CouplingMonitor
+    resync: Bool[Array, ""]
     steps_taken: Int[Array, ""]
 
     @property
@@ -285,6 +294,10 @@ class CoupledReversal(AbstractInvertibleStep):
         # The first stage is the slope of the Hermite interpolant at the start.
         product = lambda t, y, control: self.terms.vf_prod(t, y, self.args, control)
         return Increment(explicit_tableau(self.solver.solver), product, "first")
+
+    @property
+    def chooses_resyncs(self) -> bool:
+        return self.solver.resync_every == "auto"
 
     def parts(self) -> dict[str, Callable]:
         return dict(control=self.terms.contr, increment=self.increment)

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import diffrax
 import equinox as eqx
 
-from .._reversible.reconstruction import ReconstructedStates, Resyncs
+from .._reversible.reconstruction import ReconstructedStates
+from .._reversible.restarts import Restarts
 from .._reversible.reversals import make_invertible_step
 from .._steps.step import AbstractStep
 from .._trajectory.checkpoints import CheckpointedStates, choose_checkpoints
@@ -248,27 +249,24 @@ class ReversibleAdjoint(AbstractRecordedAdjoint):
         """Returns a source that undoes steps, and stores the states before resyncs.
 
         A jump is such a resync for solvers that carry an evaluation from step to step.
-        A row is allocated for each, so their number must be known before the solve.
         """
         # The inverse makes all evaluations of the step, also those for interpolation.
         del dense
         invertible_step = make_invertible_step(step.solver, step.terms, step.args)
-        jumps = 0
-        if invertible_step.resyncs_at_jumps and may_jump(controller):
-            if has_unknown_jumps(controller):
-                msg = (
-                    f"`{type(step.solver).__name__}` is resynced at every jump of the "
-                    "vector field, and `nodegrad.ReversibleAdjoint` cannot find out "
-                    f"how many jumps {controller} makes. Use "
-                    "`diffrax.ClipStepSizeController(..., jump_ts=...)` around one of "
-                    "Diffrax's controllers, or `nodegrad.ACAAdjoint()`."
-                )
-                raise TypeError(msg)
-            # At most one jump between two anchors, which contain the `jump_ts`.
-            jumps = len(grid.anchors) + 1
-        first_jump = first_jump and invertible_step.resyncs_at_jumps
-        resyncs = Resyncs(invertible_step.resync_every, jumps, first_jump, max_steps)
-        return ReconstructedStates(invertible_step, resyncs)
+        jumps = invertible_step.resyncs_at_jumps and (
+            first_jump or may_jump(controller)
+        )
+        # At most one jump between two anchors, which contain the `jump_ts`.
+        known = not has_unknown_jumps(controller)
+        max_jumps = len(grid.anchors) + 2 if known else max_steps
+        restarts = Restarts(
+            every=invertible_step.resync_every,
+            chosen=invertible_step.chooses_resyncs,
+            jumps=jumps,
+            max_steps=max_steps,
+            max_jumps=max_jumps,
+        )
+        return ReconstructedStates(invertible_step, restarts)
 
 
 def _check_recorded_steps(name: str, value: Any) -> None:

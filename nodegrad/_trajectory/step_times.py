@@ -47,6 +47,7 @@ class StepTimes(eqx.Module):
       the first attempt.
     - `previous_start`: the start of the previous step; for the first step, its own.
     - `step_offset`: the number of steps that the solver made before this solve.
+    - `resync`: whether a reversible solver decided to resync before the step.
     """
 
     index: Int[Array, "..."]
@@ -57,6 +58,7 @@ class StepTimes(eqx.Module):
     previous_size: Real[Array, "..."]
     previous_start: Real[Array, "..."]
     step_offset: Int[Array, "..."]
+    resync: Bool[Array, "..."]
 
 
 class AbstractGrid(eqx.Module):
