@@ -196,7 +196,8 @@ def _make_step(
         )
     # The state before the step goes to the row where the solve stored it.
     rows, num_stored = state.rows, state.num_stored
-    stored = eqx.filter((state.y, state.replay_state), eqx.is_inexact_array)
+    stored = plan.states.to_store(state.y, state.replay_state)
+    stored = eqx.filter(stored, eqx.is_inexact_array)
     if rows is not None:
         stores = plan.states.is_stored(
             index, times.step_offset, times.made_jump, times.resync

@@ -38,7 +38,7 @@ from .._trajectory.recording import (
 )
 from .._trajectory.state_source import AbstractStateSource
 from .._trajectory.step_times import RATIO
-from .._trajectory.trajectory import StepLog, Trajectory
+from .._trajectory.trajectory import resync_of, StepLog, steps_taken, Trajectory
 from .plan import make_plan, Solve, with_first, without_first
 from .saves import cursors, save_states
 from .tangent_map import tangent_map
@@ -193,7 +193,7 @@ def make_trajectory(
         made_jump0=init_state.made_jump,
         num_steps=final_state.num_accepted_steps,
         at_end=written.at_end,
-        step_offset=_steps_taken(init_state),
+        step_offset=steps_taken(init_state),
         y=final_state.y,
         replay_state=_arrays(states.replay_state(solver_state, final_state.made_jump)),
         lost=lost,
@@ -218,7 +218,7 @@ def run_recording(
     buffers: Callable[[PyTree], PyTree],
 ) -> tuple[PyTree, Written]:
     """Runs the loop, and returns its final state and the record."""
-    states, grid, step_offset = solve.states, solve.grid, _steps_taken(init_state)
+    states, grid, step_offset = solve.states, solve.grid, steps_taken(init_state)
     logs_origin = grid.origin_dtype is not None
     # Allocate the record: a row per stored state, and a row per accepted step.
     rows = None
@@ -226,7 +226,7 @@ def run_recording(
         empty_rows = lambda x: jnp.zeros((states.rows, *x.shape), x.dtype)
         rows = jax.tree.map(empty_rows, _to_store(states, init_state))
     # Further steps are not recorded; `Trajectory.is_cut` then makes a derivative fail.
-    size = solve.recorded_steps
+    size = solve.log_size
     empty = jnp.zeros(size, init_state.tprev.dtype)
     log = StepLog(
         ends=empty if solve.stores_times else None,
@@ -249,7 +249,7 @@ def run_recording(
             # solve never takes could replace a state that the backward pass needs.
             # There is no row `states.rows`, and `put` drops what is written to it.
             stores = accepted & states.is_stored(
-                index, step_offset, state.made_jump, _resync(state)
+                index, step_offset, state.made_jump, resync_of(state)
             )
             row = jnp.where(stores, states.row_to_write(num_stored), states.rows)
             rows = put(rows, row, _to_store(states, state))
@@ -278,30 +278,14 @@ def _attempted(solve: Solve, state: PyTree, origin: Int[Array, ""] | None) -> St
         starts=state.tprev if solve.jumps else None,
         made_jumps=state.made_jump if solve.jumps else None,
         origins=None if origin is None else origin.astype(solve.grid.origin_dtype),
-        resyncs=_resync(state) if solve.states.chooses_resyncs else None,
+        resyncs=resync_of(state) if solve.states.chooses_resyncs else None,
     )
-
-
-def _resync(state: PyTree) -> Bool[Array, ""]:
-    """Returns whether the solver decided to resync before the next step."""
-    # Only `Reversible` decides, and has this flag.
-    return getattr(state.solver_state, "resync", jnp.zeros_like(state.made_jump))
-
-
-def _steps_taken(init_state: PyTree) -> Int[Array, ""]:
-    """Returns how many steps the solver has counted before this solve, or zero.
-
-    A solve that continues from the solver state of another one starts from its count.
-    """
-    zero = jnp.zeros_like(init_state.num_accepted_steps)
-    count = getattr(init_state.solver_state, "steps_taken", zero)
-    return count.astype(zero.dtype)
 
 
 def _to_store(states: AbstractStateSource, state: PyTree) -> PyTree[Array]:
     """Returns the arrays to store of the loop state before a step."""
     replay_state = states.replay_state(state.solver_state, state.made_jump)
-    return _arrays(as_arrays((state.y, replay_state)))
+    return _arrays(as_arrays(states.to_store(state.y, replay_state)))
 
 
 def _arrays(tree: PyTree) -> PyTree[Array]:

@@ -120,6 +120,15 @@ class AbstractInvertibleStep(eqx.Module):
         """Returns the replay state in a solver state (or in a cotangent of one)."""
         return solver_state
 
+    def to_store(self, y: PyTree[Array], replay_state: PyTree[Array]) -> PyTree[Array]:
+        """Returns what to store of a state; see `from_store`."""
+        return y, replay_state
+
+    def from_store(self, row: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array]]:
+        """Returns the state `(y, replay_state)`, given what is stored of it."""
+        y, replay_state = row
+        return y, replay_state
+
     def checked_part(
         self, y: PyTree[Array], replay_state: PyTree[Array]
     ) -> PyTree[Array]:

@@ -10,8 +10,9 @@ largest difference, relative to the state, is the *reconstruction error*. A grad
 refused if this error is large.
 """
 
+import functools as ft
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -50,7 +51,8 @@ _UNTRUSTED = (
     "A state that `nodegrad.ReversibleAdjoint` reconstructed differs from the stored "
     f"one by more than a relative {_MAX_ERROR}: rounding errors have grown in the "
     "backward pass (or those of an inverse that is not exact), and the gradient would "
-    "be wrong. Pass `resync_every=10` or so to the solver; take fewer steps or a "
+    "be wrong. Pass `resync_every=10` or so to the solver (`Reversible` does that "
+    "where it is needed, by default); take fewer steps or a "
     "`coupling_parameter` closer to one (if the inverse is not exact, smaller steps); "
     "or use `nodegrad.ACAAdjoint()`."
 )
@@ -78,6 +80,10 @@ class _Walk(eqx.Module):
     restarts: Int[Array, "..."]
 
 
+# The step to undo next, the walk up to it, and the values of the visitor.
+_Walked: TypeAlias = tuple[Int[Array, ""], _Walk, C]
+
+
 class ReconstructedStates(AbstractStateSource):
     """The state source that undoes the steps, from the final state on.
 
@@ -95,6 +101,12 @@ class ReconstructedStates(AbstractStateSource):
     @property
     def chooses_resyncs(self) -> bool:
         return self.restarts.chosen
+
+    def to_store(self, y: PyTree[Array], replay_state: PyTree[Array]) -> PyTree[Array]:
+        return self.invertible_step.to_store(y, replay_state)
+
+    def from_store(self, row: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array]]:
+        return self.invertible_step.from_store(row)
 
     def row_to_write(self, number: Int[Array, ""]) -> Int[Array, ""]:
         return self.restarts.row_to_write(number)
@@ -167,61 +179,79 @@ class ReconstructedStates(AbstractStateSource):
         peak = zeros_like(magnitudes(_constant(trajectory.y)))
         last_times = steps.valid(steps.times(jnp.maximum(num_steps - 1, 0)))
 
-        def undo_step(
-            index__walk__carry: tuple[Int[Array, ""], _Walk, C], stored: RestartRows
-        ) -> tuple[Int[Array, ""], _Walk, C]:
-            index, walk, carry = index__walk__carry
-            # The solves of a batch undo step `index` together. A solve that took fewer
-            # steps undoes its last step repeatedly, and the result is dropped.
-            active = index < num_steps
-            times = batch.where_active(active, steps.times(index), last_times)
-            peak = magnitudes(walk.peak, _constant(walk.y))
-            # Linearised calls keep the pullbacks of the inverse for `linearize`.
-            evaluate = LinearizedCalls(steps, times) if linearizes else steps.evaluate
-            y, state, error = self._undo(steps, evaluate, times, walk, peak, stored)
-            linearize = self._linearize(evaluate, times, y, state)
-            step = BackwardStep(index, times, active, y, state, linearize)
-            carry = visit(carry, step)
-            error = jnp.maximum(walk.error, jnp.where(active, error, 0))
-            y, state = batch.where_active(
-                active, (y, state), (walk.y, walk.replay_state)
-            )
-            passed = active & self.restarts.is_at(times)
-            restarts = walk.restarts - passed.astype(walk.restarts.dtype)
-            return index - 1, _Walk(y, state, peak, error, restarts), carry
-
-        walk = _Walk(state[0], state[1], peak, error, trajectory.num_stored)
+        walk = _Walk(*state, peak, error, trajectory.num_stored)
         init = jnp.max(num_steps) - 1, walk, carry
-        stored = RestartRows.of(steps)
-        if not self.restarts.are_thinned:
-            body = lambda walk: undo_step(walk, stored)
-            _, walk, carry = batch.while_loop(lambda c: c[0] >= 0, body, init)
-            return carry, walk.error
+        undo = ft.partial(self._undo_step, steps, visit, linearizes, last_times)
+        if self.restarts.are_thinned:
+            _, walk, carry = self._undo_thinned(steps, undo, init)
+        else:
+            undo_step = ft.partial(undo, RestartRows.of(steps))
+            _, walk, carry = batch.while_loop(lambda c: c[0] >= 0, undo_step, init)
+        return carry, walk.error
 
-        def undo_steps(
-            stored__init: tuple[RestartRows, tuple[Int[Array, ""], _Walk, C]],
-        ) -> tuple[RestartRows, tuple[Int[Array, ""], _Walk, C]]:
-            stored, init = stored__init
-            index, walk, _ = init
+    def _undo_thinned(
+        self, steps: RecordedSteps, undo: Callable, init: _Walked[C]
+    ) -> _Walked[C]:
+        """Undoes all steps, if there may be more restarts than rows for them."""
+        valid = init[1].y, init[1].replay_state
+
+        def undo_some(
+            stored__walked: tuple[RestartRows, _Walked[C]],
+        ) -> tuple[RestartRows, _Walked[C]]:
+            stored, (index, walk, carry) = stored__walked
             stored = stored.found_again(
-                self, self.restarts, steps, index, walk.restarts, state
+                self, self.restarts, steps, index, walk.restarts, valid
             )
 
-            def can_go_on(walk: tuple[Int[Array, ""], _Walk, C]) -> Bool[Array, ""]:
+            def can_go_on(index__walk__carry: _Walked[C]) -> Bool[Array, ""]:
                 # The first restart that a solve lacks is number `first - 1`.
-                index, walk, _ = walk
+                index, walk, _ = index__walk__carry
                 is_missing = (walk.restarts > 0) & (walk.restarts <= stored.first)
-                times = steps.times(index)
-                lacks = is_missing & self.restarts.is_at(times) & (index < num_steps)
+                lacks = is_missing & self.restarts.is_at(steps.times(index))
+                lacks = lacks & (index < steps.trajectory.num_steps)
                 return (index >= 0) & ~jnp.any(lacks)
 
-            body = lambda walk: undo_step(walk, stored)
-            return stored, batch.while_loop(can_go_on, body, init)
+            undo_step = ft.partial(undo, stored)
+            walked = steps.batch.while_loop(can_go_on, undo_step, (index, walk, carry))
+            return stored, walked
 
-        _, (_, walk, carry) = batch.while_loop(
-            lambda c: c[1][0] >= 0, undo_steps, (stored, init), lambda c: c[0].rows
+        _, walked = steps.batch.while_loop(
+            lambda c: c[1][0] >= 0,
+            undo_some,
+            (RestartRows.of(steps), init),
+            lambda c: c[0].rows,
         )
-        return carry, walk.error
+        return walked
+
+    def _undo_step(
+        self,
+        steps: RecordedSteps,
+        visit: Callable[[C, BackwardStep], C],
+        linearizes: bool,
+        last_times: StepTimes,
+        stored: RestartRows,
+        index__walk__carry: _Walked[C],
+    ) -> _Walked[C]:
+        """Undoes step `index`, and visits it.
+
+        `last_times` are those of the last step of each solve.
+        """
+        batch, (index, walk, carry) = steps.batch, index__walk__carry
+        # The solves of a batch undo step `index` together. A solve that took fewer
+        # steps undoes its last step repeatedly, and the result is dropped.
+        active = index < steps.trajectory.num_steps
+        times = batch.where_active(active, steps.times(index), last_times)
+        peak = magnitudes(walk.peak, _constant(walk.y))
+        # Linearised calls keep the pullbacks of the inverse for `linearize`.
+        evaluate = LinearizedCalls(steps, times) if linearizes else steps.evaluate
+        y, state, error = self._undo(steps, evaluate, times, walk, peak, stored)
+        linearize = self._linearize(evaluate, times, y, state)
+        carry = visit(carry, BackwardStep(index, times, active, y, state, linearize))
+        error = jnp.maximum(walk.error, jnp.where(active, error, 0))
+        y, state = batch.where_active(active, (y, state), (walk.y, walk.replay_state))
+        passed = active & self.restarts.is_at(times)
+        restarts = walk.restarts - passed.astype(walk.restarts.dtype)
+        return index - 1, _Walk(y, state, peak, error, restarts), carry
 
     def _undo(
         self,
@@ -250,7 +280,7 @@ class ReconstructedStates(AbstractStateSource):
         is_known = times.index == 0
         if self.rows:
             is_restart = self.restarts.is_at(times)
-            restart = stored.take(steps, walk.restarts - 1)
+            restart = self.from_store(stored.take(steps, walk.restarts - 1))
             known = where(is_known, known, restart)
             is_known = is_known | is_restart
         error = steps.batch.map(_relative_error)(

@@ -15,7 +15,7 @@ once.
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, PyTree, Real
+from jaxtyping import Array, Bool, Int, PyTree
 
 from .._internal.tree import put, take, where
 from .._trajectory.checkpoints import Checkpoints
@@ -25,10 +25,11 @@ from .invertible_step import is_regular_resync, Resync
 
 
 # Rows for kept restarts, and for those that are found again. The product is the number
-# of restarts up to which a gradient makes every step again at most once. On 320 random
-# problems (docs/reversible_solvers.md) nine of ten solves have fewer than 64.
-_KEPT = 8
-_AGAIN = 8
+# of restarts up to which a gradient makes every step again at most once; with fewer
+# rows, long solves take longer. On 320 random problems (docs/reversible_solvers.md)
+# nine of ten solves resync less often than that.
+_KEPT = 16
+_AGAIN = 16
 
 _Ints = Int[Array, "..."]
 _Bools = Bool[Array, "..."]
@@ -99,7 +100,8 @@ class Restarts(eqx.Module):
 class RestartRows(eqx.Module):
     """The states before restarts that the backward pass has at hand.
 
-    - `rows`: the stored states, with the batch axes first and then that of the rows.
+    - `rows`: the stored states, with the batch axes first and then that of the rows;
+      see `AbstractStateSource.to_store`.
     - `total`: for each solve, the number of its restarts.
     - `first`: for each solve, the smallest number of a restart with a row at hand.
     """
@@ -116,7 +118,7 @@ class RestartRows(eqx.Module):
         return cls(steps.trajectory.rows, total, jnp.where(total > _KEPT, total, 0))
 
     def take(self, steps: RecordedSteps, number: _Ints) -> PyTree[Array]:
-        """Returns the state before restart `number`; arbitrary if not at hand."""
+        """Returns the row of restart `number`; an arbitrary one if not at hand."""
         # While all restarts have rows, these are in order.
         again = _KEPT + number % _AGAIN
         row = jnp.where(self.total > _KEPT, again, number)
@@ -146,12 +148,13 @@ class RestartRows(eqx.Module):
         active = (self.total > _KEPT) & (number > 0)
         start = _step_of(restarts, steps, index, number, kept, active)
         stored = batch.map(take)(self.rows, checkpoints.slot(kept, level))
-        stored = where(active, stored, other)
-        rows = self._written(steps, stored, kept, active)
+        rows = self._put(steps, self.rows, stored, kept, active)
+        first = where(active, source.from_store(stored), other)
 
         def is_before(walk: tuple) -> _Bools:
-            *_, found = walk
-            return active & (found < last)
+            _, at, _, found = walk
+            # The log of a solve that took too many steps ends before its restarts.
+            return active & (found < last) & (at < steps.trajectory.num_steps - 1)
 
         def body(walk: tuple) -> tuple:
             # Invariant: `state` is that before step `at`. Restarts up to `found`, the
@@ -166,34 +169,30 @@ class RestartRows(eqx.Module):
             at = at + moves.astype(at.dtype)
             arrives = moves & restarts.is_at(steps.times(at))
             found = found + arrives.astype(found.dtype)
-            return self._put(steps, rows, new, found, arrives), at, new, found
+            row = _arrays(source.to_store(*new))
+            return self._put(steps, rows, row, found, arrives), at, new, found
 
         rows, *_ = batch.while_loop(
             lambda walk: jnp.any(is_before(walk)),
             body,
-            (rows, start, stored, kept),
+            (rows, start, first, kept),
             lambda walk: walk[0],
         )
-        first = jnp.where(active, jnp.maximum(kept, number - _AGAIN), self.first)
-        return RestartRows(rows, self.total, first)
-
-    def _written(
-        self, steps: RecordedSteps, state: PyTree[Array], number: _Ints, where: _Bools
-    ) -> PyTree[Array]:
-        return self._put(steps, self.rows, state, number, where)
+        least = jnp.where(active, jnp.maximum(kept, number - _AGAIN), self.first)
+        return RestartRows(rows, self.total, least)
 
     def _put(
         self,
         steps: RecordedSteps,
         rows: PyTree[Array],
-        state: PyTree[Array],
+        values: PyTree[Array],
         number: _Ints,
-        where: _Bools,
+        chosen: _Bools,
     ) -> PyTree[Array]:
-        """Writes the state before restart `number` of solves `where` this holds."""
+        """Writes `values` to the row of restart `number`, for some of the solves."""
         # `put` drops what is written to a row that does not exist.
-        row = jnp.where(where, _KEPT + number % _AGAIN, _KEPT + _AGAIN)
-        return steps.batch.map(put)(rows, row, state)
+        row = jnp.where(chosen, _KEPT + number % _AGAIN, _KEPT + _AGAIN)
+        return steps.batch.map(put)(rows, row, values)
 
 
 def _step_of(

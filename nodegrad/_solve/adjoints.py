@@ -157,7 +157,7 @@ class ACAAdjoint(AbstractRecordedAdjoint):
 
 
 class ReversibleAdjoint(AbstractRecordedAdjoint):
-    r"""Undoes the steps of a reversible solver, so that no state is stored.
+    r"""Undoes the steps of a reversible solver, so that states need not be stored.
 
     The backward pass starts from the final state and reconstructs the states, last to
     first. The inverse of an accepted step $y_{i+1} = \Phi_i(y_i)$ is known in closed
@@ -181,7 +181,7 @@ class ReversibleAdjoint(AbstractRecordedAdjoint):
     import diffrax
     import nodegrad
 
-    solver = nodegrad.Reversible(diffrax.Bosh3(), resync_every=10)
+    solver = nodegrad.Reversible(diffrax.Bosh3())
     sol = nodegrad.odesolve(
         lambda t, y, rate: -rate * y, solver, 0.0, 1.0, 0.01, 2.0, 0.7,
         adjoint=nodegrad.ReversibleAdjoint(check=True),
@@ -210,15 +210,19 @@ class ReversibleAdjoint(AbstractRecordedAdjoint):
     vector fields once more (see `nodegrad.ACAAdjoint`); `ReversibleHeun` has two
     evaluations and one pullback.
 
-    Memory: no state, for any number of steps. With `resync_every=K` two states for each
-    `K` of `max_steps`. Times: 9 bytes for each of `max_recorded_steps` where an error
+    Memory: no state, for any number of steps, if the solver does not resync. Otherwise
+    the states before resyncs are kept in at most 32 rows, of two states each for
+    `nodegrad.Reversible`. If a solve resyncs more than 16 times, only every second,
+    fourth, ... of these states is kept, and the steps between two of them are made
+    again: once for up to 256 resyncs, and at most $n / 256 + 1 / 2$ times for $n$ of
+    them. Times: 9 bytes for each of `max_recorded_steps` where an error
     estimate chooses the steps, none with `diffrax.ConstantStepSize` and
-    `diffrax.StepTo`.
+    `diffrax.StepTo`; and one byte for each step where the solver decides to resync.
 
     **When not to use it:** if there is memory for about `2.5 sqrt(max_steps)` states: a
-    plain solver with `nodegrad.ACAAdjoint` takes half the evaluations. On decaying
-    problems use it only with `resync_every`: rounding errors grow in the backward pass
-    at the rate at which the solution decays.
+    plain solver with `nodegrad.ACAAdjoint` takes half the evaluations. With a solver
+    that does not resync, not on decaying problems: rounding errors grow in the backward
+    pass at the rate at which the solution decays.
 
     ??? cite "Reference"
 

@@ -151,6 +151,15 @@ class AbstractStateSource(eqx.Module):
     def rows(self) -> int:
         """The number of rows of stored states to allocate; 0 for none."""
 
+    def to_store(self, y: PyTree[Array], replay_state: PyTree[Array]) -> PyTree[Array]:
+        """Returns what a row holds of the state before a step."""
+        return y, replay_state
+
+    def from_store(self, row: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array]]:
+        """Returns the state `(y, replay_state)` in a row."""
+        y, replay_state = row
+        return y, replay_state
+
     @abc.abstractmethod
     def row_to_write(self, number: Int[Array, ""]) -> Int[Array, ""]:
         """Returns the row for stored state `number`, or one that is not read."""

@@ -160,3 +160,19 @@ class Trajectory(eqx.Module):
         if self.log.resyncs is None:
             return jnp.zeros_like(self.made_jump0)
         return self.log.resyncs[index]
+
+
+def resync_of(state: PyTree) -> Bool[Array, ""]:
+    """Returns whether the solver decided to resync before the next step."""
+    # Only `Reversible` decides, and has this flag.
+    return getattr(state.solver_state, "resync", jnp.zeros_like(state.made_jump))
+
+
+def steps_taken(init_state: PyTree) -> Int[Array, ""]:
+    """Returns how many steps the solver has counted before this solve, or zero.
+
+    A solve that continues from the solver state of another one starts from its count.
+    """
+    zero = jnp.zeros_like(init_state.num_accepted_steps)
+    count = getattr(init_state.solver_state, "steps_taken", zero)
+    return count.astype(zero.dtype)
