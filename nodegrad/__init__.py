@@ -12,6 +12,10 @@ released Diffrax, Equinox and Optax. There are three ways in:
 """
 
 from ._check.check_gradient import check_gradient as check_gradient
+from ._check.stability import (
+    is_stable as is_stable,
+    stability_polynomial as stability_polynomial,
+)
 from ._curvature.curvature import value_grad_and_curvature as value_grad_and_curvature
 from ._curvature.make_steps import make_steps as make_steps
 from ._curvature.products import (
@@ -35,10 +39,6 @@ from ._optimize.terminal_time import (
 )
 from ._reversible.alf import ALF as ALF
 from ._reversible.reversible import Reversible as Reversible
-from ._reversible.stability import (
-    is_stable as is_stable,
-    stability_polynomial as stability_polynomial,
-)
 from ._second_order.hessian_blocks import (
     hessian_blocks as hessian_blocks,
     HessianBlocks as HessianBlocks,

@@ -14,7 +14,9 @@ from benchmarks import (
     gradients,
     modes,
     reversible,
+    reversible_examples,
     second_order,
+    stiff,
     training,
 )
 from benchmarks.measure import describe_machine, make_clock
@@ -27,7 +29,9 @@ _SUBCOMMANDS = {
     "gradients": gradients,
     "modes": modes,
     "reversible": reversible,
+    "reversible-examples": reversible_examples,
     "second-order": second_order,
+    "stiff": stiff,
     "training": training,
 }
 

@@ -24,7 +24,9 @@ SUBCOMMANDS = (
     "examples",
     "modes",
     "reversible",
+    "reversible-examples",
     "second-order",
+    "stiff",
     "training",
 )
 NOT_MEASURED = "not measured"
@@ -225,6 +227,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("error", "relative error", _scientific),
     ("loss", "loss", _significant(4)),
     ("final_loss", "training loss", _significant(3)),
+    ("failed", "failed", str),
     ("to_train", "time to Adam's training loss", _ratio),
     ("best_test_loss", "best test loss", _significant(3)),
     ("metric", "test metric", lambda x: f"{x:.3f}"),
@@ -335,13 +338,14 @@ def error_rates(folder: Path = FOLDER) -> str:
     lines = [
         "| solver | problems | wrong, and called successful | more than ten tolerances "
         "beyond the base solver | `coupling_lost` | failed otherwise | steps, relative "
-        "to the base solver |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "to the base solver | resyncs, median | resyncs, nine of ten at most |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     keys = "problems", "wrong", "beyond", "lost", "failed"
     for name, row in rates.items():
         counts = " | ".join(str(row[key]) for key in keys)
-        lines.append(f"| `{name}` | {counts} | {row['steps']:.2f} |")
+        resyncs = f"{row['resyncs']:.0f} | {row['many_resyncs']:.0f}"
+        lines.append(f"| `{name}` | {counts} | {row['steps']:.2f} | {resyncs} |")
     return "\n".join(lines)
 
 

@@ -132,8 +132,12 @@ KINDS = {
 }
 SOLVERS = {
     "Reversible(Tsit5())": nodegrad.Reversible(diffrax.Tsit5()),
-    "Reversible(Tsit5(), coupling_parameter=0.9)": nodegrad.Reversible(
-        diffrax.Tsit5(), 0.9
+    "Reversible(Bosh3())": nodegrad.Reversible(diffrax.Bosh3()),
+    "Reversible(Tsit5(), resync_every=None)": nodegrad.Reversible(
+        diffrax.Tsit5(), resync_every=None
+    ),
+    "Reversible(Tsit5(), coupling_parameter=0.9, resync_every=None)": (
+        nodegrad.Reversible(diffrax.Tsit5(), 0.9, resync_every=None)
     ),
     "Reversible(Tsit5(), resync_every=10)": nodegrad.Reversible(
         diffrax.Tsit5(), resync_every=10
@@ -151,6 +155,7 @@ class Outcome(NamedTuple):
     successful: Array
     lost: Array
     steps: Array
+    resyncs: Array
 
 
 def solve(
@@ -174,7 +179,9 @@ def solve(
         successful = sol.result == nodegrad.RESULTS.successful
         lost = sol.result == nodegrad.RESULTS.coupling_lost
         assert sol.ys is not None
-        return Outcome(sol.ys[0], successful, lost, sol.stats["num_steps"])
+        steps = sol.stats["num_steps"]
+        resyncs = sol.stats.get("num_resyncs", jnp.zeros_like(steps))
+        return Outcome(sol.ys[0], successful, lost, steps, resyncs)
 
     return jax.jit(jax.vmap(one))(args, y0, tol)
 
@@ -208,6 +215,7 @@ def measure() -> dict[str, dict[str, float]]:
                     lost=np.asarray(ours.lost),
                     failed=~ok & ~np.asarray(ours.lost),
                     steps=np.asarray(ours.steps / base.steps)[ok],
+                    resyncs=np.asarray(ours.resyncs)[ok],
                 )
             )
             print(f"{name}, kind {seed + 1} of {len(KINDS)}", flush=True)
@@ -218,7 +226,13 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, float]:
     count = lambda key: int(sum(np.sum(row[key]) for row in rows))
     keys = "problems", "wrong", "beyond", "lost", "failed"
     steps = np.median(np.concatenate([row["steps"] for row in rows]))
-    return {**{key: count(key) for key in keys}, "steps": float(steps)}
+    resyncs = np.concatenate([row["resyncs"] for row in rows])
+    return {
+        **{key: count(key) for key in keys},
+        "steps": float(steps),
+        "resyncs": float(np.median(resyncs)),
+        "many_resyncs": float(np.quantile(resyncs, 0.9)),
+    }
 
 
 def main() -> None:

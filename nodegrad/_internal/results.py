@@ -43,9 +43,9 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     coupling_lost = (
         "The two copies of the solution that a reversible solver carries have come "
         "apart, by `stats['coupling_distance']`, or would have with longer steps. The "
-        "problem decays faster than the solver allows (`nodegrad.is_stable`). Pass "
-        "`resync_every=10` or so to the solver, take smaller steps, take a smaller "
-        "`coupling_parameter` or (for `ALF`) `damping`, or use a plain solver with "
+        "problem decays faster than the solver allows (`nodegrad.is_stable`). Leave "
+        "`resync_every` of `Reversible` at its default, pass `resync_every=10` or so "
+        "to `ALF`, take smaller steps, or use a plain solver with "
         "`nodegrad.ACAAdjoint()`."
     )
 
@@ -78,11 +78,14 @@ def promoted(item: Any) -> Any:
 
 
 def coupling_stats(solver_state: Any) -> dict[str, Any]:
-    """Returns the distance of the two copies, if the solver couples two copies."""
+    """Returns what is known of the two copies, if the solver couples two copies."""
     # `distance` and `lost` are attributes of the states of `Reversible` and `ALF`.
     if not hasattr(solver_state, "distance"):
         return {}
-    return {"coupling_distance": jax.lax.stop_gradient(solver_state.distance)}
+    stats = {"coupling_distance": jax.lax.stop_gradient(solver_state.distance)}
+    if hasattr(solver_state, "num_resyncs"):
+        stats["num_resyncs"] = solver_state.num_resyncs
+    return stats
 
 
 def with_coupling_lost(

@@ -31,7 +31,8 @@ class Solve(eqx.Module):
     - `saves`: what is saved during the loop.
     - `grid`: the times that the times of steps depend on.
     - `t0`, `t1`: the interval; scalars, with `t0 <= t1`.
-    - `recorded_steps`: the number of accepted steps that can be recorded.
+    - `recorded_steps`: the number of accepted steps whose times can be recorded.
+    - `max_steps`: the largest number of steps.
     - `jumps`: whether a step may start elsewhere than the previous one ended.
     - `check`: whether to reconstruct the states after the solve, to report the error.
     - `throw`: whether a failure raises an error.
@@ -46,11 +47,20 @@ class Solve(eqx.Module):
     t0: Real[Array, ""]
     t1: Real[Array, ""]
     recorded_steps: int = eqx.field(static=True)
+    max_steps: int = eqx.field(static=True)
     jumps: bool = eqx.field(static=True)
     check: bool = eqx.field(static=True)
     throw: bool = eqx.field(static=True)
     dense: bool = eqx.field(static=True)
     event: bool = eqx.field(static=True)
+
+    @property
+    def log_size(self) -> int:
+        """The number of rows of the log of accepted steps.
+
+        A log without times has a byte for each step: it need not be cut.
+        """
+        return self.recorded_steps if self.stores_times else self.max_steps
 
     @property
     def stores_times(self) -> bool:

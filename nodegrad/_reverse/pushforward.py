@@ -30,6 +30,7 @@ class _State(eqx.Module):
       have tangents, and are `None` where the solve has no such output.
     - `event`: start, end and dense information of the last step, or `None`.
     - `rows`, `ends`, `starts`: stored states and recorded times of steps.
+    - `num_stored`: the number of states that were stored.
 
     Inside of the loop, the arrays with rows are its buffers: `Any`.
     """
@@ -46,6 +47,7 @@ class _State(eqx.Module):
     rows: PyTree[Array]
     ends: Any
     starts: Any
+    num_stored: Int[Array, ""]
 
 
 def push_forward(
@@ -155,6 +157,7 @@ def _first_state(
         rows=empty(struct.rows),
         ends=empty(struct.ends),
         starts=empty(struct.starts),
+        num_stored=jnp.zeros_like(trajectory.num_steps),
     )
 
 
@@ -192,11 +195,19 @@ def _make_step(
             dense_ts, dense_infos, index, end, info, True
         )
     # The state before the step goes to the row where the solve stored it.
-    grid = jax.lax.stop_gradient(inputs.grid)
-    row = plan.states.row_to_write(
-        index, times.step_offset, times.start, times.made_jump, grid
-    )
-    stored = eqx.filter((state.y, state.replay_state), eqx.is_inexact_array)
+    rows, num_stored = state.rows, state.num_stored
+    stored = plan.states.to_store(state.y, state.replay_state)
+    stored = eqx.filter(stored, eqx.is_inexact_array)
+    if rows is not None:
+        stores = plan.states.is_stored(
+            index, times.step_offset, times.made_jump, times.resync
+        )
+        # As in the solve: what is written to a row that does not exist is dropped.
+        row = plan.states.row_to_write(num_stored)
+        row = jnp.where(stores, row, plan.states.rows)
+        put = lambda x, buffer: _put_row(buffer, row, x)
+        rows = jax.tree.map(put, stored, rows)
+        num_stored = num_stored + jnp.asarray(stores, num_stored.dtype)
     return _State(
         index=index + 1,
         y=y1,
@@ -207,13 +218,10 @@ def _make_step(
         dense_ts=dense_ts,
         dense_infos=dense_infos,
         event=None if state.event is None else (start, end, info),
-        rows=None
-        if state.rows is None
-        else jax.tree.map(
-            lambda x, buffer: _put_row(buffer, row, x), stored, state.rows
-        ),
+        rows=rows,
         ends=None if state.ends is None else _put_row(state.ends, index, end),
         starts=None if state.starts is None else _put_row(state.starts, index, start),
+        num_stored=num_stored,
     )
 
 

@@ -38,7 +38,7 @@ from .._trajectory.recording import (
 )
 from .._trajectory.state_source import AbstractStateSource
 from .._trajectory.step_times import RATIO
-from .._trajectory.trajectory import StepLog, Trajectory
+from .._trajectory.trajectory import resync_of, StepLog, steps_taken, Trajectory
 from .plan import make_plan, Solve, with_first, without_first
 from .saves import cursors, save_states
 from .tangent_map import tangent_map
@@ -49,13 +49,15 @@ class Written(eqx.Module):
 
     - `rows`: the stored states, with one leading axis of size `states.rows`; `None` if
       no state is stored.
+    - `num_stored`: the number of states that were stored.
     - `log`: times of the accepted steps, with one leading axis of `recorded_steps`.
     - `at_end`: whether the solve reached its `t1`.
     """
 
     rows: PyTree[Array]
+    # Pytrees, since they are `None` in a tangent.
+    num_stored: PyTree[Int[Array, ""]]
     log: StepLog
-    # A pytree, since it is `None` in a tangent.
     at_end: PyTree[Bool[Array, ""]]
 
 
@@ -158,13 +160,14 @@ def make_trajectory(
     lost = getattr(solver_state, "lost", jnp.zeros_like(written.at_end))
     return Trajectory(
         rows=written.rows,
+        num_stored=written.num_stored,
         log=written.log,
         first_start=init_state.tprev,
         first_end=init_state.tnext,
         made_jump0=init_state.made_jump,
         num_steps=final_state.num_accepted_steps,
         at_end=written.at_end,
-        step_offset=_steps_taken(init_state),
+        step_offset=steps_taken(init_state),
         y=final_state.y,
         replay_state=_arrays(states.replay_state(solver_state, final_state.made_jump)),
         lost=lost,
@@ -189,7 +192,7 @@ def run_recording(
     buffers: Callable[[PyTree], PyTree],
 ) -> tuple[PyTree, Written]:
     """Runs the loop, and returns its final state and the record."""
-    states, grid, step_offset = solve.states, solve.grid, _steps_taken(init_state)
+    states, grid, step_offset = solve.states, solve.grid, steps_taken(init_state)
     logs_origin = grid.origin_dtype is not None
     # Allocate the record: a row per stored state, and a row per accepted step.
     rows = None
@@ -197,45 +200,49 @@ def run_recording(
         empty_rows = lambda x: jnp.zeros((states.rows, *x.shape), x.dtype)
         rows = jax.tree.map(empty_rows, _to_store(states, init_state))
     # Further steps are not recorded; `Trajectory.is_cut` then makes a derivative fail.
-    size = solve.recorded_steps
+    size = solve.log_size
     empty = jnp.zeros(size, init_state.tprev.dtype)
     log = StepLog(
         ends=empty if solve.stores_times else None,
         starts=empty if solve.jumps else None,
         made_jumps=empty.astype(bool) if solve.jumps else None,
         origins=jnp.zeros(size, grid.origin_dtype) if logs_origin else None,
+        resyncs=empty.astype(bool) if states.chooses_resyncs else None,
     )
     # The first step size is a ratio: that of the size proposed at the start.
     origin = jnp.asarray(RATIO, jnp.int32) if logs_origin else None
 
     def body(carry: tuple) -> tuple:
-        state, rows, log, origin = carry
+        state, rows, num_stored, log, origin = carry
         index = state.num_accepted_steps
         log = put(log, index, _attempted(solve, state, origin))
         new_state = body_fun(state)
         accepted = new_state.num_accepted_steps != index
         if rows is not None:
-            start = state.tprev, state.made_jump
-            row = states.row_to_write(index, step_offset, *start, grid)
             # Only states before accepted steps are stored: one before a step that the
             # solve never takes could replace a state that the backward pass needs.
             # There is no row `states.rows`, and `put` drops what is written to it.
-            row = jnp.where(accepted, row, states.rows)
+            stores = accepted & states.is_stored(
+                index, step_offset, state.made_jump, resync_of(state)
+            )
+            row = jnp.where(stores, states.row_to_write(num_stored), states.rows)
             rows = put(rows, row, _to_store(states, state))
+            num_stored = num_stored + stores.astype(num_stored.dtype)
         if logs_origin:
             origin = grid.origin(new_state.tprev, new_state.tnext, origin, accepted)
-        return new_state, rows, log, origin
+        return new_state, rows, num_stored, log, origin
 
     # The record consists of loop buffers, so that each write is done in place.
-    final_state, rows, log, _ = while_loop(
+    none_stored = jnp.zeros_like(init_state.num_accepted_steps)
+    final_state, rows, num_stored, log, _ = while_loop(
         lambda carry: cond_fun(carry[0]),
         body,
-        (init_state, rows, log, origin),
+        (init_state, rows, none_stored, log, origin),
         max_steps=max_steps,
-        buffers=lambda carry: (buffers(carry[0]), carry[1], carry[2]),
+        buffers=lambda carry: (buffers(carry[0]), carry[1], carry[3]),
         kind="lax",
     )
-    return final_state, Written(rows, log, final_state.tprev >= solve.t1)
+    return final_state, Written(rows, num_stored, log, final_state.tprev >= solve.t1)
 
 
 def _attempted(solve: Solve, state: PyTree, origin: Int[Array, ""] | None) -> StepLog:
@@ -245,23 +252,14 @@ def _attempted(solve: Solve, state: PyTree, origin: Int[Array, ""] | None) -> St
         starts=state.tprev if solve.jumps else None,
         made_jumps=state.made_jump if solve.jumps else None,
         origins=None if origin is None else origin.astype(solve.grid.origin_dtype),
+        resyncs=resync_of(state) if solve.states.chooses_resyncs else None,
     )
-
-
-def _steps_taken(init_state: PyTree) -> Int[Array, ""]:
-    """Returns how many steps the solver has counted before this solve, or zero.
-
-    A solve that continues from the solver state of another one starts from its count.
-    """
-    zero = jnp.zeros_like(init_state.num_accepted_steps)
-    count = getattr(init_state.solver_state, "steps_taken", zero)
-    return count.astype(zero.dtype)
 
 
 def _to_store(states: AbstractStateSource, state: PyTree) -> PyTree[Array]:
     """Returns the arrays to store of the loop state before a step."""
     replay_state = states.replay_state(state.solver_state, state.made_jump)
-    return _arrays(as_arrays((state.y, replay_state)))
+    return _arrays(as_arrays(states.to_store(state.y, replay_state)))
 
 
 def _arrays(tree: PyTree) -> PyTree[Array]:
@@ -320,7 +318,7 @@ def _tangents_of(
         new["event_tnext"] = out.event_end
         new["event_dense_info"] = out.event_info
     log = with_fields(none_like(written.log), ends=out.ends, starts=out.starts)
-    return with_fields(constant, **new), Written(out.rows, log, None)
+    return with_fields(constant, **new), Written(out.rows, None, log, None)
 
 
 def _with_saved(constant: PyTree, saved: list[Saved]) -> PyTree:

@@ -79,6 +79,16 @@ FIRST_STEPS = 3
 # smaller factor would report solutions that pass through zero.
 _FORGETTING = 0.99
 
+# A solver that decides itself where to resync does so if the difference is about to
+# grow by this part of the error of the base method. With 0.1 there are more resyncs,
+# with 2 more solutions are inaccurate (docs/reversible_solvers.md). Without an error
+# estimate, this relative growth stands for the error.
+_RESYNC, _RESYNC_SIGNIFICANT = 0.5, 1e-6
+# A difference of so many units of rounding is not worth a resync.
+_RESYNC_ROUNDING = 10.0
+# Where the growth is unknown, the copies are lost at `_LARGE_UNEXPLAINED`.
+_RESYNC_UNEXPLAINED = 0.05
+
 
 class CouplingMonitor(eqx.Module):
     r"""What is known about the two copies after a step.
@@ -93,6 +103,7 @@ class CouplingMonitor(eqx.Module):
       `scale`.
     - `num_short`: the number of steps that are short because of the coupling.
     - `limited`: whether the difference is larger than the last error estimate.
+    - `wants_resync`: whether the difference should be removed before the next step.
     - `lost`: whether the copies have diverged.
     """
 
@@ -104,6 +115,7 @@ class CouplingMonitor(eqx.Module):
     largest_error: Float[Array, ""]
     num_short: Int[Array, ""]
     limited: Bool[Array, ""]
+    wants_resync: Bool[Array, ""]
     lost: Bool[Array, ""]
 
     @classmethod
@@ -113,7 +125,7 @@ class CouplingMonitor(eqx.Module):
         zero = jnp.zeros_like(size(y0))
         slope = jax.tree.map(jnp.zeros_like, y0) if compares_slopes else None
         no, none = jnp.array(False), jnp.array(0)
-        return cls(slope, zero, magnitudes(y0), zero, zero, zero, none, no, no)
+        return cls(slope, zero, magnitudes(y0), zero, zero, zero, none, no, no, no)
 
     def update(
         self,
@@ -144,14 +156,15 @@ class CouplingMonitor(eqx.Module):
         )
         y0, y1, k0, k1 = (info[name] for name in ("y0", "y1", "k0", "k1"))
         scale = magnitudes(old.scale, y1, k0, k1)
-        gain, slope = old.gain, None
+        gain, slope, growth = old.gain, None, None
         if old.slope is not None:
             step = jax.tree.leaves(control)[0]
             # `h J D` is the difference of the slopes at `y0` and `z0`, times the step.
             subtract = lambda slope, k: slope * jnp.asarray(step, k.dtype) - k
             change = jax.tree.map(subtract, old.slope, k0)
             rate, is_zero = _rate(ratios(d0, scale), ratios(change, scale), made_jump)
-            gain = jnp.maximum(0, gain + math.log(coupling_parameter) - rate)
+            growth = math.log(coupling_parameter) - rate
+            gain = jnp.maximum(0, gain + growth)
             gain = jnp.where(is_zero, 0, gain)
             # A control may be zero, as that of a path that stands still.
             per_time = lambda k: jnp.where(step == 0, 0, k / jnp.asarray(step, k.dtype))
@@ -160,6 +173,7 @@ class CouplingMonitor(eqx.Module):
         level = jnp.maximum(now, _FORGETTING * old.level)
         base = jnp.zeros_like(apart) if error is None else relative_size(error, scale)
         largest_error = jnp.maximum(old.largest_error, base)
+        wants_resync = _wants_resync(apart, level, growth, error is not None, base)
         # `<=` is false for NaN, so a difference of NaN counts as diverged.
         sound = (apart <= _OVERWHELMING) | (count < FIRST_STEPS)
         if slope is None:
@@ -185,8 +199,32 @@ class CouplingMonitor(eqx.Module):
             largest_error=largest_error,
             num_short=num_short,
             limited=limited,
+            wants_resync=wants_resync,
             lost=~sound,
         )
+
+
+def _wants_resync(
+    apart: Float[Array, ""],
+    level: Float[Array, ""],
+    growth: Float[Array, ""] | None,
+    has_error: bool,
+    base: Float[Array, ""],
+) -> Bool[Array, ""]:
+    """Returns whether the difference `apart` should be removed before the next step.
+
+    It should if the instability of the coupling is about to make it grow, in one step,
+    by more than a part of the error of the base method, `base`. Then neither the error
+    nor the step sizes depend on the coupling. `growth` is the logarithm of the factor
+    by which the last step multiplied the difference, and `level` the size of the state.
+    """
+    if growth is None:
+        # Nothing is known about the stability: only a large difference counts.
+        return apart > _RESYNC_UNEXPLAINED * level
+    more = jnp.expm1(jnp.maximum(0, growth)) * apart
+    rounding = _RESYNC_ROUNDING * jnp.finfo(apart.dtype).eps
+    enough = base if has_error else _RESYNC_SIGNIFICANT
+    return (more > _RESYNC * enough) & (apart > rounding)
 
 
 def _rate(

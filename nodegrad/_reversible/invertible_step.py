@@ -69,8 +69,14 @@ class AbstractInvertibleStep(eqx.Module):
 
     @property
     def resync_every(self) -> int | None:
-        """The number of steps from one resync to the next; `None` without resyncs."""
-        return getattr(self.solver, "resync_every", None)
+        """The number of steps from one regular resync to the next, or `None`."""
+        every = getattr(self.solver, "resync_every", None)
+        return None if self.chooses_resyncs else every
+
+    @property
+    def chooses_resyncs(self) -> bool:
+        """Whether the solver decides where to resync, by its state's `resync`."""
+        return False
 
     @abc.abstractmethod
     def parts(self) -> dict[str, Callable]:
@@ -113,6 +119,15 @@ class AbstractInvertibleStep(eqx.Module):
     def replay_state(self, solver_state: PyTree) -> PyTree:
         """Returns the replay state in a solver state (or in a cotangent of one)."""
         return solver_state
+
+    def to_store(self, y: PyTree[Array], replay_state: PyTree[Array]) -> PyTree[Array]:
+        """Returns what to store of a state; see `from_store`."""
+        return y, replay_state
+
+    def from_store(self, row: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array]]:
+        """Returns the state `(y, replay_state)`, given what is stored of it."""
+        y, replay_state = row
+        return y, replay_state
 
     def checked_part(
         self, y: PyTree[Array], replay_state: PyTree[Array]

@@ -4,14 +4,15 @@ The backward loop carries the state after a step, undoes the step, and passes th
 before it to the visitor. If the visitor linearises the step, the evaluations of the
 inverse are linearised, and no further ones are made (see `invertible_step.py`).
 
-The state before every resync is stored, and so is the start of the solve. There, the
-reconstructed state is compared with the stored one, and replaced by it. The largest
-difference, relative to the state, is the *reconstruction error*. A gradient is refused
-if this error is large.
+The start of the solve is known, and so are the states before resyncs (`restarts.py`).
+There, the reconstructed state is compared with the known one, and replaced by it. The
+largest difference, relative to the state, is the *reconstruction error*. A gradient is
+refused if this error is large.
 """
 
+import functools as ft
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree, Real
 
 from .._internal.norms import magnitudes, relative_size, size
-from .._internal.tree import take, where, zeros_like
+from .._internal.tree import where, zeros_like
 from .._trajectory.linearized_calls import LinearizedCalls
 from .._trajectory.state_source import (
     AbstractStateSource,
@@ -28,8 +29,9 @@ from .._trajectory.state_source import (
     Evaluate,
     RecordedSteps,
 )
-from .._trajectory.step_times import AbstractGrid, StepTimes
-from .invertible_step import AbstractInvertibleStep, is_regular_resync, Resync
+from .._trajectory.step_times import StepTimes
+from .invertible_step import AbstractInvertibleStep, Resync
+from .restarts import RestartRows, Restarts
 
 
 # A gradient is refused if a reconstructed state differs from a stored one by more than
@@ -49,7 +51,8 @@ _UNTRUSTED = (
     "A state that `nodegrad.ReversibleAdjoint` reconstructed differs from the stored "
     f"one by more than a relative {_MAX_ERROR}: rounding errors have grown in the "
     "backward pass (or those of an inverse that is not exact), and the gradient would "
-    "be wrong. Pass `resync_every=10` or so to the solver; take fewer steps or a "
+    "be wrong. Pass `resync_every=10` or so to the solver (`Reversible` does that "
+    "where it is needed, by default); take fewer steps or a "
     "`coupling_parameter` closer to one (if the inverse is not exact, smaller steps); "
     "or use `nodegrad.ACAAdjoint()`."
 )
@@ -61,115 +64,61 @@ _LOST = (
 )
 
 
-class Resyncs(eqx.Module):
-    """The layout of the stored states: one row for the state before each resync.
-
-    First come the rows of regular resyncs, then those of resyncs at jumps, then one row
-    that is never read. It takes the states of steps without a resync.
-
-    - `every`: resync regularly after this many steps; `None` for no regular resyncs.
-    - `jumps`: the number of rows for jumps.
-    - `first_jump`: whether the first step may start at a jump.
-    - `max_steps`: the largest number of steps.
-
-    The methods take the index of a step in this solve, and `step_offset`, the number of
-    steps before this solve if it continues another one. Resyncs count both.
-    """
-
-    every: int | None = eqx.field(static=True)
-    jumps: int = eqx.field(static=True)
-    first_jump: bool = eqx.field(static=True)
-    max_steps: int = eqx.field(static=True)
-
-    @property
-    def regular(self) -> int:
-        """The number of rows for regular resyncs."""
-        # Row 0 is for a resync in the first step, if this solve continues another one.
-        return 0 if self.every is None else (self.max_steps - 1) // self.every + 2
-
-    @property
-    def rows(self) -> int:
-        """The number of rows to allocate; 0 if there are no resyncs."""
-        rows = self.regular + self.jumps
-        return rows + 1 if rows else 0
-
-    def is_resync(
-        self,
-        index: Int[Array, "..."],
-        step_offset: Int[Array, "..."],
-        made_jump: Bool[Array, "..."],
-    ) -> Resync:
-        """Returns whether step `index` begins with a resync.
-
-        It is the literal `False` for a solve without resyncs.
-        """
-        resync = is_regular_resync(self.every, index + step_offset)
-        return resync | made_jump if self.jumps or self.first_jump else resync
-
-    def is_at_jump(self, made_jump: Bool[Array, "..."]) -> Resync:
-        """Returns whether a step begins with a resync because of a jump."""
-        return made_jump if self.jumps or self.first_jump else False
-
-    def row_to_write(
-        self,
-        index: Int[Array, ""],
-        step_offset: Int[Array, ""],
-        start: Real[Array, ""],
-        made_jump: Bool[Array, ""],
-        grid: AbstractGrid,
-    ) -> Int[Array, ""]:
-        """Returns the row of the state before step `index`, or the row never read."""
-        row = jnp.full_like(index, self.rows - 1)
-        if self.jumps:
-            # A jump is at an anchor. Between two anchors there is at most one jump, so
-            # the number of anchors passed tells jumps apart.
-            passed = jnp.sum(grid.anchors <= start, dtype=row.dtype)
-            row = jnp.where(made_jump, self.regular + passed, row)
-        if self.every is not None:
-            # Resyncs are counted from the first step of all, rows from this solve's.
-            regular = (index + step_offset) // self.every - step_offset // self.every
-            is_regular = is_regular_resync(self.every, index + step_offset)
-            row = jnp.where(is_regular, regular, row)
-        return row
-
-
 class _Walk(eqx.Module):
     """What the backward loop carries in addition to the values of the visitor.
 
     - `y`, `replay_state`: the state after the step to undo next.
     - `peak`: for each component of `y`, the largest absolute value met so far.
     - `error`: for each solve, the largest reconstruction error so far.
+    - `restarts`: for each solve, the number of restarts in the steps left to undo.
     """
 
     y: PyTree[Array]
     replay_state: PyTree[Array]
     peak: PyTree[Array]
     error: Real[Array, "..."]
+    restarts: Int[Array, "..."]
+
+
+# The step to undo next, the walk up to it, and the values of the visitor.
+_Walked: TypeAlias = tuple[Int[Array, ""], _Walk, C]
 
 
 class ReconstructedStates(AbstractStateSource):
     """The state source that undoes the steps, from the final state on.
 
     - `invertible_step`: the step and its inverse.
-    - `resyncs`: where the states before resyncs are stored.
+    - `restarts`: where the states before resyncs are stored.
     """
 
     invertible_step: AbstractInvertibleStep
-    resyncs: Resyncs
+    restarts: Restarts
 
     @property
     def rows(self) -> int:
-        return self.resyncs.rows
+        return self.restarts.rows
 
-    def row_to_write(
+    @property
+    def chooses_resyncs(self) -> bool:
+        return self.restarts.chosen
+
+    def to_store(self, y: PyTree[Array], replay_state: PyTree[Array]) -> PyTree[Array]:
+        return self.invertible_step.to_store(y, replay_state)
+
+    def from_store(self, row: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array]]:
+        return self.invertible_step.from_store(row)
+
+    def row_to_write(self, number: Int[Array, ""]) -> Int[Array, ""]:
+        return self.restarts.row_to_write(number)
+
+    def is_stored(
         self,
         index: Int[Array, ""],
         step_offset: Int[Array, ""],
-        start: Real[Array, ""],
         made_jump: Bool[Array, ""],
-        grid: AbstractGrid,
-    ) -> Int[Array, ""]:
-        return self.resyncs.row_to_write(index, step_offset, start, made_jump, grid)
+        resync: Bool[Array, ""],
+    ) -> Resync:
+        return self.restarts.is_restart(index, step_offset, made_jump, resync)
 
     def replay_state(
         self, solver_state: PyTree, made_jump: bool | Bool[Array, "..."] | None
@@ -208,15 +157,11 @@ class ReconstructedStates(AbstractStateSource):
         self.invertible_step.backward(evaluate, t0, t1, t0, y1, state1)
         return y1, state1, dense_info
 
-    def _is_resync(self, times: StepTimes) -> Resync:
-        """Returns whether the state before a step is stored."""
-        return self.resyncs.is_resync(times.index, times.step_offset, times.made_jump)
-
     def _told(self, times: StepTimes) -> Resync:
         """Returns the flag that `forward` gets."""
         if self.invertible_step.told_of_regular_resyncs:
-            return self._is_resync(times)
-        return self.resyncs.is_at_jump(times.made_jump)
+            return self.restarts.is_at(times)
+        return times.made_jump if self.restarts.jumps else False
 
     def walk(
         self,
@@ -234,31 +179,79 @@ class ReconstructedStates(AbstractStateSource):
         peak = zeros_like(magnitudes(_constant(trajectory.y)))
         last_times = steps.valid(steps.times(jnp.maximum(num_steps - 1, 0)))
 
-        def body(
-            index__walk__carry: tuple[Int[Array, ""], _Walk, C],
-        ) -> tuple[Int[Array, ""], _Walk, C]:
-            index, walk, carry = index__walk__carry
-            # The solves of a batch undo step `index` together. A solve that took fewer
-            # steps undoes its last step repeatedly, and the result is dropped.
-            active = index < num_steps
-            times = batch.where_active(active, steps.times(index), last_times)
-            peak = magnitudes(walk.peak, _constant(walk.y))
-            # Linearised calls keep the pullbacks of the inverse for `linearize`.
-            evaluate = LinearizedCalls(steps, times) if linearizes else steps.evaluate
-            y, state, error = self._undo(steps, evaluate, times, walk, peak)
-            linearize = self._linearize(evaluate, times, y, state)
-            step = BackwardStep(index, times, active, y, state, linearize)
-            carry = visit(carry, step)
-            error = jnp.maximum(walk.error, jnp.where(active, error, 0))
-            y, state = batch.where_active(
-                active, (y, state), (walk.y, walk.replay_state)
-            )
-            return index - 1, _Walk(y, state, peak, error), carry
-
-        walk = _Walk(state[0], state[1], peak, error)
+        walk = _Walk(*state, peak, error, trajectory.num_stored)
         init = jnp.max(num_steps) - 1, walk, carry
-        _, walk, carry = batch.while_loop(lambda c: c[0] >= 0, body, init)
+        undo = ft.partial(self._undo_step, steps, visit, linearizes, last_times)
+        if self.restarts.are_thinned:
+            _, walk, carry = self._undo_thinned(steps, undo, init)
+        else:
+            undo_step = ft.partial(undo, RestartRows.of(steps))
+            _, walk, carry = batch.while_loop(lambda c: c[0] >= 0, undo_step, init)
         return carry, walk.error
+
+    def _undo_thinned(
+        self, steps: RecordedSteps, undo: Callable, init: _Walked[C]
+    ) -> _Walked[C]:
+        """Undoes all steps, if there may be more restarts than rows for them."""
+        valid = init[1].y, init[1].replay_state
+
+        def undo_some(
+            stored__walked: tuple[RestartRows, _Walked[C]],
+        ) -> tuple[RestartRows, _Walked[C]]:
+            stored, (index, walk, carry) = stored__walked
+            stored = stored.found_again(
+                self, self.restarts, steps, index, walk.restarts, valid
+            )
+
+            def can_go_on(index__walk__carry: _Walked[C]) -> Bool[Array, ""]:
+                # The first restart that a solve lacks is number `first - 1`.
+                index, walk, _ = index__walk__carry
+                is_missing = (walk.restarts > 0) & (walk.restarts <= stored.first)
+                lacks = is_missing & self.restarts.is_at(steps.times(index))
+                lacks = lacks & (index < steps.trajectory.num_steps)
+                return (index >= 0) & ~jnp.any(lacks)
+
+            undo_step = ft.partial(undo, stored)
+            walked = steps.batch.while_loop(can_go_on, undo_step, (index, walk, carry))
+            return stored, walked
+
+        _, walked = steps.batch.while_loop(
+            lambda c: c[1][0] >= 0,
+            undo_some,
+            (RestartRows.of(steps), init),
+            lambda c: c[0].rows,
+        )
+        return walked
+
+    def _undo_step(
+        self,
+        steps: RecordedSteps,
+        visit: Callable[[C, BackwardStep], C],
+        linearizes: bool,
+        last_times: StepTimes,
+        stored: RestartRows,
+        index__walk__carry: _Walked[C],
+    ) -> _Walked[C]:
+        """Undoes step `index`, and visits it.
+
+        `last_times` are those of the last step of each solve.
+        """
+        batch, (index, walk, carry) = steps.batch, index__walk__carry
+        # The solves of a batch undo step `index` together. A solve that took fewer
+        # steps undoes its last step repeatedly, and the result is dropped.
+        active = index < steps.trajectory.num_steps
+        times = batch.where_active(active, steps.times(index), last_times)
+        peak = magnitudes(walk.peak, _constant(walk.y))
+        # Linearised calls keep the pullbacks of the inverse for `linearize`.
+        evaluate = LinearizedCalls(steps, times) if linearizes else steps.evaluate
+        y, state, error = self._undo(steps, evaluate, times, walk, peak, stored)
+        linearize = self._linearize(evaluate, times, y, state)
+        carry = visit(carry, BackwardStep(index, times, active, y, state, linearize))
+        error = jnp.maximum(walk.error, jnp.where(active, error, 0))
+        y, state = batch.where_active(active, (y, state), (walk.y, walk.replay_state))
+        passed = active & self.restarts.is_at(times)
+        restarts = walk.restarts - passed.astype(walk.restarts.dtype)
+        return index - 1, _Walk(y, state, peak, error, restarts), carry
 
     def _undo(
         self,
@@ -267,6 +260,7 @@ class ReconstructedStates(AbstractStateSource):
         times: StepTimes,
         walk: _Walk,
         peak: PyTree[Array],
+        stored: RestartRows,
     ) -> tuple[PyTree[Array], PyTree[Array], Real[Array, "..."]]:
         """Undoes a step: returns `(y, replay_state, error)` before it.
 
@@ -282,8 +276,13 @@ class ReconstructedStates(AbstractStateSource):
             walk.replay_state,
         )
         # Replace reconstructed states by stored ones, which are exact.
-        is_known = (times.index == 0) | self._is_resync(times)
-        known = self._known(steps, times)
+        known = steps.y0, steps.replay_state0
+        is_known = times.index == 0
+        if self.rows:
+            is_restart = self.restarts.is_at(times)
+            restart = self.from_store(stored.take(steps, walk.restarts - 1))
+            known = where(is_known, known, restart)
+            is_known = is_known | is_restart
         error = steps.batch.map(_relative_error)(
             invertible_step.checked_part(*found),
             invertible_step.checked_part(*known),
@@ -291,26 +290,6 @@ class ReconstructedStates(AbstractStateSource):
         )
         y, state = where(is_known, known, found)
         return y, state, jnp.where(is_known, error, 0)
-
-    def _known(
-        self, steps: RecordedSteps, times: StepTimes
-    ) -> tuple[PyTree[Array], PyTree[Array]]:
-        """Returns the stored state before a step; arbitrary if none is stored."""
-        start = steps.y0, steps.replay_state0
-        if self.rows == 0:
-            return start
-
-        def read(
-            grid: AbstractGrid, rows: PyTree[Array], times: StepTimes
-        ) -> PyTree[Array]:
-            row = self.row_to_write(
-                times.index, times.step_offset, times.start, times.made_jump, grid
-            )
-            return take(rows, row)
-
-        read_all = steps.batch.map_shared(read, steps.grid, steps.grid_axes)
-        stored = read_all(steps.trajectory.rows, times)
-        return where(times.index == 0, start, stored)
 
     def _linearize(
         self, calls: Any, times: StepTimes, y: PyTree[Array], state: PyTree[Array]

@@ -1,7 +1,7 @@
 """The coupling of two copies that makes an explicit Runge-Kutta method reversible."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import diffrax
 import equinox as eqx
@@ -47,10 +47,10 @@ class Reversible(SharingSolver, DelegatingSolver, diffrax.AbstractStratonovichSo
     $$z' = z - q, \qquad D' = \lambda D + (p + q).$$
 
     This is a Diffrax solver, for any controller and adjoint.
-    `nodegrad.ReversibleAdjoint` needs no memory for its states. Dense output is the
-    cubic Hermite interpolant of $y$. The error estimate is that of the step of $z$,
-    with $f(y')$ for the last stage if that is evaluated at the end of the step, and the
-    growth of $\lvert D \rvert$ in the step is added to it.
+    `nodegrad.ReversibleAdjoint` needs no memory that grows with the steps. Dense output
+    is the cubic Hermite interpolant of $y$. The error estimate is that of the step of
+    $z$, with $f(y')$ for the last stage if that is evaluated at the end of the step,
+    and the growth of $\lvert D \rvert$ in the step is added to it.
 
     **Example:**
 
@@ -60,7 +60,7 @@ class Reversible(SharingSolver, DelegatingSolver, diffrax.AbstractStratonovichSo
     import jax.numpy as jnp
     import nodegrad
 
-    solver = nodegrad.Reversible(diffrax.Bosh3(), resync_every=10)
+    solver = nodegrad.Reversible(diffrax.Bosh3())
     decay = diffrax.ODETerm(lambda t, y, a: -a * y)
     solve = lambda a: nodegrad.odesolve(
         decay, solver, 0.0, 1.0, 0.01, 1.0, a, adjoint=nodegrad.ReversibleAdjoint()
@@ -73,28 +73,35 @@ class Reversible(SharingSolver, DelegatingSolver, diffrax.AbstractStratonovichSo
     - `solver`: an explicit Runge-Kutta method: `diffrax.Tsit5()`, `nodegrad.RK4()`,
       ... For stochastic equations it must converge to the Stratonovich solution:
       `diffrax.Heun`, `Midpoint`, `Ralston`.
-    - `coupling_parameter`: $\lambda$, in $(0, 1]$. The coupled method is stable only
-      where $h \lvert a \rvert < 1 - \lambda$ for a decay rate $a$ of the problem (see
-      `nodegrad.is_stable`). In the backward pass, rounding grows by $\lambda^{-N}$.
-    - `resync_every`: after how many accepted steps to resync the copies, $z := y$. This
-      removes the restriction: the solution is as stable as that of `solver`, and
-      rounding grows only from one resync to the next. `ReversibleAdjoint` stores the
-      state at every resync. Ten to twenty is right for most problems.
+    - `coupling_parameter`: $\lambda$, in $(0, 1]$. Between resyncs the coupled method
+      is stable only where $h \lvert a \rvert < 1 - \lambda$ for a decay rate $a$ of the
+      problem (see `nodegrad.is_stable`). In the backward pass, rounding grows by
+      $\lambda^{-1}$ in every step from one resync to the next.
+    - `resync_every`: when to resync the copies, $z := y$ and $D := 0$. This removes the
+      restriction: the solution is as stable as that of `solver`. `"auto"` resyncs where
+      it is needed: before a step in which the instability of the coupling would make
+      $D$ grow by more than half the error estimate of `solver`. An integer `K` resyncs
+      after every `K` accepted steps. `None` never does. Both choices are part of the
+      map that is differentiated, so gradients are exact. `stats["num_resyncs"]` counts
+      resyncs.
 
     **Raises:** `TypeError` or `ValueError` for other arguments, and for stochastic
     equations with a `solver` that is not Stratonovich.
 
     A solve whose copies have diverged ends with `nodegrad.RESULTS.coupling_lost`
     (inside `diffrax.diffeqsolve` with an adjoint of Diffrax:
-    `diffrax.RESULTS.nonlinear_divergence`). Usually the divergence is found long before
-    it is visible. For noise, or a path with several channels, vector fields of two
-    steps cannot be compared; it is then found when the copies differ by a quarter of
-    the solution.
+    `diffrax.RESULTS.nonlinear_divergence`). With resyncs this hardly ever happens; with
+    `resync_every=None` it is usually found long before it is visible. For noise, or a
+    path with several channels, vector fields of two steps cannot be compared: copies
+    are then resynced when they differ by a twentieth of the solution, and lost when
+    they differ by a quarter of it.
 
     **Cost:** twice the evaluations of `solver`, without the last stage of a method that
     shares it with the next step: 12 evaluations a step for `Tsit5`, 6 for `Bosh3`.
+    `nodegrad.ReversibleAdjoint` stores the states before resyncs, 64 of them at most
+    for any number of steps; with `None` it stores none.
 
-    **When not to use it:** on problems with fast decay without `resync_every`. If there
+    **When not to use it:** with `resync_every=None`, on problems that decay. If there
     is memory for $2.5\sqrt{\mathtt{max\_steps}}$ states, `solver` itself with
     `nodegrad.ACAAdjoint` is faster.
 
@@ -106,7 +113,7 @@ class Reversible(SharingSolver, DelegatingSolver, diffrax.AbstractStratonovichSo
 
     solver: diffrax.AbstractSolver
     coupling_parameter: float = eqx.field(static=True, default=0.999)
-    resync_every: int | None = eqx.field(static=True, default=None)
+    resync_every: int | Literal["auto"] | None = eqx.field(static=True, default="auto")
 
     interpolation_cls: ClassVar[Callable[..., diffrax.AbstractLocalInterpolation]] = (
         diffrax.ThirdOrderHermitePolynomialInterpolation
@@ -116,7 +123,8 @@ class Reversible(SharingSolver, DelegatingSolver, diffrax.AbstractStratonovichSo
     scan_kind: ClassVar[str] = "lax"
 
     def __check_init__(self) -> None:
-        check_resync_every("Reversible", self.resync_every)
+        if self.resync_every != "auto":
+            check_resync_every("Reversible", self.resync_every, "'auto', ")
         if explicit_tableau(self.solver) is None:
             msg = (
                 "`nodegrad.Reversible` takes an explicit Runge-Kutta method such as "
@@ -162,7 +170,8 @@ class Reversible(SharingSolver, DelegatingSolver, diffrax.AbstractStratonovichSo
         monitor = CouplingMonitor.init(y0, _have_slopes(terms, t0, t1))
         # Both copies start at `y0`.
         difference = jax.tree.map(jnp.zeros_like, y0)
-        return CoupledState(y0, difference, monitor, jnp.array(0))
+        no, none = jnp.array(False), jnp.array(0)
+        return CoupledState(y0, difference, monitor, no, none, none)
 
     def step(
         self,
@@ -185,7 +194,11 @@ class Reversible(SharingSolver, DelegatingSolver, diffrax.AbstractStratonovichSo
             return increment, ks[key][0]
 
         count, (z0, d0) = solver_state.steps_taken, step.replay_state(solver_state)
-        resync = is_regular_resync(self.resync_every, count)
+        resync = (
+            solver_state.resync
+            if step.chooses_resyncs
+            else is_regular_resync(step.resync_every, count)
+        )
         if resync is not False:
             z0, d0 = step.coupled(z0, d0, resync)
         # The resync is done. The monitor compares the difference after it with `d1`.
@@ -197,7 +210,9 @@ class Reversible(SharingSolver, DelegatingSolver, diffrax.AbstractStratonovichSo
         result = diffrax.RESULTS.where(
             monitor.lost, COUPLING_LOST, diffrax.RESULTS.successful
         )
-        new_state = CoupledState(z1, d1, monitor, count + 1)
+        asked = monitor.wants_resync & step.chooses_resyncs
+        num_resyncs = solver_state.num_resyncs + jnp.asarray(resync, count.dtype)
+        new_state = CoupledState(z1, d1, monitor, asked, num_resyncs, count + 1)
         if error is not None:
             resyncs = self.resync_every is not None
             allowed = allowed_difference(self.coupling_parameter, resyncs)
@@ -247,13 +262,16 @@ class CoupledState(eqx.Module):
     - `z`: the second copy of the solution.
     - `difference`: $D = y - z$.
     - `monitor`: detects that the copies diverge.
-    - `steps_taken`: the number of steps, including those of a solve that this one
-      continues.
+    - `resync`: whether the next step begins with a resync that the monitor asked for.
+    - `num_resyncs`, `steps_taken`: the numbers of resyncs and steps, including those
+      of a solve that this one continues.
     """
 
     z: PyTree[Array]
     difference: PyTree[Array]
     monitor: CouplingMonitor
+    resync: Bool[Array, ""]
+    num_resyncs: Int[Array, ""]
     steps_taken: Int[Array, ""]
 
     @property
@@ -286,6 +304,10 @@ class CoupledReversal(AbstractInvertibleStep):
         product = lambda t, y, control: self.terms.vf_prod(t, y, self.args, control)
         return Increment(explicit_tableau(self.solver.solver), product, "first")
 
+    @property
+    def chooses_resyncs(self) -> bool:
+        return self.solver.resync_every == "auto"
+
     def parts(self) -> dict[str, Callable]:
         return dict(control=self.terms.contr, increment=self.increment)
 
@@ -296,6 +318,14 @@ class CoupledReversal(AbstractInvertibleStep):
         # Leaves are `None` in tangents and cotangents that are zero.
         get = lambda s: (s.z, s.difference)
         return eqx.tree_at(get, solver_state, replay_state, is_leaf=lambda x: x is None)
+
+    def to_store(self, y: PyTree[Array], replay_state: PyTree[Array]) -> PyTree[Array]:
+        del y
+        return replay_state
+
+    def from_store(self, row: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array]]:
+        z, difference = row
+        return (z**ω + difference**ω).ω, row
 
     def coupled(
         self,

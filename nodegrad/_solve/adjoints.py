@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import diffrax
 import equinox as eqx
 
-from .._reversible.reconstruction import ReconstructedStates, Resyncs
+from .._reversible.reconstruction import ReconstructedStates
+from .._reversible.restarts import Restarts
 from .._reversible.reversals import make_invertible_step
 from .._steps.step import AbstractStep
 from .._trajectory.checkpoints import CheckpointedStates, choose_checkpoints
@@ -156,7 +157,7 @@ class ACAAdjoint(AbstractRecordedAdjoint):
 
 
 class ReversibleAdjoint(AbstractRecordedAdjoint):
-    r"""Undoes the steps of a reversible solver, so that no state is stored.
+    r"""Undoes the steps of a reversible solver, so that states need not be stored.
 
     The backward pass starts from the final state and reconstructs the states, last to
     first. The inverse of an accepted step $y_{i+1} = \Phi_i(y_i)$ is known in closed
@@ -180,7 +181,7 @@ class ReversibleAdjoint(AbstractRecordedAdjoint):
     import diffrax
     import nodegrad
 
-    solver = nodegrad.Reversible(diffrax.Bosh3(), resync_every=10)
+    solver = nodegrad.Reversible(diffrax.Bosh3())
     sol = nodegrad.odesolve(
         lambda t, y, rate: -rate * y, solver, 0.0, 1.0, 0.01, 2.0, 0.7,
         adjoint=nodegrad.ReversibleAdjoint(check=True),
@@ -209,15 +210,19 @@ class ReversibleAdjoint(AbstractRecordedAdjoint):
     vector fields once more (see `nodegrad.ACAAdjoint`); `ReversibleHeun` has two
     evaluations and one pullback.
 
-    Memory: no state, for any number of steps. With `resync_every=K` two states for each
-    `K` of `max_steps`. Times: 9 bytes for each of `max_recorded_steps` where an error
+    Memory: no state, for any number of steps, if the solver does not resync. Otherwise
+    the states before resyncs are kept in at most 32 rows, of two states each for
+    `nodegrad.Reversible`. If a solve resyncs more than 16 times, only every second,
+    fourth, ... of these states is kept, and the steps between two of them are made
+    again: once for up to 256 resyncs, and at most $n / 256 + 1 / 2$ times for $n$ of
+    them. Times: 9 bytes for each of `max_recorded_steps` where an error
     estimate chooses the steps, none with `diffrax.ConstantStepSize` and
-    `diffrax.StepTo`.
+    `diffrax.StepTo`; and one byte for each step where the solver decides to resync.
 
     **When not to use it:** if there is memory for about `2.5 sqrt(max_steps)` states: a
-    plain solver with `nodegrad.ACAAdjoint` takes half the evaluations. On decaying
-    problems use it only with `resync_every`: rounding errors grow in the backward pass
-    at the rate at which the solution decays.
+    plain solver with `nodegrad.ACAAdjoint` takes half the evaluations. With a solver
+    that does not resync, not on decaying problems: rounding errors grow in the backward
+    pass at the rate at which the solution decays.
 
     ??? cite "Reference"
 
@@ -248,27 +253,24 @@ class ReversibleAdjoint(AbstractRecordedAdjoint):
         """Returns a source that undoes steps, and stores the states before resyncs.
 
         A jump is such a resync for solvers that carry an evaluation from step to step.
-        A row is allocated for each, so their number must be known before the solve.
         """
         # The inverse makes all evaluations of the step, also those for interpolation.
         del dense
         invertible_step = make_invertible_step(step.solver, step.terms, step.args)
-        jumps = 0
-        if invertible_step.resyncs_at_jumps and may_jump(controller):
-            if has_unknown_jumps(controller):
-                msg = (
-                    f"`{type(step.solver).__name__}` is resynced at every jump of the "
-                    "vector field, and `nodegrad.ReversibleAdjoint` cannot find out "
-                    f"how many jumps {controller} makes. Use "
-                    "`diffrax.ClipStepSizeController(..., jump_ts=...)` around one of "
-                    "Diffrax's controllers, or `nodegrad.ACAAdjoint()`."
-                )
-                raise TypeError(msg)
-            # At most one jump between two anchors, which contain the `jump_ts`.
-            jumps = len(grid.anchors) + 1
-        first_jump = first_jump and invertible_step.resyncs_at_jumps
-        resyncs = Resyncs(invertible_step.resync_every, jumps, first_jump, max_steps)
-        return ReconstructedStates(invertible_step, resyncs)
+        jumps = invertible_step.resyncs_at_jumps and (
+            first_jump or may_jump(controller)
+        )
+        # At most one jump between two anchors, which contain the `jump_ts`.
+        known = not has_unknown_jumps(controller)
+        max_jumps = len(grid.anchors) + 2 if known else max_steps
+        restarts = Restarts(
+            every=invertible_step.resync_every,
+            chosen=invertible_step.chooses_resyncs,
+            jumps=jumps,
+            max_steps=max_steps,
+            max_jumps=max_jumps,
+        )
+        return ReconstructedStates(invertible_step, restarts)
 
 
 def _check_recorded_steps(name: str, value: Any) -> None:

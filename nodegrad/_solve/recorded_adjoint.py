@@ -183,6 +183,7 @@ def make_solve(
     )
     return Solve(
         recorded_steps=adjoint.recorded_steps(max_steps),
+        max_steps=max_steps,
         step=step,
         states=states,
         interpolation_cls=step.solver.interpolation_cls,

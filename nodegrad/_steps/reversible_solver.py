@@ -132,15 +132,18 @@ def check_number(name: str, value: object) -> None:
         raise TypeError(msg)
 
 
-def check_resync_every(name: str, resync_every: Any) -> None:
-    """Raises unless `resync_every` of solver `name` is `None` or a positive integer."""
+def check_resync_every(name: str, resync_every: Any, others: str = "") -> None:
+    """Raises unless `resync_every` of solver `name` is `None` or a positive integer.
+
+    `others` are further choices, which the message mentions.
+    """
     if resync_every is None:
         return
     # NumPy integers have `__index__` as well, and so has `bool`.
     if isinstance(resync_every, bool) or not hasattr(resync_every, "__index__"):
         msg = (
-            f"`nodegrad.{name}(resync_every=...)` must be `None` or an integer; got "
-            f"{resync_every!r}."
+            f"`nodegrad.{name}(resync_every=...)` must be {others}`None` or an "
+            f"integer; got {resync_every!r}."
         )
         raise TypeError(msg)
     if resync_every < 1:

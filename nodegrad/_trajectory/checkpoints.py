@@ -33,7 +33,7 @@ from .state_source import (
     Evaluate,
     RecordedSteps,
 )
-from .step_times import AbstractGrid, StepTimes
+from .step_times import StepTimes
 
 
 # Of one solve or of several.
@@ -137,16 +137,18 @@ class CheckpointedStates(AbstractStateSource):
     def rows(self) -> int:
         return self.checkpoints.rows
 
-    def row_to_write(
+    def row_to_write(self, number: Int[Array, ""]) -> Int[Array, ""]:
+        return self.checkpoints.row_to_write(number)
+
+    def is_stored(
         self,
         index: Int[Array, ""],
         step_offset: Int[Array, ""],
-        start: Real[Array, ""],
         made_jump: Bool[Array, ""],
-        grid: AbstractGrid,
-    ) -> Int[Array, ""]:
-        del step_offset, start, made_jump, grid
-        return self.checkpoints.row_to_write(index)
+        resync: Bool[Array, ""],
+    ) -> bool:
+        del index, step_offset, made_jump, resync
+        return True
 
     def replay_state(
         self, solver_state: PyTree, made_jump: bool | Bool[Array, "..."] | None

@@ -142,8 +142,8 @@ class RecordedSteps(eqx.Module):
 class AbstractStateSource(eqx.Module):
     """Provides the states before the accepted steps.
 
-    `row_to_write`, `replay_state`, `with_replay_state` and `parts` are written for one
-    solve. `step` works for one solve and for a batch, `walk` for a batch.
+    `step` works for one solve and for a batch, `walk` for a batch. The other methods
+    are written for one solve.
     """
 
     @property
@@ -151,20 +151,38 @@ class AbstractStateSource(eqx.Module):
     def rows(self) -> int:
         """The number of rows of stored states to allocate; 0 for none."""
 
+    def to_store(self, y: PyTree[Array], replay_state: PyTree[Array]) -> PyTree[Array]:
+        """Returns what a row holds of the state before a step."""
+        return y, replay_state
+
+    def from_store(self, row: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array]]:
+        """Returns the state `(y, replay_state)` in a row."""
+        y, replay_state = row
+        return y, replay_state
+
     @abc.abstractmethod
-    def row_to_write(
+    def row_to_write(self, number: Int[Array, ""]) -> Int[Array, ""]:
+        """Returns the row for stored state `number`, or one that is not read."""
+
+    @abc.abstractmethod
+    def is_stored(
         self,
         index: Int[Array, ""],
         step_offset: Int[Array, ""],
-        start: Real[Array, ""],
         made_jump: Bool[Array, ""],
-        grid: AbstractGrid,
-    ) -> Int[Array, ""]:
-        """Returns the row for the state before step `index`, or one that is not read.
+        resync: Bool[Array, ""],
+    ) -> bool | Bool[Array, ""]:
+        """Returns whether the state before accepted step `index` is stored.
 
-        `step_offset` is the number of steps made before this solve. `start` is where
-        the step starts, and `made_jump` whether that is just after a jump.
+        `step_offset` is the number of steps made before this solve, `made_jump` whether
+        the step starts just after a jump, and `resync` whether the solver decided to
+        resync before it.
         """
+
+    @property
+    def chooses_resyncs(self) -> bool:
+        """Whether the solver decides where to resync, which must then be recorded."""
+        return False
 
     @abc.abstractmethod
     def replay_state(
@@ -271,7 +289,7 @@ def closure_convert_parts(
     ) -> tuple[PyTree, PyTree, PyTree]:
         # Only shapes and dtypes matter here: these times stand for any step.
         zero, false = jnp.array(0), jnp.array(False)
-        times = StepTimes(zero, t0, t1, false, zero, t0, t0, zero)
+        times = StepTimes(zero, t0, t1, false, zero, t0, t0, zero, false)
         return source.step_and_undo(evaluate, times, t0, t1, y, replay_state)
 
     return consts, pure, eqx.filter_eval_shape(step, t, t, y, replay_state)

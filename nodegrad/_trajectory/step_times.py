@@ -42,10 +42,10 @@ class StepTimes(eqx.Module):
 
     - `index`: the number of the step, from 0.
     - `made_jump`: whether the step starts just after a jump of the vector field.
+    - `resync`: whether a reversible solver decided to resync before it.
     - `origin`: what its size depends on; see the module.
-    - `previous_size`: the size of the previous step; for the first step, the size of
-      the first attempt.
-    - `previous_start`: the start of the previous step; for the first step, its own.
+    - `previous_size`: the size of the previous step; first, that of the first attempt.
+    - `previous_start`: the start of the previous step; first, that of this one.
     - `step_offset`: the number of steps that the solver made before this solve.
     """
 
@@ -57,6 +57,7 @@ class StepTimes(eqx.Module):
     previous_size: Real[Array, "..."]
     previous_start: Real[Array, "..."]
     step_offset: Int[Array, "..."]
+    resync: Bool[Array, "..."]
 
 
 class AbstractGrid(eqx.Module):
@@ -150,8 +151,7 @@ class AdaptiveGrid(AbstractGrid):
         return logged.astype(jnp.int32)
 
     def end(self, index: _Int, first_end: _Time) -> _Time:
-        msg = "The ends of adaptive steps cannot be computed: they must be recorded."
-        raise NotImplementedError(msg)
+        raise NotImplementedError("the ends of adaptive steps must be recorded")
 
     def anchor_time(self, origin: _Int, end: _Time) -> _Time:
         # A step before a jump ends at the number before the time of the jump. So the

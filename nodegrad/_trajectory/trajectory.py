@@ -52,6 +52,7 @@ class StepLog(eqx.Module):
     - `starts`: where steps start, if that may differ from where the previous one ended.
     - `made_jumps`: whether steps start just after a jump; recorded with `starts`.
     - `origins`: what the sizes depend on, for an `AdaptiveGrid` (`step_times.py`).
+    - `resyncs`: whether a reversible solver decided to resync before each step.
     """
 
     # `made_jumps` is an array, or a Python `False` in the log of a single step.
@@ -59,6 +60,7 @@ class StepLog(eqx.Module):
     starts: Real[Array, "..."] | None
     made_jumps: Any
     origins: Int[Array, "..."] | None
+    resyncs: Bool[Array, "..."] | None
 
 
 class Cursor(eqx.Module):
@@ -75,6 +77,7 @@ class Trajectory(eqx.Module):
 
     - `rows`: the stored states `(y, replay_state)`, with an axis of rows; `None` if the
       state source stores none. `AbstractStateSource.row_to_write` numbers the rows.
+    - `num_stored`: the number of states that were stored, overwritten ones included.
     - `log`: the times of the accepted steps.
     - `first_start`, `first_end`: the times of the first attempted step.
     - `made_jump0`: whether the first step starts just after a jump.
@@ -88,6 +91,7 @@ class Trajectory(eqx.Module):
     """
 
     rows: PyTree[Array]
+    num_stored: Int[Array, "..."]
     log: StepLog
     first_start: Real[Array, "..."]
     first_end: Real[Array, "..."]
@@ -149,4 +153,26 @@ class Trajectory(eqx.Module):
             previous_size=jnp.where(index == 0, first_size, previous_size),
             previous_start=previous_start,
             step_offset=self.step_offset,
+            resync=self._resync(index),
         )
+
+    def _resync(self, index: Int[Array, ""]) -> Bool[Array, ""]:
+        if self.log.resyncs is None:
+            return jnp.zeros_like(self.made_jump0)
+        return self.log.resyncs[index]
+
+
+def resync_of(state: PyTree) -> Bool[Array, ""]:
+    """Returns whether the solver decided to resync before the next step."""
+    # Only `Reversible` decides, and has this flag.
+    return getattr(state.solver_state, "resync", jnp.zeros_like(state.made_jump))
+
+
+def steps_taken(init_state: PyTree) -> Int[Array, ""]:
+    """Returns how many steps the solver has counted before this solve, or zero.
+
+    A solve that continues from the solver state of another one starts from its count.
+    """
+    zero = jnp.zeros_like(init_state.num_accepted_steps)
+    count = getattr(init_state.solver_state, "steps_taken", zero)
+    return count.astype(zero.dtype)

@@ -92,7 +92,7 @@ def _measure(
     example = EXAMPLES[name]()
     params, static = eqx.partition(example.params, eqx.is_inexact_array)
     args = params, example.data
-    makers = {m.name: partial(_training_step, example, static, m) for m in methods}
+    makers = {m.name: partial(training_step, example, static, m) for m in methods}
     programs = compile_in_turns(clock, makers, args, repeats)
     runs = {method: partial(p.run, *args) for method, p in programs.items()}
     times = time_in_turns(clock, runs, seconds=seconds * len(runs))
@@ -110,7 +110,7 @@ def _measure(
     ]
 
 
-def _training_step(example: Example, static: Any, method: Method) -> Callable[..., Any]:
+def training_step(example: Example, static: Any, method: Method) -> Callable[..., Any]:
     """`(params, data) -> (loss, gradient)`, of which no trace is in a cache."""
     jax.clear_caches()
     solve = partial(method.solve, adjoint=method.make_adjoint(4096))

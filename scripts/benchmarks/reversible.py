@@ -4,14 +4,17 @@ The steps are constant and `max_steps` is their number, as in the published runs
 (McCallum, Foster, arXiv:2410.11648): Diffrax's default is then 44 checkpoints for 1000
 steps. Every method is compared with Diffrax's default adjoint on the coupled scheme
 in the same run, those marked "plain" as well: they solve with the base solver alone,
-which is what whoever need not have a reversible solver would do.
+which is what whoever need not have a reversible solver would do. Those marked "EES25"
+and "EES27" solve with these; the error of their gradients is that against ACA.
+The coupled scheme is `Reversible(..., resync_every=None)`, which stores no state, as
+published; those marked "resyncs" are `Reversible(...)` with its defaults.
 
 All in float64, as the published runs: in float32 it is rounding on the way back, and
 not the method, that a comparison of gradients would see.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -48,6 +51,19 @@ REVERSIBLE_IN_DIFFRAX = Method(
 _PLAIN = "plain: "
 PLAIN_DIFFRAX = replace(DIFFRAX, name=_PLAIN + DIFFRAX.name)
 PLAIN_ACA = replace(ACA, name=_PLAIN + ACA.name)
+# Solvers other than the coupled one, by the first words of the names of methods.
+_SOLVERS: dict[str, Callable[[diffrax.AbstractSolver], diffrax.AbstractSolver]] = {
+    _PLAIN: lambda base: base,
+    "resyncs: ": nodegrad.Reversible,
+    "EES25: ": lambda _: nodegrad.EES25(),
+    "EES27: ": lambda _: nodegrad.EES27(),
+}
+RESYNCS = replace(REVERSIBLE, name="resyncs: " + REVERSIBLE.name)
+_EES = tuple(
+    replace(method, name=name + method.name)
+    for name in ("EES25: ", "EES27: ")
+    for method in (ACA, REVERSIBLE)
+)
 
 
 def few(checkpoints: int) -> Method:
@@ -99,8 +115,10 @@ class Case:
 
     def problem_for(self, method: Method, steps: int) -> Problem:
         """The problem with the solver of `method`."""
-        coupled = not method.name.startswith(_PLAIN)
-        solver = nodegrad.Reversible(self.base) if coupled else self.base
+        solver = nodegrad.Reversible(self.base, resync_every=None)
+        for words, make in _SOLVERS.items():
+            if method.name.startswith(words):
+                solver = make(self.base)
         return replace(self.problem, solver=solver, max_steps=steps)
 
 
@@ -199,7 +217,8 @@ def run(arguments: argparse.Namespace, clock: Clock, report: Report) -> None:
 
 def _quick_cases() -> Iterator[Case]:
     network, midpoint = white_dwarf_network(1), diffrax.Midpoint()
-    methods, counted = (*_MAIN[:-1], few(2)), (DIFFRAX, REVERSIBLE)
+    methods = (*_MAIN[:-1], few(2), RESYNCS, *_EES)
+    counted = DIFFRAX, REVERSIBLE, _EES[1], _EES[3]
     yield Case(network, midpoint, [100, 1000], methods, counted=counted)
     methods = DIFFRAX, REVERSIBLE, PLAIN_ACA
     yield Case(white_dwarf_network(1000), midpoint, [100], methods)
@@ -214,8 +233,9 @@ def _full_cases() -> Iterator[Case]:
     methods = (*_MAIN, *few_methods)
     yield Case(one, midpoint, [100, 1000, 10_000], methods, counted=methods)
     for problem in (some, many):
-        yield Case(problem, midpoint, [100, 1000], (*methods, *_LANES))
-    methods = (*_MAIN, two, few(44))
+        others = *_LANES, RESYNCS, *_EES
+        yield Case(problem, midpoint, [100, 1000], (*methods, *others))
+    methods = (*_MAIN, two, few(44), RESYNCS)
     yield Case(one, bosh3, [100, 1000], methods, True, counted=methods)
     # Two checkpoints and a thousand samples would take minutes.
     for problem in (white_dwarf(), some, many):
@@ -291,6 +311,11 @@ def _row(
 ) -> Row:
     row = Row(steps, name, seconds, program.temp_bytes, program.build_seconds)
     peer = PLAIN_DIFFRAX.name if name.startswith(_PLAIN) else DIFFRAX.name
+    if name.startswith("EES"):
+        peer = name.split()[0] + " " + ACA.name
+    # With resyncs the solution is another one.
+    if name.startswith("resyncs"):
+        return row
     if peer in gradients and name != peer:
         row.error = relative_error(gradients[name], gradients[peer])
     return row

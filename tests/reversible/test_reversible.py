@@ -63,7 +63,7 @@ def _network(dtype=jnp.float64):
 @pytest.mark.parametrize("coupling, tol", [(0.999, 1e-13), (0.99, 1e-11)])
 def test_coupled_round_trip(base, coupling, tol):
     field, y0 = _network()
-    solver = nodegrad.Reversible(base, coupling)
+    solver = nodegrad.Reversible(base, coupling, resync_every=None)
     y, _ = _round_trip(solver, field, y0, 5e-3, 1000)
     assert float(jnp.max(jnp.abs(y - y0))) <= tol
 
@@ -73,7 +73,11 @@ def test_difference_form_loses_far_fewer_digits_than_the_published_form():
     coupling, n = 0.99, 1000
     h = jnp.float32(5e-3)
     y, _ = _round_trip(
-        nodegrad.Reversible(diffrax.Midpoint(), coupling), field, y0, h, n
+        nodegrad.Reversible(diffrax.Midpoint(), coupling, resync_every=None),
+        field,
+        y0,
+        h,
+        n,
     )
     ours = float(jnp.max(jnp.abs(y - y0)))
     psi = lambda h, x: h * field(0, x + 0.5 * h * field(0, x, None), None)
@@ -165,7 +169,7 @@ def _order(solver, problem, counts):
     ids=lambda x: name_of(x) if isinstance(x, diffrax.AbstractSolver) else "",
 )
 def test_coupled_solution_has_the_order_of_the_base_solver(base, problem, counts):
-    solver = nodegrad.Reversible(base)
+    solver = nodegrad.Reversible(base, resync_every=None)
     assert abs(_order(solver, problem, counts) - base.order(None)) < 0.15
 
 
@@ -188,7 +192,9 @@ def test_dense_output_is_of_fourth_order(base):
         stepsize_controller=diffrax.ClipStepSizeController(tight, step_ts=ts),
     )
     error = jax.jit(
-        lambda h: jnp.max(jnp.abs(solve(nodegrad.Reversible(base), h) - exact))
+        lambda h: jnp.max(
+            jnp.abs(solve(nodegrad.Reversible(base, resync_every=None), h) - exact)
+        )
     )
     sizes = [2 / 20, 2 / 40, 2 / 80]
     assert _slope([error(h) for h in sizes], sizes) >= 3.8
@@ -235,7 +241,7 @@ def test_restarts_keep_a_decaying_problem_stable(base, rate):
     resynced = _solve_decaying(nodegrad.Reversible(base, resync_every=10), rate)
     assert resynced.result == nodegrad.RESULTS.successful
     assert _error(resynced) < 2 * _error(plain)
-    coupled = _solve_decaying(nodegrad.Reversible(base), rate)
+    coupled = _solve_decaying(nodegrad.Reversible(base, resync_every=None), rate)
     assert coupled.result == nodegrad.RESULTS.coupling_lost
     # It is noticed long before anything is garbage.
     assert _error(coupled) < 1e-2
@@ -380,7 +386,13 @@ def _controlled(t, y, args):
 )
 def test_garbage_is_reported_wherever_it_hides(terms, y0, h):
     sol = nodegrad.odesolve(
-        terms, nodegrad.Reversible(diffrax.Heun()), 0.0, 3.0, h, y0, throw=False
+        terms,
+        nodegrad.Reversible(diffrax.Heun(), resync_every=None),
+        0.0,
+        3.0,
+        h,
+        y0,
+        throw=False,
     )
     assert sol.result == nodegrad.RESULTS.coupling_lost
 
@@ -390,7 +402,7 @@ def test_garbage_is_reported_in_any_unit(unit):
     number = jnp.float32
     sol = nodegrad.odesolve(
         lambda t, y, a: -5 * (y - a * jnp.cos(t)),
-        nodegrad.Reversible(diffrax.Midpoint()),
+        nodegrad.Reversible(diffrax.Midpoint(), resync_every=None),
         number(0),
         number(8),
         number(0.02),
@@ -414,7 +426,13 @@ def test_garbage_is_reported_in_any_unit(unit):
 @pytest.mark.parametrize("base", RK_SOLVERS[:4], ids=name_of)
 def test_a_sound_solution_is_not_reported(field, y0, base):
     sol = nodegrad.odesolve(
-        field, nodegrad.Reversible(base), 0.0, 10.0, 0.05, y0, throw=False
+        field,
+        nodegrad.Reversible(base, resync_every=None),
+        0.0,
+        10.0,
+        0.05,
+        y0,
+        throw=False,
     )
     assert sol.result == nodegrad.RESULTS.successful
     scale = max(1.0, float(jnp.max(jnp.abs(sol.ys))))
@@ -446,10 +464,11 @@ def _end(field, solver, u0, t1, tol):
     "base, kwargs, allowed",
     [
         (diffrax.Tsit5(), {}, 10),
-        (diffrax.Bosh3(), {}, 10),
+        (diffrax.Tsit5(), dict(resync_every=None), 10),
+        (diffrax.Bosh3(), dict(resync_every=None), 10),
         (diffrax.Dopri5(), dict(resync_every=10), 30),
         # It adds a tenth of the difference of the copies to the solution at every step.
-        (diffrax.Tsit5(), dict(coupling_parameter=0.9), 100),
+        (diffrax.Tsit5(), dict(coupling_parameter=0.9, resync_every=None), 100),
     ],
     ids=str,
 )
@@ -464,7 +483,7 @@ def test_adaptive_solves_are_right_or_lost(base, kwargs, allowed, tol):
         assert error(sol) < error(plain) + allowed
         assert sol.stats["num_steps"] < 10 * plain.stats["num_steps"]
     else:
-        assert not kwargs
+        assert kwargs == dict(resync_every=None)
         assert sol.result == nodegrad.RESULTS.coupling_lost
 
 
@@ -473,7 +492,7 @@ def test_adaptive_single_precision_does_not_end_with_copies_apart():
     number = jnp.float32
     sol = nodegrad.odesolve(
         lambda t, y, args: 2 * y / t + t**4 * jnp.sin(2 * t) - t**2 + 4 * t**3,
-        nodegrad.Reversible(diffrax.Tsit5()),
+        nodegrad.Reversible(diffrax.Tsit5(), resync_every=None),
         number(8.0),
         number(1.0),
         None,
@@ -495,7 +514,7 @@ def test_message_says_when_how_far_and_what_to_do():
     with pytest.raises(RuntimeError) as error:
         nodegrad.odesolve(
             _follow_cosine(-5.0),
-            nodegrad.Reversible(nodegrad.RK4()),
+            nodegrad.Reversible(nodegrad.RK4(), resync_every=None),
             0.0,
             20.0,
             0.02,
@@ -513,7 +532,7 @@ def test_diffrax_reports_a_lost_coupling():
     ):
         sol = diffrax.diffeqsolve(
             diffrax.ODETerm(_follow_cosine(-5.0)),
-            nodegrad.Reversible(nodegrad.RK4()),
+            nodegrad.Reversible(nodegrad.RK4(), resync_every=None),
             0.0,
             20.0,
             0.02,
@@ -531,7 +550,7 @@ def test_refuses_what_it_cannot_couple():
         nodegrad.Reversible(diffrax.HalfSolver(diffrax.Heun()))
     for coupling in (0.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="coupling_parameter"):
-            nodegrad.Reversible(diffrax.Heun(), coupling)
+            nodegrad.Reversible(diffrax.Heun(), coupling, resync_every=None)
     with pytest.raises(TypeError, match="resync_every"):
         nodegrad.Reversible(diffrax.Heun(), resync_every=2.0)
     with pytest.raises(ValueError, match="at least one"):
@@ -549,7 +568,7 @@ def test_error_estimate_is_that_of_the_base_solver():
         (diffrax.Heun(), 1e-3),
         (diffrax.Midpoint(), 1e-3),
     ):
-        solver = nodegrad.Reversible(base)
+        solver = nodegrad.Reversible(base, resync_every=None)
         state = solver.init(term, 0.0, h, y0, None)
         _, error, _, state, _ = solver.step(term, 0.0, h, y0, None, state, False)
         # The difference is zero before the step, so all of it has grown in the step.
@@ -564,7 +583,12 @@ def test_first_step_is_that_of_the_base_solver():
     # With both copies equal y' = z + Psi(z).
     field, y0 = _network()
     sol = nodegrad.odesolve(
-        field, nodegrad.Reversible(diffrax.Bosh3()), 0.0, 0.1, 0.1, y0
+        field,
+        nodegrad.Reversible(diffrax.Bosh3(), resync_every=None),
+        0.0,
+        0.1,
+        0.1,
+        y0,
     )
     expected = explicit_step(diffrax.Bosh3.tableau, field, 0.0, 0.1, y0, None)
     assert float(jnp.max(jnp.abs(sol.ys[0] - expected))) < 1e-15

@@ -13,7 +13,7 @@ from ..problems import explicit_step, Field, relative_error, van_der_pol
 
 
 RCA = diffrax.RecursiveCheckpointAdjoint()
-COUPLED = nodegrad.Reversible(diffrax.Bosh3())
+COUPLED = nodegrad.Reversible(diffrax.Bosh3(), resync_every=None)
 RESTARTED = nodegrad.Reversible(diffrax.Heun(), 0.9, resync_every=3)
 LEAPFROG = nodegrad.ALF()
 
@@ -69,8 +69,8 @@ def _leapfrog_recursion(damping, resync_every, h, n):
 @pytest.mark.parametrize(
     "door, solver",
     [
-        ("diffrax", nodegrad.Reversible(diffrax.Midpoint())),
-        ("native", nodegrad.Reversible(nodegrad.RK4())),
+        ("diffrax", nodegrad.Reversible(diffrax.Midpoint(), resync_every=None)),
+        ("native", nodegrad.Reversible(nodegrad.RK4(), resync_every=None)),
         ("native", nodegrad.Reversible(nodegrad.RK4(), 0.95, resync_every=10)),
         ("diffrax", nodegrad.Reversible(diffrax.Heun(), 0.95, resync_every=10)),
         ("native", nodegrad.ALF()),
@@ -428,8 +428,8 @@ def test_batches_match_single_solves(solver, size):
     "solver, first, forward, backward",
     [
         # Of a cheap vector field every stage is evaluated again in its pullback.
-        (nodegrad.Reversible(diffrax.Tsit5()), 0, 12, 24),
-        (nodegrad.Reversible(diffrax.Midpoint()), 0, 4, 8),
+        (nodegrad.Reversible(diffrax.Tsit5(), resync_every=None), 0, 12, 24),
+        (nodegrad.Reversible(diffrax.Midpoint(), resync_every=None), 0, 4, 8),
         (nodegrad.ALF(), 1, 1, 1),
         (diffrax.ReversibleHeun(), 1, 1, 2),
     ],
@@ -551,7 +551,7 @@ def _forgetful_loss(y0, throw, **kwargs):
     # Decays so far that nothing of the start is left to be found again.
     sol = nodegrad.odesolve(
         lambda t, y, args: -4 * y,
-        nodegrad.Reversible(diffrax.Bosh3(), 0.9),
+        nodegrad.Reversible(diffrax.Bosh3(), 0.9, resync_every=None),
         0.0,
         10.0,
         0.005,
@@ -579,7 +579,7 @@ def test_reconstruction_error_is_reported_on_request():
     def solve(field, y0, coupling, door, check, **kwargs):
         return door(
             diffrax.ODETerm(field),
-            nodegrad.Reversible(diffrax.Midpoint(), coupling),
+            nodegrad.Reversible(diffrax.Midpoint(), coupling, resync_every=None),
             0.0,
             5.0,
             5e-3,
@@ -650,7 +650,7 @@ def _falls_apart(rate, throw):
     # `y' = rate (y - cos t) - sin t`: its copies come apart where that decays.
     sol = nodegrad.odesolve(
         lambda t, y, rate: rate * (y - jnp.cos(t)) - jnp.sin(t),
-        nodegrad.Reversible(diffrax.Midpoint()),
+        nodegrad.Reversible(diffrax.Midpoint(), resync_every=None),
         0.0,
         20.0,
         0.02,
@@ -697,7 +697,7 @@ def test_a_small_component_is_not_lost_behind_a_large_one():
     def loss(a):
         sol = nodegrad.odesolve(
             lambda t, y, a: (0 * y[0], -a * y[1] ** 3),
-            nodegrad.Reversible(diffrax.Midpoint(), 0.945),
+            nodegrad.Reversible(diffrax.Midpoint(), 0.945, resync_every=None),
             0.0,
             1.0,
             1 / 800,

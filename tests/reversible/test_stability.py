@@ -39,7 +39,7 @@ def test_predicate_of_the_coupling_matches_eigenvalues(solver, coupling):
     predicted = nodegrad.is_stable(solver, z, coupling)
     assert np.sum((predicted != (eigenvalues < 1)) & clear) == 0
     assert np.sum(clear) > 0.999 * len(z)
-    reversible = nodegrad.Reversible(solver, coupling)
+    reversible = nodegrad.Reversible(solver, coupling, resync_every=None)
     np.testing.assert_array_equal(predicted, nodegrad.is_stable(reversible, z))
 
 
@@ -70,7 +70,7 @@ def test_predicate_of_a_plain_solver_matches_its_steps(solver):
 @pytest.mark.parametrize("coupling", [0.8, 0.999])
 @pytest.mark.parametrize("base", [diffrax.Euler(), diffrax.Bosh3(), diffrax.Tsit5()])
 def test_a_coupled_step_has_the_coupling_for_determinant(base, coupling):
-    solver = nodegrad.Reversible(base, coupling)
+    solver = nodegrad.Reversible(base, coupling, resync_every=None)
     term = diffrax.ODETerm(lambda t, y, args: -0.7 * y)
     state = solver.init(term, 0.0, 0.3, jnp.array(1.0), None)
 
@@ -103,4 +103,6 @@ def test_refuses_what_has_no_polynomial():
     with pytest.raises(TypeError, match="explicit Runge-Kutta"):
         nodegrad.stability_polynomial(diffrax.Kvaerno3())
     with pytest.raises(ValueError, match="has its own"):
-        nodegrad.is_stable(nodegrad.Reversible(diffrax.Heun()), 0.1, 0.9)
+        nodegrad.is_stable(
+            nodegrad.Reversible(diffrax.Heun(), resync_every=None), 0.1, 0.9
+        )

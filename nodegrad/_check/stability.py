@@ -6,9 +6,9 @@ import diffrax
 import numpy as np
 from numpy.typing import NDArray
 
+from .._reversible.alf import ALF
+from .._reversible.reversible import Reversible
 from .._steps.tableau import explicit_tableau
-from .alf import ALF
-from .reversible import Reversible
 
 
 def stability_polynomial(solver: diffrax.AbstractSolver) -> np.ndarray:

@@ -1,0 +1,151 @@
+"""The explicit ones of the ten examples, trained by solvers that store no states.
+
+The solver of each is replaced: by `Reversible` of it, and by EES25. "plain" solves with
+the solver of the example and Diffrax's default adjoint. Every method trains for some
+iterations from the same start. The loss at the end and the iteration in which a solve
+failed, if any did, are part of the table.
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import optax
+
+import nodegrad
+
+from .comparison import MEASURED, measured
+from .examples import EXAMPLES, training_step
+from .measure import Clock, compile_in_turns, Program, time_in_turns
+from .report import Budget, Column, Report, significant
+from .solves import DIFFRAX, Method
+
+
+DTYPE = "float64"
+#: Implicit solvers have no reversible form.
+NAMES = tuple(
+    name for name in EXAMPLES if name not in ("nonlinear heat equation", "Robertson")
+)
+_COLUMNS = (
+    Column("section", "example"),
+    *MEASURED[:-1],
+    Column("loss", "loss", significant(4)),
+    Column("final_loss", "training loss", significant(4)),
+    Column("failed", "failed in iteration", str),
+)
+_MEMORY = 1.0
+
+
+def _with_solver(
+    make: Callable[[diffrax.AbstractSolver], diffrax.AbstractSolver],
+) -> Callable[..., diffrax.Solution]:
+    """`diffrax.diffeqsolve` with another solver."""
+
+    def solve(terms: Any, solver: Any, *args: Any, **kwargs: Any) -> diffrax.Solution:
+        return diffrax.diffeqsolve(terms, make(solver), *args, **kwargs)
+
+    return solve
+
+
+def _method(name: str, make: Callable[[Any], diffrax.AbstractSolver]) -> Method:
+    return Method(name, _with_solver(make), lambda _: nodegrad.ReversibleAdjoint())
+
+
+PLAIN = replace(DIFFRAX, name="plain: Diffrax default")
+METHODS = (
+    PLAIN,
+    _method("Reversible", nodegrad.Reversible),
+    _method("EES25", lambda _: nodegrad.EES25(resync_every=10)),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds a choice of examples."""
+    parser.add_argument(
+        "--only", nargs="+", choices=NAMES, help="leave out all but these"
+    )
+    parser.add_argument(
+        "--iterations", type=int, default=200, help="of training (default: 200)"
+    )
+
+
+def run(arguments: argparse.Namespace, clock: Clock, report: Report) -> None:
+    """Measures every example, prints one table, and enters the budgets."""
+    seconds = 0.1 if arguments.quick else 3.0
+    iterations = min(arguments.iterations, 20 if arguments.quick else math.inf)
+    report.note(
+        f"value_and_grad of the loss, AOT compiled; {iterations} iterations of "
+        f"Adam at 1e-2. Ratios are to {PLAIN.name}."
+    )
+    records: list[dict[str, Any]] = []
+    for name in arguments.only or NAMES:
+        found = _measure(clock, name, METHODS, seconds, int(iterations))
+        records.extend(found)
+        for record in found[1:]:
+            what = f"memory of {record['method']}"
+            ratio = record["memory_ratio"]
+            report.budgets.append(Budget(what, name, PLAIN.name, ratio, _MEMORY))
+    report.table("explicit examples, without stored states", _COLUMNS, records)
+    for index, method in enumerate(METHODS[1:], start=1):
+        rows = records[index :: len(METHODS)]
+        failures = sum(row["failed"] is not None for row in rows)
+        case = f"{len(rows)} examples"
+        time = statistics.median(row["time_ratio"] for row in rows)
+        report.budgets += [
+            Budget(f"failed with {method.name}", case, "none", failures, 0),
+            Budget(f"median time of {method.name}", case, PLAIN.name, time, None),
+        ]
+
+
+def _measure(
+    clock: Clock, name: str, methods: Sequence[Method], seconds: float, iterations: int
+) -> list[dict[str, Any]]:
+    """Compiles, times and trains. Returns a record for each method."""
+    example = EXAMPLES[name]()
+    params, static = eqx.partition(example.params, eqx.is_inexact_array)
+    args = params, example.data
+    makers = {m.name: partial(training_step, example, static, m) for m in methods}
+    programs = compile_in_turns(clock, makers, args, 1)
+    runs = {method: partial(p.run, *args) for method, p in programs.items()}
+    times = time_in_turns(clock, runs, seconds=seconds * len(runs))
+    trained = {
+        method: _train(program, params, example.data, iterations)
+        for method, program in programs.items()
+    }
+    return [
+        {"section": name, **record, **trained[record["method"]]}
+        for record in measured(programs, times, {})
+    ]
+
+
+def _train(
+    program: Program, params: Any, data: Any, iterations: int
+) -> dict[str, float | int | None]:
+    """The losses before and after training, and where a solve failed."""
+    optimiser = optax.adam(1e-2)
+    state = optimiser.init(params)
+
+    @jax.jit
+    def update(params, state, gradient):
+        updates, state = optimiser.update(gradient, state)
+        return optax.apply_updates(params, updates), state
+
+    losses: list[float] = []
+    for iteration in range(iterations):
+        try:
+            loss, gradient = program.run(params, data)
+            losses.append(float(loss))
+        except Exception as error:
+            print(f"iteration {iteration}: {str(error).splitlines()[0]}")
+            last = losses[-1] if losses else math.nan
+            first = losses[0] if losses else math.nan
+            return {"loss": first, "final_loss": last, "failed": iteration}
+        params, state = update(params, state, gradient)
+    return {"loss": losses[0], "final_loss": losses[-1], "failed": None}
