@@ -1,0 +1,7 @@
+"""The experiments of the papers, run again: one module for each of them.
+
+Every module has an `EXPERIMENT`; `experiment.py` says what that is. The order is that
+of the papers: ACA, the reversible solvers, SNOpt.
+"""
+
+MODULES: tuple[str, ...] = ()

@@ -1,0 +1,26 @@
+"""The data sets, read from the folder that `--data` or `NODEGRAD_DATA` names."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class MissingDataError(Exception):
+    """A file of a data set is not there."""
+
+
+def find(folder: Path | None, name: str, origin: str) -> Path:
+    """The path of a file; `origin` says where it comes from."""
+    path = None if folder is None else folder / name
+    if path is None or not path.exists():
+        where = "no folder is given" if folder is None else f"it is not in {folder}"
+        msg = f"{name} is missing ({where}; use --data or NODEGRAD_DATA): {origin}"
+        raise MissingDataError(msg)
+    return path
+
+
+def arrays(folder: Path | None, name: str, origin: str) -> dict[str, Any]:
+    """The arrays of a NumPy archive."""
+    with np.load(find(folder, name, origin), allow_pickle=False) as archive:
+        return {key: archive[key] for key in archive.files}
