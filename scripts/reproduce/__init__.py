@@ -4,4 +4,7 @@ Every module has an `EXPERIMENT`; `experiment.py` says what that is. The order i
 of the papers: ACA, the reversible solvers, SNOpt.
 """
 
-MODULES: tuple[str, ...] = ()
+MODULES: tuple[str, ...] = (
+    "orders",
+    "stability",
+)
