@@ -5,6 +5,9 @@ of the papers: ACA, the reversible solvers, SNOpt.
 """
 
 MODULES: tuple[str, ...] = (
+    "exponential",
+    "van_der_pol",
+    "image",
     "orders",
     "stability",
 )

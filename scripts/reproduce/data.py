@@ -24,3 +24,17 @@ def arrays(folder: Path | None, name: str, origin: str) -> dict[str, Any]:
     """The arrays of a NumPy archive."""
     with np.load(find(folder, name, origin), allow_pickle=False) as archive:
         return {key: archive[key] for key in archive.files}
+
+
+def folder(path: Path | None) -> Path:
+    """The folder of the data sets, which has to be there."""
+    if path is None or not path.is_dir():
+        msg = f"no folder of data sets: {path} (use --data or NODEGRAD_DATA)"
+        raise MissingDataError(msg)
+    return path
+
+
+def mnist(path: Path | None) -> dict[str, Any]:
+    """Images `(count, 28, 28)` of bytes and labels, `train_images` and so on."""
+    origin = "the four files of MNIST as one NumPy archive, from yann.lecun.com"
+    return arrays(path, "mnist.npz", origin)

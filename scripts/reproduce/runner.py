@@ -29,9 +29,9 @@ _CLOCK = Clock(time.perf_counter, "wall clock, all cores")
 
 def run(experiment: Experiment, setting: Setting, output: Path) -> dict[str, Any]:
     """Computes what is missing, writes the report, and returns it as JSON."""
-    results, seconds = run_units(experiment, setting, output)
+    results, spent = run_units(experiment, setting, output)
     report = experiment.report(results, setting)
-    content = _content(experiment, setting, report, seconds)
+    content = _content(experiment, setting, report, spent)
     if report.figures:
         content["figure"] = f"{experiment.name}.png"
         _draw(report, output / content["figure"])
@@ -42,11 +42,14 @@ def run(experiment: Experiment, setting: Setting, output: Path) -> dict[str, Any
 
 def run_units(
     experiment: Experiment, setting: Setting, output: Path
-) -> tuple[dict[str, Result], dict[str, float]]:
-    """The results of all units and the seconds they took, from files where possible."""
+) -> tuple[dict[str, Result], dict[str, tuple[float, float]]]:
+    """The results of all units, from files where possible, and what time they took.
+
+    These are the seconds that passed, and the seconds of computation of all threads.
+    """
     folder = output / experiment.name / setting.size
     tasks = experiment.tasks(setting)
-    results, seconds = {}, {}
+    results, spent = {}, {}
     columns = (
         TextColumn(experiment.name),
         BarColumn(),
@@ -62,22 +65,25 @@ def run_units(
             progress.update(bar, description=key)
             record = _read(folder / f"{key}.json", task)
             if record is None:
-                start = time.perf_counter()
+                start, computed = time.perf_counter(), time.process_time()
                 result = task()
                 record = {
                     "settings": _settings(task),
                     "seconds": time.perf_counter() - start,
+                    # Other programs on the same machine do not add to this.
+                    "cpu_seconds": time.process_time() - computed,
                     "result": result,
                 }
                 write_json(folder / f"{key}.json", record)
                 # Also what a result looks like after it was written and read.
                 record = json.loads(json.dumps(record))
-            results[key], seconds[key] = record["result"], record["seconds"]
+            results[key] = record.pop("result")
+            spent[key] = record["seconds"], record["cpu_seconds"]
             progress.update(bar, advance=1)
         progress.update(bar, description="")
     # The programs of one experiment are of no use to the next one.
     jax.clear_caches()
-    return results, seconds
+    return results, spent
 
 
 def _settings(task: Callable[[], Result]) -> Any:
@@ -110,7 +116,7 @@ def _content(
     experiment: Experiment,
     setting: Setting,
     report: Report,
-    seconds: Mapping[str, float],
+    spent: Mapping[str, tuple[float, float]],
 ) -> dict[str, Any]:
     dtype = "float64" if experiment.x64 else "float32"
     machine = describe_machine(_CLOCK, dtype)
@@ -121,7 +127,8 @@ def _content(
         "size": setting.size,
         "seeds": setting.seeds,
         "machine": {**machine, "processor": _processor()},
-        "seconds": dict(seconds),
+        "seconds": {key: passed for key, (passed, _) in spent.items()},
+        "cpu_seconds": {key: computed for key, (_, computed) in spent.items()},
         "tables": [asdict(table) for table in report.tables],
         "claims": [{**asdict(c), "verdict": c.verdict} for c in report.claims],
         "notes": list(report.notes),
@@ -193,7 +200,8 @@ def made_how(content: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
     return (
         f"Size `{content['size']}`, {content['seeds']} seeds, "
-        f"{sum(content['seconds'].values()):.0f} s on {device} with "
+        f"{sum(content['seconds'].values()):.0f} s "
+        f"({sum(content['cpu_seconds'].values()):.0f} s of computation) on {device}, "
         f"{machine['cores']} cores, {machine['dtype']}, Python {machine['python']}, "
         f"{versions}."
     )
