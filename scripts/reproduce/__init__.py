@@ -8,6 +8,8 @@ MODULES: tuple[str, ...] = (
     "exponential",
     "van_der_pol",
     "image",
+    "white_dwarf",
+    "run_time",
     "orders",
     "stability",
 )
