@@ -8,6 +8,7 @@ MODULES: tuple[str, ...] = (
     "exponential",
     "van_der_pol",
     "image",
+    "three_body",
     "white_dwarf",
     "run_time",
     "orders",
