@@ -13,4 +13,5 @@ MODULES: tuple[str, ...] = (
     "run_time",
     "orders",
     "stability",
+    "flow",
 )
