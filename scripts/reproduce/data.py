@@ -38,3 +38,9 @@ def mnist(path: Path | None) -> dict[str, Any]:
     """Images `(count, 28, 28)` of bytes and labels, `train_images` and so on."""
     origin = "the four files of MNIST as one NumPy archive, from yann.lecun.com"
     return arrays(path, "mnist.npz", origin)
+
+
+def cifar10(path: Path | None) -> dict[str, Any]:
+    """A part of CIFAR-10: images `(count, 32, 32, 3)` of bytes and labels."""
+    origin = "500 training and 100 test images of every class, from a JPEG copy"
+    return arrays(path, "cifar10_jpeg_subset.npz", origin)
