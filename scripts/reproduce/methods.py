@@ -89,12 +89,11 @@ def naive_path(
     y0: Any,
     args: Any,
     tol: float,
-    attempts: int = 8,
+    attempts: int | None = None,
 ) -> Any:
-    """The states at `ts` by steps that end there. Also for derivatives backwards.
-
-    At most so many `attempts` lead from one time to the next one; if they are not
-    enough, the states are not finite.
+    """The states at `ts` by steps that end there. Only for derivatives forwards,
+    unless at most so many `attempts` lead from one time to the next one; if they are
+    not enough, the states are not finite.
     """
     attempt = _attempt(vector_field, args, tol, tol)
 
@@ -104,7 +103,11 @@ def naive_path(
             attempt_to = lambda state: attempt(t1, state)
             return jax.lax.cond(go, attempt_to, lambda state: state, state), None
 
-        state, _ = jax.lax.scan(once, carry, None, length=attempts)
+        if attempts is None:
+            going = lambda state: _before(state, t1)
+            state = jax.lax.while_loop(going, lambda s: attempt(t1, s), carry)
+        else:
+            state, _ = jax.lax.scan(once, carry, None, length=attempts)
         t, y, size = state
         y = jnp.where(_before(state, t1), jnp.nan, y)
         return (t, y, size), y
