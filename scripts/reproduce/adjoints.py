@@ -1,0 +1,109 @@
+"""The ways to differentiate a solve that the reversible solvers are compared with.
+
+Each is called like `diffrax.diffeqsolve`, without an adjoint.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import diffrax
+import jax
+import jax.numpy as jnp
+from benchmarks.measure import Clock, compile_program, Program, time_in_turns
+
+import nodegrad
+
+
+Solve = Callable[..., Any]
+
+#: Other programs on the same machine do not add to these seconds.
+CLOCK = Clock(time.process_time, "CPU time of this process")
+
+
+def reversible(base: Any, **options: Any) -> Solve:
+    """The coupled method with `ReversibleAdjoint`."""
+    solver = nodegrad.Reversible(base, **options)
+    return _with(nodegrad.odesolve, solver, nodegrad.ReversibleAdjoint())
+
+
+def aca(base: Any) -> Solve:
+    """The base method with `ACAAdjoint`."""
+    return _with(nodegrad.odesolve, base, nodegrad.ACAAdjoint())
+
+
+def checkpointed(base: Any, checkpoints: int | None = None) -> Solve:
+    """The base method with so many of Diffrax's checkpoints; `None` is its default."""
+    adjoint = diffrax.RecursiveCheckpointAdjoint(checkpoints=checkpoints)
+    return _with(diffrax.diffeqsolve, base, adjoint)
+
+
+def backpropagated(base: Any) -> Solve:
+    """The base method in a loop that keeps everything: plain backpropagation.
+
+    The number of steps is `max_steps`, and the result has only the final state.
+    """
+    return partial(_backpropagated, base)
+
+
+def _with(solve: Solve, solver: Any, adjoint: Any) -> Solve:
+    def run(terms: Any, *times_and_values: Any, **options: Any) -> Any:
+        # The solver is the second argument.
+        return solve(terms, solver, *times_and_values, adjoint=adjoint, **options)
+
+    return run
+
+
+def states(
+    solver: Any, terms: Any, t0: Any, t1: Any, y0: Any, args: Any, steps: int
+) -> Any:
+    """The states after each of so many equal steps, in a loop that keeps everything."""
+    times = jnp.linspace(t0, t1, steps + 1)
+
+    def step(carry: Any, ends: Any) -> Any:
+        y, state = carry
+        y, _, _, state, _ = solver.step(terms, *ends, y, args, state, False)
+        return (y, state), y
+
+    state = solver.init(terms, times[0], times[1], y0, args)
+    return jax.lax.scan(step, (y0, state), (times[:-1], times[1:]))[1]
+
+
+class _FinalState(NamedTuple):
+    """What of a `diffrax.Solution` the callers need."""
+
+    ys: Any
+
+
+def _backpropagated(
+    solver: Any,
+    terms: Any,
+    t0: Any,
+    t1: Any,
+    dt0: Any,
+    y0: Any,
+    args: Any = None,
+    *,
+    max_steps: int,
+) -> _FinalState:
+    del dt0
+    ys = states(solver, terms, t0, t1, y0, args, max_steps)
+    return _FinalState(jax.tree.map(lambda y: y[-1:], ys))
+
+
+def compiled(function: Callable[..., Any], *args: Any) -> Program:
+    """The program of `function` for arguments like these, with its temporary memory."""
+    return compile_program(CLOCK, function, *args)
+
+
+def seconds_per_call(
+    programs: dict[str, Program], args: Any, seconds: float, once_above: float = 1e9
+) -> dict[str, float]:
+    """The median time of a call of each program, called in turns.
+
+    `seconds` is for how long to call all of them together. A call that takes longer
+    than `once_above` is made once.
+    """
+    runs = {name: partial(p.run, *args) for name, p in programs.items()}
+    return time_in_turns(CLOCK, runs, seconds=seconds, once_above=once_above)

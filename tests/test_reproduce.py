@@ -1,0 +1,183 @@
+"""The experiments of the papers in `scripts/reproduce`: smoke runs, and the frame."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+if not SCRIPTS.exists():
+    pytest.skip("a source distribution has no scripts", allow_module_level=True)
+sys.path.append(str(SCRIPTS))
+
+from reproduce import data, MODULES, page, runner
+from reproduce.experiment import Claim, Experiment, Report, Setting, spread, Table
+
+
+# Those that compile for less than five seconds.
+CHEAP = ("image", "orders", "stability")
+
+
+def _reproduce(*arguments, folder=None):
+    """`scripts/reproduce/run` without the creation of an environment."""
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS)}
+    environment.pop("NODEGRAD_DATA", None)
+    command = [sys.executable, "-W", "ignore", "-m", "reproduce", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            n, marks=pytest.mark.slow if n in CHEAP else pytest.mark.exhaustive
+        )
+        for n in MODULES
+    ],
+)
+def test_every_experiment_has_a_smoke_run_without_data(name, tmp_path):
+    found = _reproduce(name, "--smoke", "--output", str(tmp_path))
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+    content = json.loads((tmp_path / f"{name}.json").read_text())
+    assert content["size"] == "smoke" and content["claims"] and content["tables"]
+    for table in content["tables"]:
+        assert {len(row) for row in table["rows"]} == {len(table["columns"])}
+    assert (tmp_path / f"{name}.md").exists() and (tmp_path / "summary.md").exists()
+
+
+@pytest.mark.slow
+def test_without_names_the_experiments_are_listed(tmp_path):
+    found = _reproduce("--output", str(tmp_path))
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert all(name[:6] in found.stdout for name in MODULES)
+
+
+# An experiment of three units, each of which writes its name into a log.
+
+
+def _unit(key, log, hang):
+    with open(log, "a") as file:
+        file.write(f"{key}\n")
+    if key == hang:
+        time.sleep(600)
+    return {"key": key, "square": [1, 4.0]}
+
+
+def _report(results, setting):
+    keys = [r["key"] for r in results.values()]
+    table = Table("a table", ("key", "seeds"), [[key, setting.seeds] for key in keys])
+    claims = (
+        Claim("a claim", "1", "2", True),
+        Claim("b", "1|2", "3", False, "because"),
+    )
+    figures = {"a figure": lambda axes: axes.plot([1, 2])}
+    return Report((table,), claims, figures, ("a note.",))
+
+
+def _experiment(log, hang=None, more=""):
+    def tasks(setting):
+        return {
+            key: functools.partial(_unit, key + more, log, hang)
+            for key in ("a", "b", "c")
+        }
+
+    return Experiment("three", "Three units", "A paper", tasks, _report)
+
+
+def _run(folder, hang=None, more=""):
+    log = str(folder / "log")
+    return runner.run(_experiment(log, hang, more), Setting("smoke", 2), folder)
+
+
+_KILLED = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{tests!r}, {scripts!r}]
+import test_reproduce
+test_reproduce._run(Path({folder!r}), hang="b")
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes(tmp_path):
+    paths = {"tests": Path(__file__).parent, "scripts": SCRIPTS, "folder": tmp_path}
+    code = _KILLED.format(**{name: str(path) for name, path in paths.items()})
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code])
+    log = tmp_path / "log"
+    deadline = time.monotonic() + 300
+    while not (log.exists() and log.read_text() == "a\nb\n"):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "three.json").exists()
+    # The arguments of "b" differ now that it does not hang; those of "a" do, too.
+    content = _resume(tmp_path)
+    assert content["tables"][0]["rows"] == [["a", 2], ["b", 2], ["c", 2]]
+    assert log.read_text() == "a\nb\nb\nc\n"
+
+
+def _resume(folder):
+    """Runs what the killed process ran. This time "b" ends."""
+    original = time.sleep
+    try:
+        time.sleep = lambda _: None
+        return _run(folder, hang="b")
+    finally:
+        time.sleep = original
+
+
+def test_results_are_kept_while_the_settings_are_the_same(tmp_path):
+    log = tmp_path / "log"
+    _run(tmp_path)
+    _run(tmp_path)
+    assert log.read_text() == "a\nb\nc\n"
+    _run(tmp_path, more="2")
+    assert log.read_text() == "a\nb\nc\na2\nb2\nc2\n"
+
+
+def test_what_is_written(tmp_path):
+    content = _run(tmp_path)
+    text = (tmp_path / "three.md").read_text()
+    assert "| a claim | 1 | 2 | holds |" in text
+    assert "| b | 1\\|2 | 3 | fails: because |" in text
+    assert "- a note." in text and "2 seeds" in text
+    assert content["machine"]["versions"]["jax"] and content["machine"]["cores"]
+    assert set(content["seconds"]) == {"a", "b", "c"}
+    assert (tmp_path / "three.png").stat().st_size > 0
+
+
+def test_the_page_leaves_smoke_runs_out(tmp_path):
+    content = _run(tmp_path)
+    other = {**content, "size": "default"}
+    docs = tmp_path / "docs"
+    page.write([content], tmp_path, docs)
+    assert "a claim" not in (docs / "reproduction.md").read_text()
+    page.write([other], tmp_path, docs)
+    text = (docs / "reproduction.md").read_text()
+    assert "| three | a claim | 1 | 2 | holds |" in text
+    assert "(images/reproduction/three.png)" in text
+    assert json.loads((docs / "reproduction" / "three.json").read_text()) == other
+
+
+def test_spread():
+    assert spread([1.23456, 3, 2], 2) == "2 (1.2 to 3)"
+    assert spread([1.23456]) == "1.23"
+
+
+# Data.
+
+
+def test_missing_data_are_named(tmp_path):
+    with pytest.raises(data.MissingDataError, match="mnist.npz is missing.*MNIST"):
+        data.mnist(tmp_path)
+    with pytest.raises(data.MissingDataError, match="NODEGRAD_DATA"):
+        data.folder(None)
