@@ -164,8 +164,7 @@ class CouplingMonitor(eqx.Module):
             change = jax.tree.map(subtract, old.slope, k0)
             rate, is_zero = _rate(ratios(d0, scale), ratios(change, scale), made_jump)
             growth = math.log(coupling_parameter) - rate
-            gain = jnp.maximum(0, gain + growth)
-            gain = jnp.where(is_zero, 0, gain)
+            gain = jnp.where(is_zero, 0, jnp.maximum(0, gain + growth))
             # A control may be zero, as that of a path that stands still.
             per_time = lambda k: jnp.where(step == 0, 0, k / jnp.asarray(step, k.dtype))
             slope = jax.tree.map(per_time, k1)
@@ -185,11 +184,9 @@ class CouplingMonitor(eqx.Module):
             sound = sound & ((gain <= _AMPLIFIED_LESS) | small | harmless)
         num_short, limited = old.num_short, (apart > base) & (error is not None)
         if error is not None:
-            rounding = _ROUNDING * jnp.finfo(apart.dtype).eps
-            is_short = apart > jnp.maximum(_SHORT * base, rounding)
+            is_short = apart > jnp.maximum(_SHORT * base, _rounding(apart, _ROUNDING))
             num_short = num_short + is_short.astype(num_short.dtype)
-            others = count + 1 - num_short
-            sound = sound & (num_short <= _MANY + _TIMES * others)
+            sound = sound & (num_short <= _MANY + _TIMES * (count + 1 - num_short))
         return CouplingMonitor(
             slope=slope,
             gain=gain,
@@ -222,9 +219,13 @@ def _wants_resync(
         # Nothing is known about the stability: only a large difference counts.
         return apart > _RESYNC_UNEXPLAINED * level
     more = jnp.expm1(jnp.maximum(0, growth)) * apart
-    rounding = _RESYNC_ROUNDING * jnp.finfo(apart.dtype).eps
     enough = base if has_error else _RESYNC_SIGNIFICANT
-    return (more > _RESYNC * enough) & (apart > rounding)
+    return (more > _RESYNC * enough) & (apart > _rounding(apart, _RESYNC_ROUNDING))
+
+
+def _rounding(like: Array, units: float) -> float:
+    """Returns so many units of rounding of the type of `like`."""
+    return units * float(jnp.finfo(like.dtype).eps)
 
 
 def _rate(
