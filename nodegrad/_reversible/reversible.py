@@ -1,6 +1,7 @@
 """The coupling of two copies that makes an explicit Runge-Kutta method reversible."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import diffrax
@@ -207,10 +208,13 @@ class Reversible(SharingSolver, DelegatingSolver, diffrax.AbstractStratonovichSo
         monitor = solver_state.monitor.update(
             d0, d1, info, control, self.coupling_parameter, made_jump, count, error
         )
+        asked = monitor.wants_resync & step.chooses_resyncs
+        # The next step discards the difference, so its size does no harm.
+        discards = asked | is_regular_resync(step.resync_every, count + 1)
+        monitor = replace(monitor, lost=monitor.lost & ~discards)
         result = diffrax.RESULTS.where(
             monitor.lost, COUPLING_LOST, diffrax.RESULTS.successful
         )
-        asked = monitor.wants_resync & step.chooses_resyncs
         num_resyncs = solver_state.num_resyncs + jnp.asarray(resync, count.dtype)
         new_state = CoupledState(z1, d1, monitor, asked, num_resyncs, count + 1)
         if error is not None:

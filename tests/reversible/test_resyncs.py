@@ -235,3 +235,19 @@ def test_a_solve_that_continues_another_one_resyncs_where_that_would():
     assert resyncs == expected_resyncs > 0
     np.testing.assert_allclose(a, b, rtol=1e-10)
     np.testing.assert_allclose(ours, expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("every", [1, "auto"])
+def test_a_difference_that_is_discarded_is_no_failure(every):
+    # With the rate 20 and steps of 0.05, one step drives the copies far apart. The next
+    # one begins with equal copies, so that every step is one of the base method.
+    def solve(solver):
+        field = lambda t, y, args: -20 * (y - jnp.cos(t))
+        return nodegrad.odesolve(
+            field, solver, 0.0, 5.0, 0.05, jnp.array(3.0), throw=False
+        )
+
+    plain = solve(diffrax.Heun())
+    ours = solve(nodegrad.Reversible(diffrax.Heun(), resync_every=every))
+    assert ours.result == nodegrad.RESULTS.successful
+    np.testing.assert_allclose(ours.ys, plain.ys, rtol=1e-12 if every == 1 else 1e-3)
