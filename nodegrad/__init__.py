@@ -48,11 +48,9 @@ from ._second_order.low_rank import (
     LowRankBlocks as LowRankBlocks,
 )
 from ._second_order.theorem1_blocks import theorem1_blocks as theorem1_blocks
-from ._solve.adjoints import (
-    ACAAdjoint as ACAAdjoint,
-    ReversibleAdjoint as ReversibleAdjoint,
-)
+from ._solve.aca_adjoint import ACAAdjoint as ACAAdjoint
 from ._solve.odesolve import odesolve as odesolve
+from ._solve.reversible_adjoint import ReversibleAdjoint as ReversibleAdjoint
 from ._steps.explicit_methods import (
     EES25 as EES25,
     EES27 as EES27,

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from .._solve.adjoints import ACAAdjoint, ReversibleAdjoint
+from .._solve.aca_adjoint import ACAAdjoint
+from .._solve.reversible_adjoint import ReversibleAdjoint
 from .costs import first_line, Program, relative_error
 from .finite_differences import Differences, directions, make_differences
 from .report import Check

@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .._internal.compat import callback_logger
-from .._solve.adjoints import ACAAdjoint, ReversibleAdjoint
+from .._solve.aca_adjoint import ACAAdjoint
+from .._solve.reversible_adjoint import ReversibleAdjoint
 from .finite_differences import element_scales
 from .varied_solve import Loss, Variation, with_adjoint
 

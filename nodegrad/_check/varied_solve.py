@@ -22,10 +22,11 @@ from jaxtyping import Array, ArrayLike, Bool, PyTree, Real
 from .._internal.compat import is_sde
 from .._internal.results import promoted, RESULTS
 from .._reversible.reversals import make_invertible_step
-from .._solve.adjoints import ACAAdjoint, ReversibleAdjoint
+from .._solve.aca_adjoint import ACAAdjoint
 from .._solve.arguments import as_terms
 from .._solve.odesolve import odesolve
 from .._solve.recorded_adjoint import AbstractRecordedAdjoint, subs_of
+from .._solve.reversible_adjoint import ReversibleAdjoint
 
 
 # `diffrax.diffeqsolve` or `nodegrad.odesolve`.

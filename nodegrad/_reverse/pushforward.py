@@ -194,20 +194,7 @@ def _make_step(
         dense_ts, dense_infos = write_dense(
             dense_ts, dense_infos, index, end, info, True
         )
-    # The state before the step goes to the row where the solve stored it.
-    rows, num_stored = state.rows, state.num_stored
-    stored = plan.states.to_store(state.y, state.replay_state)
-    stored = eqx.filter(stored, eqx.is_inexact_array)
-    if rows is not None:
-        stores = plan.states.is_stored(
-            index, times.step_offset, times.made_jump, times.resync
-        )
-        # As in the solve: what is written to a row that does not exist is dropped.
-        row = plan.states.row_to_write(num_stored)
-        row = jnp.where(stores, row, plan.states.rows)
-        put = lambda x, buffer: _put_row(buffer, row, x)
-        rows = jax.tree.map(put, stored, rows)
-        num_stored = num_stored + jnp.asarray(stores, num_stored.dtype)
+    rows, num_stored = _store(plan, state, times)
     return _State(
         index=index + 1,
         y=y1,
@@ -223,6 +210,25 @@ def _make_step(
         starts=None if state.starts is None else _put_row(state.starts, index, start),
         num_stored=num_stored,
     )
+
+
+def _store(plan: Plan, state: _State, times: StepTimes) -> tuple[Any, Any]:
+    """Writes the state before the step to the row where the solve stored it.
+
+    Returns the rows and how many states were stored.
+    """
+    states, rows, number = plan.states, state.rows, state.num_stored
+    if rows is None:
+        return rows, number
+    at = times.index, times.step_offset, times.made_jump, times.resync
+    stores = states.is_stored(*at)
+    # As in the solve: what is written to a row that does not exist is dropped.
+    row = jnp.where(stores, states.row_to_write(number), states.rows)
+    stored = states.to_store(state.y, state.replay_state)
+    stored = eqx.filter(stored, eqx.is_inexact_array)
+    put = lambda x, buffer: _put_row(buffer, row, x)
+    rows = jax.tree.map(put, stored, rows)
+    return rows, number + jnp.asarray(stores, number.dtype)
 
 
 def _put_row(buffer: Any, row: Int[Array, ""], x: Array) -> Any:

@@ -1,6 +1,7 @@
 """The coupling of two copies that makes an explicit Runge-Kutta method reversible."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import diffrax
@@ -80,10 +81,10 @@ class Reversible(SharingSolver, DelegatingSolver, diffrax.AbstractStratonovichSo
     - `resync_every`: when to resync the copies, $z := y$ and $D := 0$. This removes the
       restriction: the solution is as stable as that of `solver`. `"auto"` resyncs where
       it is needed: before a step in which the instability of the coupling would make
-      $D$ grow by more than half the error estimate of `solver`. An integer `K` resyncs
-      after every `K` accepted steps. `None` never does. Both choices are part of the
+      $D$ grow by more than a fiftieth of the error estimate of `solver`. An integer `K`
+      resyncs after every `K` accepted steps. `None` never does. Resyncs are part of the
       map that is differentiated, so gradients are exact. `stats["num_resyncs"]` counts
-      resyncs.
+      them.
 
     **Raises:** `TypeError` or `ValueError` for other arguments, and for stochastic
     equations with a `solver` that is not Stratonovich.
@@ -207,10 +208,13 @@ class Reversible(SharingSolver, DelegatingSolver, diffrax.AbstractStratonovichSo
         monitor = solver_state.monitor.update(
             d0, d1, info, control, self.coupling_parameter, made_jump, count, error
         )
+        asked = monitor.wants_resync & step.chooses_resyncs
+        # The next step discards the difference, so its size does no harm.
+        discards = asked | is_regular_resync(step.resync_every, count + 1)
+        monitor = replace(monitor, lost=monitor.lost & ~discards)
         result = diffrax.RESULTS.where(
             monitor.lost, COUPLING_LOST, diffrax.RESULTS.successful
         )
-        asked = monitor.wants_resync & step.chooses_resyncs
         num_resyncs = solver_state.num_resyncs + jnp.asarray(resync, count.dtype)
         new_state = CoupledState(z1, d1, monitor, asked, num_resyncs, count + 1)
         if error is not None:

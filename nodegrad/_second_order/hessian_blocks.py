@@ -15,7 +15,7 @@ from jaxtyping import Array, ArrayLike, Float, PyTree, Real
 
 from .._internal.compat import nondifferentiable, nondifferentiable_backward
 from .._internal.tree import flatten, with_fields
-from .._solve.adjoints import ACAAdjoint
+from .._solve.aca_adjoint import ACAAdjoint
 from .._solve.odesolve import raised
 from .._solve.recorded_adjoint import AbstractRecordedAdjoint
 from .discrete_blocks import differentiate_steps, linearized

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PyTree, Real
 
-from .._solve.adjoints import ACAAdjoint
+from .._solve.aca_adjoint import ACAAdjoint
 from .._solve.arguments import as_state, as_times
 from .._solve.odesolve import odesolve
 from .._solve.recorded_adjoint import AbstractRecordedAdjoint

@@ -12,7 +12,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, ArrayLike, PyTree, Real
 
-from .._solve.adjoints import ACAAdjoint
+from .._solve.aca_adjoint import ACAAdjoint
 from .._solve.odesolve import odesolve
 from .._solve.recorded_adjoint import AbstractRecordedAdjoint
 from .hessian_blocks import HessianBlocks, structured

@@ -18,7 +18,7 @@ from .._internal.devices import on_each_device
 from .._internal.results import RESULTS
 from .._internal.tree import is_traced
 from .._reverse.recorded_loop import recorded_loop
-from .adjoints import ACAAdjoint
+from .aca_adjoint import ACAAdjoint
 from .arguments import (
     as_state,
     as_terms,

@@ -346,6 +346,19 @@ def check_max_steps(max_steps: Any) -> None:
     raise (ValueError if is_integer else TypeError)(msg)
 
 
+def check_recorded_steps(name: str, value: Any) -> None:
+    """Raises an error unless `value` is `None` or a positive integer."""
+    # `True` and `False` are integers in Python.
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if value is None or (is_integer and value > 0):
+        return
+    msg = (
+        f"`{name}(max_recorded_steps=...)` must be `None` or a positive integer; got "
+        f"{value!r}."
+    )
+    raise (ValueError if is_integer else TypeError)(msg)
+
+
 def subs_of(saveat: diffrax.SaveAt) -> list[diffrax.SubSaveAt]:
     """Returns the `SubSaveAt`s of `saveat`, in the order of its pytree."""
     is_sub = lambda x: isinstance(x, diffrax.SubSaveAt)

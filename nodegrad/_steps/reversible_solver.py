@@ -65,10 +65,11 @@ class AbstractReversibleSolver(diffrax.AbstractSolver):
 
     Two attributes are optional:
 
-    - `resync_every`: an integer `K`, or `None`. `nodegrad.ReversibleAdjoint` stores the
-      state and the solver state before every `K`-th step, and continues from there.
-      The error of the inverse then accumulates over `K` steps only. Without the
-      attribute nothing is stored.
+    - `resync_every`: an integer `K`, or `None`. The backward pass of
+      `nodegrad.ReversibleAdjoint` continues from the exact state and solver state
+      before every `K`-th step. It stores 32 of them at most, and computes the others
+      again from these. The error of the inverse then accumulates over `K` steps only.
+      Without the attribute nothing is stored.
     - `resyncs_at_jumps`: whether a step after a jump of the vector field discards a
       part of the solver state, such as a stored evaluation. The state before each jump
       is then stored. Without the attribute this is `True`, which is always safe. A

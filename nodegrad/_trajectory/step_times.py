@@ -41,8 +41,7 @@ class StepTimes(eqx.Module):
     """When one step of a solve, or of every solve of a batch, was made.
 
     - `index`: the number of the step, from 0.
-    - `made_jump`: whether the step starts just after a jump of the vector field.
-    - `resync`: whether a reversible solver decided to resync before it.
+    - `made_jump`, `resync`: whether it starts after a jump, or with a chosen resync.
     - `origin`: what its size depends on; see the module.
     - `previous_size`: the size of the previous step; first, that of the first attempt.
     - `previous_start`: the start of the previous step; first, that of this one.
@@ -151,7 +150,8 @@ class AdaptiveGrid(AbstractGrid):
         return logged.astype(jnp.int32)
 
     def end(self, index: _Int, first_end: _Time) -> _Time:
-        raise NotImplementedError("the ends of adaptive steps must be recorded")
+        msg = "The ends of adaptive steps cannot be computed: they must be recorded."
+        raise NotImplementedError(msg)
 
     def anchor_time(self, origin: _Int, end: _Time) -> _Time:
         # A step before a jump ends at the number before the time of the jump. So the

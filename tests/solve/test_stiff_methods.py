@@ -334,6 +334,96 @@ def test_gradient_of_a_stiff_oscillator(solver):
     assert np.max(np.abs(ours - expected) / np.abs(expected)) < 100 * tol
 
 
+def _hires(t, y, k):
+    k1, k2, k3, k4, k5, k6, bind, split, fade, supply = k
+    bound = bind * y[5] * y[7] - (k2 + split + fade) * y[6]
+    return jnp.stack(
+        [
+            -k1 * y[0] + k2 * y[1] + k6 * y[2] + supply,
+            k1 * y[0] - (k2 + k3) * y[1],
+            -(k6 + k1) * y[2] + k2 * y[3] + k5 * y[4],
+            k3 * y[1] + k1 * y[2] - (k4 + k2) * y[3],
+            -(k1 + k5) * y[4] + k2 * y[5] + k2 * y[6],
+            -bind * y[5] * y[7] + k4 * y[3] + k1 * y[4] - k2 * y[5] + split * y[6],
+            bound,
+            -bound,
+        ]
+    )
+
+
+def _oregonator(t, y, k):
+    s, q, w = k
+    return jnp.stack(
+        [
+            s * (y[1] + y[0] * (1 - q * y[0] - y[1])),
+            (y[2] - (1 + y[0]) * y[1]) / s,
+            w * (y[0] - y[2]),
+        ]
+    )
+
+
+# The solutions are those of the IVP test set (Mazzia, Magherini, 2008). The derivatives
+# by the logarithms of the parameters are by SciPy's Radau at a tolerance of 1e-10.
+_HIRES = [1.71, 0.43, 8.32, 0.69, 0.035, 8.32, 280.0, 0.69, 0.69, 0.0007]
+_SENSITIVITIES = {
+    "HIRES": (
+        _hires,
+        [1.0, 0, 0, 0, 0, 0, 0, 0.0057],
+        _HIRES,
+        321.8122,
+        0,
+        0.7371312573325668e-3,
+        [
+            -8.980762507587e-04,
+            4.258571136902e-04,
+            -3.776478121277e-05,
+            -2.668705751188e-04,
+            8.295168600916e-05,
+            5.168588038605e-05,
+            -1.299954470823e-04,
+            4.954929723252e-05,
+            -3.293150738627e-03,
+            1.272284563845e-03,
+        ],
+    ),
+    "Oregonator": (
+        _oregonator,
+        [1.0, 2.0, 3.0],
+        [77.27, 8.375e-6, 0.161],
+        360.0,
+        2,
+        0.1320554942846706e3,
+        [5774.969672265594, -944.116821776302, -1712.986719973016],
+    ),
+}
+
+
+@pytest.mark.rows(test=0, ci=1)
+@pytest.mark.parametrize("name", _SENSITIVITIES)
+def test_sensitivities_of_chemical_reactions(name):
+    field, y0, k, t1, component, value, expected = _SENSITIVITIES[name]
+
+    def solve(log_k):
+        sol = nodegrad.odesolve(
+            field,
+            nodegrad.Rodas5P(),
+            0.0,
+            t1,
+            1e-4,
+            jnp.array(y0),
+            jnp.exp(log_k),
+            stepsize_controller=diffrax.PIDController(1e-10, 1e-12),
+            adjoint=nodegrad.ACAAdjoint(max_recorded_steps=16384),
+            max_steps=16384,
+        )
+        return sol.ys[-1, component]
+
+    ours, gradient = jax.jit(jax.value_and_grad(solve))(jnp.log(jnp.array(k)))
+    np.testing.assert_allclose(ours, value, rtol=1e-7)
+    scale = np.max(np.abs(expected))
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-6 * scale)
+
+
 # What is accepted.
 
 
