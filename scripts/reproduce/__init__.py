@@ -10,10 +10,12 @@ MODULES: tuple[str, ...] = (
     "image",
     "node18",
     "three_body",
-    "end_time",
     "white_dwarf",
     "run_time",
     "orders",
     "stability",
     "flow",
+    "training",
+    "robustness",
+    "end_time",
 )
