@@ -74,6 +74,7 @@ class _FinalState(NamedTuple):
     """What of a `diffrax.Solution` the callers need."""
 
     ys: Any
+    result: Any = diffrax.RESULTS.successful
 
 
 def _backpropagated(
@@ -86,10 +87,17 @@ def _backpropagated(
     args: Any = None,
     *,
     max_steps: int,
+    throw: bool = True,
 ) -> _FinalState:
-    del dt0
+    # There is nothing that would notice a failure.
+    del dt0, throw
     ys = states(solver, terms, t0, t1, y0, args, max_steps)
     return _FinalState(jax.tree.map(lambda y: y[-1:], ys))
+
+
+def failed(sol: Any) -> Any:
+    """Whether a solve has failed, as one whose copies have diverged."""
+    return sol.result != diffrax.RESULTS.successful
 
 
 def compiled(function: Callable[..., Any], *args: Any) -> Program:
