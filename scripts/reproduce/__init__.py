@@ -16,6 +16,7 @@ MODULES: tuple[str, ...] = (
     "orders",
     "stability",
     "flow",
+    "characters",
     "heat",
     "training",
     "robustness",
