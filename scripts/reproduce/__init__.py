@@ -10,7 +10,7 @@ MODULES: tuple[str, ...] = (
     "image",
     "node18",
     "three_body",
-    "end_time",
+    "latent_ode",
     "white_dwarf",
     "run_time",
     "orders",
@@ -19,5 +19,8 @@ MODULES: tuple[str, ...] = (
     "characters",
     "heat",
     "training",
+    "regularity",
     "robustness",
+    "memory",
+    "end_time",
 )

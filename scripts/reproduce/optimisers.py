@@ -20,7 +20,12 @@ _CLOCK = Clock(time.perf_counter, "wall clock")
 
 
 class _Trainer(Trainer):
-    """Also returns the trained model."""
+    """Also returns the trained model, and the compiled steps."""
+
+    @property
+    def steps(self) -> Any:
+        """The ordinary step and, where there is one, that with a refresh."""
+        return self._steps
 
     def fit(self, settings: dict[str, float], seed: int) -> tuple[Any, dict[str, Any]]:
         """The model, its losses, the seconds of the steps, and what a test says."""
