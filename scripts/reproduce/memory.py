@@ -74,8 +74,7 @@ def _report(results: Mapping[str, Result], setting: Setting) -> Report:
                 "10 to 40 % more",
                 f"{100 * (ratios['snopt'] - 1):.0f} % more",
                 ratios["snopt"] <= 1.4,
-                "the refresh of the curvature takes more than an ordinary step, and "
-                "these networks are small",
+                "the table has what each part takes; other networks than the paper's",
             )
         )
     columns = ("data", "method", "state", "step", "refresh", "in all", "of Adam's")

@@ -139,7 +139,7 @@ def _claim(task: str, title: str, values: Mapping[str, list[float]]) -> Claim:
         f"{published[2]} against {published[0]}",
         f"{snopt:.4g} against {adam:.4g}",
         snopt <= adam if task in _DENSITIES else snopt >= adam,
-        "after as few iterations as these Adam is ahead",
+        "the cause was not investigated; these are few iterations",
     )
 
 
