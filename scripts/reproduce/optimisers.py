@@ -16,6 +16,8 @@ from . import training_sets
 
 #: Short names of the methods, which are those of `scripts/benchmarks/training.py`.
 NAMES = {"adam": ADAM, "sgd": SGD, "snopt-paper": PAPER, "snopt": DEFAULT}
+#: What claims call the two forms of SNOpt: both are compared with Adam.
+SNOPT = {"snopt-paper": "the published SNOpt", "snopt": "`snopt()`"}
 _CLOCK = Clock(time.perf_counter, "wall clock")
 
 
