@@ -168,8 +168,6 @@ def test_the_page_leaves_smoke_runs_out(tmp_path):
     assert "(images/reproduction/three.png)" in text
     copied = json.loads((docs / "reproduction" / "three.json").read_text())
     assert copied == json.loads(json.dumps(other))
-        json.dumps(other)
-    )
 
 
 def test_spread():

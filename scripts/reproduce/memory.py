@@ -75,7 +75,7 @@ def _report(results: Mapping[str, Result], setting: Setting) -> Report:
                     "10 to 40 % more",
                     f"{100 * (ratios[method] - 1):.0f} % more",
                     ratios[method] <= 1.4,
-                    "see step and refresh in the table; other networks than the paper's",
+                    "the table has both steps; other networks than the paper's",
                 )
             )
     columns = ("data", "method", "state", "step", "refresh", "in all", "of Adam's")
