@@ -19,6 +19,7 @@ MODULES: tuple[str, ...] = (
     "flow",
     "characters",
     "physical_systems",
+    "neural_sde",
     "heat",
     "training",
     "regularity",

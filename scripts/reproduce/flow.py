@@ -247,7 +247,9 @@ def report(results: Mapping[str, Result], setting: Setting) -> Report:
         f"below, with {points} points, width {wide} and {long} steps, which is the "
         "published size. The published numbers are those of the whole program on a "
         "GPU, of which the context alone takes about 0.28 GB.",
-        "Backpropagation: a loop that keeps everything, as in the published runs.",
+        "Backpropagation: a loop that keeps everything, as in the published runs. "
+        "Diffrax's own step does not: it computes its stages again in the backward "
+        "pass.",
         "-log p is the smallest training loss, as published.",
         "The published script advances Dopri5 with its weights of order four; here it "
         "has those of order five.",
