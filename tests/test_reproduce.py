@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 
@@ -16,7 +17,7 @@ if not SCRIPTS.exists():
     pytest.skip("a source distribution has no scripts", allow_module_level=True)
 sys.path.append(str(SCRIPTS))
 
-from reproduce import data, MODULES, page, runner
+from reproduce import data, MODULES, page, pictures, runner
 from reproduce.experiment import Claim, Experiment, Report, Setting, spread, Table
 
 
@@ -165,7 +166,8 @@ def test_the_page_leaves_smoke_runs_out(tmp_path):
     text = (docs / "reproduction.md").read_text()
     assert "| three | a claim | 1 | 2 | holds |" in text
     assert "(images/reproduction/three.png)" in text
-    assert json.loads((docs / "reproduction" / "three.json").read_text()) == other
+    copied = json.loads((docs / "reproduction" / "three.json").read_text())
+    assert copied == json.loads(json.dumps(other))
 
 
 def test_spread():
@@ -181,3 +183,53 @@ def test_missing_data_are_named(tmp_path):
         data.mnist(tmp_path)
     with pytest.raises(data.MissingDataError, match="NODEGRAD_DATA"):
         data.folder(None)
+
+
+def test_archives_of_series_are_split(tmp_path):
+    x = np.arange(15, dtype=np.float32).reshape(5, 3)
+    lengths = np.array([2, 3], np.int32)
+    spoken = {"X": x, "y": np.array([7, 1]), "lengths": lengths}
+    np.savez(tmp_path / "free_spoken_digits_mfcc.npz", **spoken)
+    letters = {"values": x, "labels": np.array(["b", "a"]), "lengths": lengths}
+    np.savez(tmp_path / "character_trajectories_labelled.npz", **letters)
+    for loader, labels in ((data.spoken_digits, [7, 1]), (data.characters, [1, 0])):
+        series, found = loader(tmp_path)
+        assert [len(s) for s in series] == [2, 3] and found.tolist() == labels
+        np.testing.assert_array_equal(np.concatenate(series), x)
+
+
+def test_frames_of_vowels(tmp_path):
+    series = [":".join(f"{c}.5,{c + 1},{c + 2}" for c in range(12)) + ":3"] * 2
+    text = "\n".join(["# a comment", "@problemName x", "@data", *series])
+    for part in ("TRAIN", "TEST"):
+        (tmp_path / f"JapaneseVowels_{part}.ts").write_text(text)
+    frames = data.vowel_frames(tmp_path)
+    assert frames.shape == (12, 8)
+    np.testing.assert_array_equal(frames[1], np.arange(1, 9))
+
+
+def test_a_file_of_rows_that_was_cut(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(6, 43))
+    whole = tmp_path / "whole.npy"
+    with whole.open("wb") as file:
+        np.lib.format.write_array(file, rows, version=(1, 0))
+    header = len(whole.read_bytes()) - rows.nbytes
+    # The archive's file has a header of 80 bytes, this one a longer one.
+    content = whole.read_bytes()[header - 80 :][: 80 + 8 * 43 * 3 + 20]
+    (tmp_path / "miniboone_truncated.npy").write_bytes(content)
+    np.testing.assert_array_equal(data.miniboone(tmp_path), rows[:3])
+
+
+def test_pictures_are_normalised(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, shape in (("mnist", (8, 8)), ("cifar10_jpeg_subset", (8, 8, 3))):
+        images = rng.integers(0, 255, (25, *shape), np.uint8)
+        arrays = {"train_images": images[:20], "test_images": images[20:]}
+        labels = {"train_labels": np.arange(20) % 10, "test_labels": np.arange(5)}
+        np.savez(tmp_path / f"{name}.npz", **arrays, **labels)
+    for name, channels in (("mnist", 1), ("cifar10", 3)):
+        found = pictures.load(name, tmp_path)
+        assert found.train[0].shape == (20, channels, 8, 8)
+        assert found.test[0].shape == (5, channels, 8, 8)
+        np.testing.assert_allclose(found.train[0].mean((0, 2, 3)), 0, atol=1e-5)
+        np.testing.assert_allclose(found.train[0].std((0, 2, 3)), 1, atol=1e-5)

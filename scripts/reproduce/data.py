@@ -44,3 +44,45 @@ def cifar10(path: Path | None) -> dict[str, Any]:
     """A part of CIFAR-10: images `(count, 32, 32, 3)` of bytes and labels."""
     origin = "500 training and 100 test images of every class, from a JPEG copy"
     return arrays(path, "cifar10_jpeg_subset.npz", origin)
+
+
+def spoken_digits(path: Path | None) -> tuple[list[Any], Any]:
+    """Series `(frames, 13)` of spoken digits, and labels."""
+    origin = "the MFCC of the Free Spoken Digit Dataset as one NumPy archive"
+    found = arrays(path, "free_spoken_digits_mfcc.npz", origin)
+    series = np.split(found["X"], np.cumsum(found["lengths"])[:-1])
+    return series, found["y"].astype(np.int32)
+
+
+def characters(path: Path | None) -> tuple[list[Any], Any]:
+    """Pen trajectories `(samples, 3)`, and the numbers of their letters."""
+    origin = "CharacterTrajectories of the UEA archive, joined into one NumPy archive"
+    found = arrays(path, "character_trajectories_labelled.npz", origin)
+    series = np.split(found["values"], np.cumsum(found["lengths"])[:-1])
+    return series, np.unique(found["labels"], return_inverse=True)[1].astype(np.int32)
+
+
+def vowel_frames(path: Path | None) -> Any:
+    """The first 8 coefficients of all frames of JapaneseVowels: one row for each."""
+    origin = "JapaneseVowels of the UEA archive, timeseriesclassification.com"
+    rows = []
+    for part in ("TRAIN", "TEST"):
+        text = find(path, f"JapaneseVowels_{part}.ts", origin).read_text()
+        for line in text.splitlines():
+            if line and line[0] not in "#@":
+                *channels, _ = line.split(":")
+                values = [[float(v) for v in c.split(",")] for c in channels[:8]]
+                rows.append(np.asarray(values).T)
+    frames = np.concatenate(rows)
+    return frames[np.isfinite(frames).all(axis=1)]
+
+
+def miniboone(path: Path | None) -> Any:
+    """The rows of MiniBooNE, 43 numbers each, as far as the file goes."""
+    origin = "MINIBOONE/data.npy of zenodo.org/records/1161203"
+    names = "MINIBOONE/data.npy", "miniboone_truncated.npy"
+    if path is not None and (path / names[0]).exists():
+        return np.load(path / names[0], allow_pickle=False)
+    # The header promises all rows, so NumPy refuses a part of the file.
+    values = np.fromfile(find(path, names[1], origin), np.float64, offset=80)
+    return values[: len(values) // 43 * 43].reshape(-1, 43)

@@ -117,7 +117,7 @@ def field(t: Any, state: Any, model: Velocity) -> Any:
 
 
 def make_loss(solve: adjoints.Solve, width: int, steps: int) -> Any:
-    """`(params, points) -> negative log likelihood`."""
+    """`(params, points) -> (negative log likelihood, whether the copies diverged)`."""
     static = eqx.partition(Velocity(width, 0), eqx.is_array)[1]
 
     def loss(params: Any, points: Any) -> Any:
@@ -131,10 +131,12 @@ def make_loss(solve: adjoints.Solve, width: int, steps: int) -> Any:
             (points, zeros),
             model,
             max_steps=steps,
+            throw=False,
         )
         end, trace = sol.ys
         square = jnp.sum(end[0] ** 2, axis=1) / 2
-        return jnp.mean(square + jnp.log(2 * jnp.pi) + trace[0])
+        value = jnp.mean(square + jnp.log(2 * jnp.pi) - trace[0])
+        return value, adjoints.failed(sol)
 
     return loss
 
@@ -146,9 +148,9 @@ def program(name: str, method: str, size: Size, rate: float) -> Any:
     loss = make_loss(METHODS[method](SOLVERS[name]), width, steps)
 
     def step(params: Any, state: Any, points: Any) -> Any:
-        value, grads = jax.value_and_grad(loss)(params, points)
+        (value, lost), grads = jax.value_and_grad(loss, has_aux=True)(params, points)
         updates, state = optax.adamw(rate).update(grads, state, params)
-        return optax.apply_updates(params, updates), state, value
+        return optax.apply_updates(params, updates), state, value, lost
 
     return adjoints.compiled(step, *start(width, 0), moons(count))
 
@@ -170,16 +172,20 @@ def train(
     """The smallest loss, which is the published measure, and the time."""
     step, points = program(name, method, size, rate).run, moons(size[0])
     params, state = start(size[1], seed)
-    best, begin = float("inf"), adjoints.CLOCK.now()
+    losses, begin = [], adjoints.CLOCK.now()
     for _ in range(iterations):
-        params, state, value = step(params, state, points)
-        best = min(best, float(value))
-    return {"loss": best, "seconds": (adjoints.CLOCK.now() - begin) / iterations}
+        params, state, value, lost = step(params, state, points)
+        if lost:
+            break
+        losses.append(float(value))
+    seconds = (adjoints.CLOCK.now() - begin) / (len(losses) + 1)
+    lost_at = len(losses) if len(losses) < iterations else None
+    return {"loss": min(losses), "seconds": seconds, "lost_at": lost_at}
 
 
 def _sizes(setting: Setting) -> tuple[Size, int, float]:
     """Points, width and steps to train with; iterations; learning rate."""
-    small, middle = ((8, 4, 2), 2, 1e-3), ((200, 32, 10), 300, 5e-3)
+    small, middle = ((8, 4, 2), 2, 1e-3), ((200, 32, 20), 250, 3e-3)
     return setting.pick(small, middle, (PUBLISHED_SIZE, 5000, 1e-3))
 
 
@@ -241,7 +247,9 @@ def report(results: Mapping[str, Result], setting: Setting) -> Report:
         f"below, with {points} points, width {wide} and {long} steps, which is the "
         "published size. The published numbers are those of the whole program on a "
         "GPU, of which the context alone takes about 0.28 GB.",
-        "Backpropagation: a loop that keeps everything, as in the published runs.",
+        "Backpropagation: a loop that keeps everything, as in the published runs. "
+        "Diffrax's own step does not: it computes its stages again in the backward "
+        "pass.",
         "-log p is the smallest training loss, as published.",
         "The published script advances Dopri5 with its weights of order four; here it "
         "has those of order five.",
@@ -293,20 +301,21 @@ def _flat_claim(results: Mapping[str, Result], names: list[str]) -> Claim:
 
 
 def _loss_claim(results: Mapping[str, Result], names: list[str]) -> Claim:
-    medians = {
-        (n, m): float(np.median([r["loss"] for r in across_seeds(results, f"{n}-{m}")]))
-        for n in names
-        for m in METHODS
-    }
-    off = max(
-        abs(medians[n, "reversible"] - medians[n, "backpropagation"]) for n in names
-    )
+    off, lost = 0.0, []
+    for name in names:
+        ours, theirs = (across_seeds(results, f"{name}-{m}") for m in METHODS)
+        losses = [[r["loss"] for r in runs] for runs in (ours, theirs)]
+        off = max(off, abs(float(np.median(losses[0]) - np.median(losses[1]))))
+        lost += [f"{name}, {r['lost_at']}" for r in ours if r["lost_at"] is not None]
+    reason = "" if off < 0.01 else f"the medians differ by {off:.2g}"
+    if lost:
+        reason = f"the copies diverged (iteration of {', '.join(lost)})"
     return Claim(
         "the reversible method reaches the likelihood of backpropagation",
         "differences of at most 0.003",
         f"differences of the medians of at most {off:.1g}",
-        off < 0.01,
-        "" if off < 0.01 else "the medians differ by more than 0.01",
+        not reason,
+        reason,
     )
 
 

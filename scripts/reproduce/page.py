@@ -29,4 +29,5 @@ def write(contents: list[dict[str, Any]], output: Path, docs: Path = DOCS) -> No
             (docs / _IMAGES).mkdir(parents=True, exist_ok=True)
             shutil.copy(output / content["figure"], docs / _IMAGES)
         parts.append(runner.markdown(content, _IMAGES))
+    docs.mkdir(parents=True, exist_ok=True)
     (docs / "reproduction.md").write_text("\n".join(parts).rstrip() + "\n")

@@ -38,6 +38,8 @@ _METHODS = {
     "node-adjoint": ("NODE, adjoint", "3.47 +- 0.67"),
     "node-naive": ("NODE, naive", "0.21 +- 0.11"),
     "node-ACA": ("NODE, ACA", "0.16 +- 0.06"),
+    "short-adjoint": ("NODE, adjoint, short", "3.47 +- 0.67"),
+    "short-ACA": ("NODE, ACA, short", "0.16 +- 0.06"),
     "ode-adjoint": ("ODE, adjoint", "0.0025 +- 0.0012"),
     "ode-naive": ("ODE, naive", "0.0025 +- 0.0013"),
     "ode-ACA": ("ODE, ACA", "0.0007 +- 0.0005"),
@@ -212,6 +214,10 @@ def _tasks(setting: Setting) -> dict[str, Any]:
     }
     for method in ("ACA", "adjoint", "naive"):
         units[f"ode-{method}"] = partial(_fit, "ode", method, points, epochs)
+        # The order of the methods may depend on how long they are trained.
+        if method != "naive":
+            brief = setting.pick(2, 200, 200)
+            units[f"short-{method}"] = partial(_fit, "short", method, points, brief)
         # Backwards through the search for step sizes a pass takes a second.
         if method != "naive" or setting.size == "full":
             units[f"node-{method}"] = partial(_fit, "node", method, points, of_network)
@@ -236,7 +242,7 @@ def _report(results: Mapping[str, Result], setting: Setting) -> Report:
         rows.append([title, published, spread(of(name, "mse"), 2), shown, seconds])
     columns = "method", "paper", "ours", "error of masses", "ms per epoch"
     table = Table("Mean square error of the positions, T in [0, 2]", columns, rows)
-    claims = [_order(kind, median) for kind in ("ode", "node")]
+    claims = [_order(kind, of) for kind in ("ode", "node", "short")]
     lowest = min(median(name, "mse") for name in ("lstm", "lstm-features"))
     claims.append(
         Claim(
@@ -244,6 +250,7 @@ def _report(results: Mapping[str, Result], setting: Setting) -> Report:
             "0.16 against 0.49",
             f"{median('node-ACA', 'mse'):.2g} against {lowest:.2g}",
             median("node-ACA", "mse") < lowest,
+            "the cause was not investigated; the paper's LSTM was not published",
         )
     )
     error = max(of("gauss-newton", "mass_error"))
@@ -254,13 +261,20 @@ def _report(results: Mapping[str, Result], setting: Setting) -> Report:
     return Report((table,), tuple(claims), _figures(runs), _notes(setting))
 
 
-def _order(kind: str, median: Any) -> Claim:
-    statement = f"{kind.upper()}: ACA's error is below the adjoint method's"
-    aca, adjoint = (median(f"{kind}-{m}", "mse") for m in ("ACA", "adjoint"))
-    paper = [_METHODS[f"{kind}-{m}"][1].split()[0] for m in ("ACA", "adjoint")]
-    ours = f"{aca:.2g} against {adjoint:.2g}"
-    reason = "at these tolerances both gradients are accurate, and chance decides"
-    return Claim(statement, " against ".join(paper), ours, aca < adjoint, reason)
+def _order(kind: str, of: Any) -> Claim:
+    title = {"ode": "ODE", "node": "NODE", "short": "NODE, short training"}[kind]
+    methods = "ACA", "adjoint"
+    aca, adjoint = (of(f"{kind}-{method}", "mse") for method in methods)
+    paper = [_METHODS[f"{kind}-{method}"][1].split()[0] for method in methods]
+    overlap = max(aca) >= min(adjoint) and max(adjoint) >= min(aca)
+    return Claim(
+        f"{title}: ACA's error is below the adjoint method's",
+        " against ".join(paper),
+        f"{spread(aca, 2)} against {spread(adjoint, 2)}"
+        + ("; the ranges overlap" if overlap else ""),
+        float(np.median(aca)) < float(np.median(adjoint)),
+        "the cause was not investigated",
+    )
 
 
 def _notes(setting: Setting) -> tuple[str, ...]:
@@ -271,7 +285,8 @@ def _notes(setting: Setting) -> tuple[str, ...]:
         "ODE: 100 epochs, Adam, Dopri5 at 1e-7 and weights 0.01^t, as published. "
         "Gauss-Newton: 20 iterations, Dopri5 at 1e-9.",
         f"NODE: one linear layer of 45 features, {epochs} epochs, Dopri5 at 1e-5. Its "
-        "code was not published: our learning rate and tolerance.",
+        "code was not published: our learning rate and tolerance. Short: 200 epochs, "
+        "with a faster decay of the learning rate.",
         "LSTM: 32 units, teacher forcing on [0, 1], then free from the first 10 "
         "positions. Its code was not published either.",
         "Naive: the search for step sizes is differentiated, steps end at all times "

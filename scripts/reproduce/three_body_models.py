@@ -67,6 +67,7 @@ def _random_layer(seed: int) -> Any:
 KINDS = {
     "ode": (_random_masses, physics, 1e-7, 0.1, 0.95),
     "node": (_random_layer, forces, 1e-5, 0.01, 0.997),
+    "short": (_random_layer, forces, 1e-5, 0.01, 0.99),
 }
 
 
