@@ -174,12 +174,12 @@ class ReconstructedStates(AbstractStateSource):
         num_steps = trajectory.num_steps
         # Solves without any step get the state and times of one that has steps, so that
         # the pullbacks through steps they did not take contain no NaN.
-        state = steps.valid((trajectory.y, trajectory.replay_state))
+        y, state = steps.valid((trajectory.y, trajectory.replay_state))
         error = jnp.zeros_like(batch.map(size)(_constant(trajectory.y)))
         peak = zeros_like(magnitudes(_constant(trajectory.y)))
         last_times = steps.valid(steps.times(jnp.maximum(num_steps - 1, 0)))
 
-        walk = _Walk(*state, peak, error, trajectory.num_stored)
+        walk = _Walk(y, state, peak, error, trajectory.num_stored)
         init = jnp.max(num_steps) - 1, walk, carry
         undo = ft.partial(self._undo_step, steps, visit, linearizes, last_times)
         if self.restarts.are_thinned:
