@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from benchmarks.measure import EvaluationCounter
 from matplotlib.axes import Axes
 
 from . import adjoints
@@ -39,12 +40,14 @@ PUBLISHED = {
     "Diffrax's default": 0.296,
 }
 PUBLISHED_STEPS = 1000
+#: The methods whose evaluations are counted.
+COUNTED = "reversible", "Diffrax's default"
 #: Seconds of the authors' reversible run in 100 steps.
 PUBLISHED_SHORT = 0.0117
 
 
-def gradient(solve: adjoints.Solve, steps: int) -> Any:
-    """`(params, y0) -> (loss, gradients)` in so many steps."""
+def gradient(solve: adjoints.Solve, steps: int, counter: Any = None) -> Any:
+    """`(params, y0) -> (loss, gradients)` in so many steps, counted if wished."""
     static = eqx.partition(network(), eqx.is_array)[1]
 
     def loss(params__y0: Any) -> Any:
@@ -55,9 +58,9 @@ def gradient(solve: adjoints.Solve, steps: int) -> Any:
             del t, args
             return model(y)
 
-        sol = solve(
-            diffrax.ODETerm(field), 0.0, SIZE * steps, SIZE, y0, max_steps=steps
-        )
+        counted = field if counter is None else counter.instrument(field)
+        term = diffrax.ODETerm(counted)
+        sol = solve(term, 0.0, SIZE * steps, SIZE, y0, max_steps=steps)
         return jnp.sum(sol.ys**2)
 
     return lambda *params__y0: jax.value_and_grad(loss)(params__y0)
@@ -81,6 +84,16 @@ def measure(steps: int, methods: Sequence[str], seconds: float) -> Result:
     }
 
 
+def count(steps: int) -> Result:
+    """How often a gradient evaluates the vector field in a step; pullbacks are none."""
+    args, out = (eqx.filter(network(), eqx.is_array), jnp.array([1.0])), {}
+    for method in COUNTED:
+        counter = EvaluationCounter()
+        program = adjoints.compiled(gradient(METHODS[method], steps, counter), *args)
+        out[method] = counter.count(lambda p=program: p.run(*args)) / steps
+    return out
+
+
 def numbers_of_steps(setting: Setting) -> Sequence[int]:
     """The numbers of steps of a size."""
     published = tuple(range(100, 1001, 100))
@@ -92,10 +105,13 @@ def tasks(setting: Setting) -> dict[str, Any]:
     methods = tuple(METHODS)
     methods = setting.pick(methods[:1], methods, methods)
     seconds = setting.pick(0.01, 2.0, 10.0)
-    return {
-        f"{steps}-steps": partial(measure, steps, methods, seconds)
-        for steps in numbers_of_steps(setting)
+    numbers = numbers_of_steps(setting)
+    out: dict[str, Any] = {
+        f"{steps}-steps": partial(measure, steps, methods, seconds) for steps in numbers
     }
+    if setting.size != "smoke":
+        out["evaluations"] = partial(count, numbers[-1])
+    return out
 
 
 def report(results: Mapping[str, Result], setting: Setting) -> Report:
@@ -146,7 +162,8 @@ def report(results: Mapping[str, Result], setting: Setting) -> Report:
     }
     claims = _growth_claims(steps, seconds["reversible"], memory["reversible"])
     if steps[-1] == PUBLISHED_STEPS:
-        claims += _ratio_claims({m: s[-1] for m, s in seconds.items()})
+        last = {m: s[-1] for m, s in seconds.items()}
+        claims += _ratio_claims(last, results["evaluations"])
     return Report((table,), tuple(claims), figures, notes)
 
 
@@ -179,9 +196,18 @@ def _growth_claims(
     ]
 
 
-def _ratio_claims(seconds: Mapping[str, float]) -> list[Claim]:
-    """That reversible is faster than checkpoints, by the factors of the issue."""
+def _ratio_claims(
+    seconds: Mapping[str, float], evaluations: Mapping[str, float]
+) -> list[Claim]:
+    """That reversible is faster than checkpoints, by at least some factors."""
     claims = []
+    counts = " and ".join(f"{evaluations[m]:.1f} ({m})" for m in COUNTED)
+    step = number(1e6 * seconds["reversible"] / PUBLISHED_STEPS)
+    reason = (
+        f"a step takes {step} μs here and took 73 μs there. By evaluations of the "
+        f"vector field, {counts} a step, there is little to be gained: the published "
+        "ratio is one of the cost of loops on the authors' machine"
+    )
     limits = {"2 checkpoints": 100.0, "Diffrax's default": 2.5}
     for method, limit in limits.items():
         theirs = PUBLISHED[method] / PUBLISHED["reversible"]
@@ -193,7 +219,7 @@ def _ratio_claims(seconds: Mapping[str, float]) -> list[Claim]:
                 f"{theirs:.1f} times",
                 f"{ours:.1f} times{behind}",
                 ours >= limit,
-                "" if ours >= limit else "the ratio is smaller on this machine",
+                "" if ours >= limit else reason,
             )
         )
     return claims
