@@ -6,7 +6,7 @@ Each is called like `diffrax.diffeqsolve`, without an adjoint.
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import diffrax
 import jax
@@ -23,9 +23,11 @@ Solve = Callable[..., Any]
 CLOCK = Clock(time.process_time, "CPU time of this process")
 
 
-def reversible(base: Any, **options: Any) -> Solve:
-    """The coupled method with `ReversibleAdjoint`."""
-    solver = nodegrad.Reversible(base, **options)
+def reversible(
+    base: Any, resync_every: int | Literal["auto"] | None = None, **options: Any
+) -> Solve:
+    """The coupled method with `ReversibleAdjoint`; as published, without resyncs."""
+    solver = nodegrad.Reversible(base, resync_every=resync_every, **options)
     return _with(nodegrad.odesolve, solver, nodegrad.ReversibleAdjoint())
 
 

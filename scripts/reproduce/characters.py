@@ -186,7 +186,10 @@ def _accuracy(name: str, method: str, depth: int, steps: int) -> Any:
     """`(params, batch) -> accuracy`, with the solver that is trained with."""
     static = eqx.partition(Model(0, depth), eqx.is_array)[1]
     base = SOLVERS[name]
-    solver = nodegrad.Reversible(base) if method == "reversible" else base
+    if method == "reversible":
+        solver = nodegrad.Reversible(base, resync_every=None)
+    else:
+        solver = base
 
     @jax.jit
     def accuracy(params: Any, batch: Any) -> Any:
