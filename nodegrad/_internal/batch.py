@@ -185,6 +185,10 @@ def _filled(invalid: Bool[Array, "..."], tree: PyTree[Array]) -> PyTree[Array]:
     is_donor = jnp.arange(invalid.size) == jnp.argmin(jnp.ravel(invalid))
 
     def fill(x: Array) -> Array:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            # The key of a Brownian motion. Keys of a type of their own have no sum.
+            data = fill(jax.random.key_data(x))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
         flat = jnp.reshape(x, (invalid.size, *x.shape[invalid.ndim :]))
         zeros = jnp.zeros_like(flat)
         row = jnp.sum(where(is_donor, flat, zeros), axis=0, dtype=x.dtype)

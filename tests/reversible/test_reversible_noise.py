@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import nodegrad
+from nodegrad._internal.batch import Axes, Batch
 
 from ..matrix import DOORS
 from ..problems import relative_error
@@ -174,3 +175,13 @@ def test_strong_order(diffusion, solution, order, solver):
     errors = [float(jnp.mean(jnp.abs(run(keys, 1 / n)[0] - exact))) for n in counts]
     slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
     assert slope > order - 0.15
+
+
+def test_rows_of_typed_keys_are_filled():
+    # Each solve of a batch has the key of its noise. That of a solve which took no step
+    # is replaced by another one's.
+    keys = jax.random.split(jax.random.key(0), 3)
+    invalid = jnp.array([True, False, False])
+    filled = Batch((3,)).fill_shared_from_valid(invalid, keys, Axes((True,)))
+    expected = jax.random.key_data(keys)[jnp.array([1, 1, 2])]
+    np.testing.assert_array_equal(jax.random.key_data(filled), expected)
