@@ -11,7 +11,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # A trace makes millions of objects that live for a second. With Python's own thresholds
 # (700 objects) its search for cycles took a sixth of the time of the tests.
-gc.set_threshold(500_000, 50, 100)
+gc.set_threshold(200_000, 20, 10)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -104,7 +104,7 @@ def test_a_right_gradient_is_called_right_in_all_its_parts():
     assert str(found).startswith("right: ")
 
 
-@pytest.mark.rows(test=0, ci=0)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("door", ["native", "diffrax", "batched"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_a_batch_of_networks_with_other_leaves(door, dtype):
@@ -236,7 +236,7 @@ def test_a_gradient_that_is_stopped_is_found():
     assert found.gradient == 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_approximate_adjoint_is_found():
     loose = diffrax.BacksolveAdjoint(
         stepsize_controller=diffrax.PIDController(0.1, 0.1)

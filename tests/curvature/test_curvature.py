@@ -160,7 +160,7 @@ def test_factors_outside_a_solve_match_outer_products_by_hand():
         assert relative_error(curvature[key].output_factor, g.T @ g) < 1e-12
 
 
-@pytest.mark.rows(test=0, ci=1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("reduction", ["integral", "reduce"])
 def test_batched_vmap_and_loop_agree(reduction):
     expected = curvature_of("loop", reduction, steps=3)

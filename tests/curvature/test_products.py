@@ -92,7 +92,7 @@ def test_ggn_vp_is_the_gauss_newton_matrix_of_the_accepted_grid(door):
     assert relative_error(expected, hessian @ V) > 1e-2
 
 
-@pytest.mark.rows(test=0, ci=0)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("solve", ["few checkpoints", "reversible"])
 def test_products_through_other_memories_match_direct_adjoint(solve):
     solver, _ = SOLVES[solve]

@@ -174,6 +174,7 @@ def _stored(cls, every):
     return type(f"StoredEvery{every}", (cls,), {"resync_every": every})()
 
 
+@pytest.mark.exhaustive
 def test_states_before_resyncs_are_stored():
     expected, _ = _spiral_grad(nodegrad.RK4(), RCA, diffrax.diffeqsolve)
     adjoint = nodegrad.ReversibleAdjoint(check=True)

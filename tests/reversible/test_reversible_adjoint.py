@@ -112,7 +112,7 @@ def test_gradient_is_that_of_the_recursion(door, solver):
 # Against Diffrax's default adjoint, on the same solver.
 
 
-@pytest.mark.rows(test=1, ci=3)
+@pytest.mark.rows(test=1, ci=2)
 @pytest.mark.parametrize(
     "door, solver, controller, saveat, backwards",
     [
@@ -177,7 +177,7 @@ def test_matches_diffrax_for_semi_implicit_euler():
         assert relative_error(ours, expected) < 1e-12
 
 
-@pytest.mark.rows(test=0, ci=0)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("made_jump", [None, True])
 @pytest.mark.parametrize(
     "solver",

@@ -18,7 +18,7 @@ from ..problems import relative_error
 RCA = diffrax.RecursiveCheckpointAdjoint()
 
 
-@pytest.mark.rows(test=0, ci=1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "door, solver, control",
     [
@@ -75,7 +75,7 @@ def _noises():
     return dict(additive=additive, general=general, diagonal=diagonal)
 
 
-@pytest.mark.rows(test=0, ci=0)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "solver, noise",
     [
@@ -138,7 +138,7 @@ def test_refuses_base_solvers_of_another_calculus(base):
         nodegrad.odesolve(terms, nodegrad.ALF(), 0.0, 1.0, 0.1, jnp.array(1.0))
 
 
-@pytest.mark.rows(test=0, ci=0)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "diffusion, solution, order",
     [

@@ -1,6 +1,7 @@
 """Linear stability against eigenvalues."""
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,7 +77,7 @@ def test_a_coupled_step_has_the_coupling_for_determinant(base, coupling):
 
     def step(z_and_difference):
         z, difference = z_and_difference
-        start = state.__class__(z, difference, state.monitor, state.steps_taken)
+        start = eqx.tree_at(lambda s: (s.z, s.difference), state, (z, difference))
         *_, end, _ = solver.step(term, 0.0, 0.3, z + difference, None, start, False)
         return jnp.stack([end.z, end.difference])
 

@@ -46,7 +46,7 @@ def test_matches_diffrax_for_every_controller_and_output(controller, saveat):
     _check(diffrax.Tsit5(), controller, saveat, 1e-9 if adaptive else 1e-12)
 
 
-@pytest.mark.rows(test=0, ci=0)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("controller", ["constant", "pid", "step_to"])
 def test_matches_diffrax_backwards_in_time(controller):
     tol = 1e-9 if controller == "pid" else 1e-12
@@ -83,7 +83,7 @@ def test_matches_diffrax_with_the_same_stage_code_and_adaptive_steps():
     _check(diffrax.HalfSolver(diffrax.Heun()), "pid", "fn", 1e-12)
 
 
-@pytest.mark.rows(test=0, ci=1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("saveat", [diffrax.SaveAt(t1=True), diffrax.SaveAt(ts=[0.52])])
 def test_matches_diffrax_for_a_stochastic_equation(saveat):
     path = diffrax.VirtualBrownianTree(
@@ -428,7 +428,7 @@ def test_jumps_are_replayed_where_they_were():
             assert relative_error(ours, expected) < 1e-12
 
 
-@pytest.mark.rows(test=0, ci=0)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "door, solver, adjoint",
     [

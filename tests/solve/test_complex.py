@@ -83,7 +83,7 @@ def test_gradients_are_those_of_the_closed_form(method, door):
 
 
 @pytest.mark.filterwarnings("ignore:Complex dtype support in Diffrax")
-@pytest.mark.rows(test=0, ci=1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["reversible", "aca", "alf"])
 def test_gradients_of_a_driven_system_are_those_of_diffrax(method):
     # Adaptive steps, and the same solver with Diffrax's default adjoint.

@@ -114,7 +114,7 @@ def test_no_solver_is_forgotten():
     assert solvers == set(_CASES)
 
 
-@pytest.mark.rows(test=0, ci=1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", sorted(_CASES, key=lambda name: name != "Midpoint"))
 def test_gradients_are_those_of_diffrax(name):
     args, kwargs, problem, levy_area = _CASES[name]

@@ -73,7 +73,7 @@ def test_memory_follows_the_checkpoints_and_not_the_rejections():
     assert abs((wide - before) / per_state - 16) < 3
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_batch_needs_an_eighth_of_the_memory_of_diffrax():
     field = Field(128, 128, jr.PRNGKey(0))
     y0 = jr.normal(jr.PRNGKey(1), (128, 128))

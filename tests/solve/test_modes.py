@@ -124,7 +124,7 @@ def test_forward_mode_is_exact(door):
     assert relative_error(push(v), expected) < 1e-11
 
 
-@pytest.mark.rows(test=0, ci=0)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "solver", [diffrax.Tsit5(), nodegrad.Reversible(diffrax.Bosh3())]
 )
@@ -212,7 +212,7 @@ def test_one_compilation_serves_changing_times_tolerances_and_parameters():
     assert counts[0] <= 8
 
 
-@pytest.mark.rows(test=0, ci=1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "door, what",
     [

@@ -327,7 +327,7 @@ def test_sharded_training_with_curvature_equals_that_of_one_device():
     run_on_eight_devices(_TRAINING)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_derivatives_in_shard_map_equal_those_of_one_device():
     run_on_eight_devices(_MAPPED + _DERIVATIVES)
 

@@ -146,7 +146,7 @@ def _delay(door, method):
 _PROGRAMS = [_doses, _root_find, _delay, _inner_solve]
 
 
-@pytest.mark.rows(test=1, ci=2)
+@pytest.mark.rows(test=1, ci=1)
 @pytest.mark.parametrize("method", ["aca", "reversible"])
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("program", _PROGRAMS, ids=lambda f: f.__name__[1:])
