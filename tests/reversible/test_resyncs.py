@@ -171,7 +171,8 @@ def test_memory_does_not_grow_with_max_steps():
         compiled = jax.jit(jax.grad(end)).lower(y0).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert memory(1000) == memory(100_000) < 80 * 8000
+    # 32 rows of two states, in the record and in the backward pass, and some states.
+    assert memory(1000) == memory(100_000) < 150 * 8000
 
 
 def _stiffening(t, u, args):
