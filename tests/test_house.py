@@ -213,7 +213,7 @@ def test_files_are_short():
         name: len(path.read_text().splitlines()) for name, path in MODULES.items()
     }
     assert not {name: n for name, n in lengths.items() if n > 400}
-    assert statistics.median(lengths.values()) < 210, lengths
+    assert statistics.median(lengths.values()) < 200, lengths
 
 
 def test_functions_are_short():

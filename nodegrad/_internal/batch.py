@@ -197,6 +197,19 @@ def _filled(invalid: Bool[Array, "..."], tree: PyTree[Array]) -> PyTree[Array]:
     return jax.tree.map(fill, tree)
 
 
+def mapped_size(operands: Sequence[Any], dims: Sequence[int | None]) -> int:
+    """Returns the size of the `vmap` that maps over axis `dims[i]` of `operands[i]`."""
+    pairs = zip(operands, dims, strict=True)
+    return next(x.shape[d] for x, d in pairs if d is not None)
+
+
+def in_front(x: Any, dim: int | None, size: int) -> Array:
+    """Moves the axis of a `vmap` to the front; adds it if there is none."""
+    if dim is None:
+        return jnp.broadcast_to(x, (size, *jnp.shape(x)))
+    return jnp.moveaxis(x, dim, 0)
+
+
 def with_common_axes(out: PyTree[Array], inputs: PyTree[Array]) -> PyTree[Array]:
     """Returns `out`, with every array batched by each `vmap` that any input has.
 
@@ -220,25 +233,18 @@ def _first(*operands: Any, num_out: int) -> list[Any]:
     return list(operands[:num_out])
 
 
-def _jvp(
+def _jvp_common_axes(
     primals: Sequence[Array], tangents: Sequence[Any], *, num_out: int
 ) -> tuple[list[Array], list[Any]]:
     return _common_axes_p.bind(*primals, num_out=num_out), list(tangents[:num_out])
 
 
-def _batch(
+def _batch_common_axes(
     operands: Sequence[Any], dims: Sequence[int | None], *, num_out: int
 ) -> tuple[list[Array], list[int]]:
-    size = next(
-        x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None
-    )
-
-    def in_front(x: Any, d: int | None) -> Array:
-        if d is None:
-            return jnp.broadcast_to(x, (size, *jnp.shape(x)))
-        return jnp.moveaxis(x, d, 0)
-
-    out = map(in_front, operands[:num_out], dims[:num_out])
+    size = mapped_size(operands, dims)
+    pairs = zip(operands[:num_out], dims[:num_out], strict=True)
+    out = [in_front(x, d, size) for x, d in pairs]
     # Bind it again, for further `vmap`s around this one.
     out = _common_axes_p.bind(*out, *operands[num_out:], num_out=num_out)
     return out, [0] * num_out
@@ -247,5 +253,5 @@ def _batch(
 _common_axes_p.def_impl(_first)
 _common_axes_p.def_abstract_eval(_first)
 mlir.register_lowering(_common_axes_p, mlir.lower_fun(_first, multiple_results=True))
-ad.primitive_jvps[_common_axes_p] = _jvp
-batching.primitive_batchers[_common_axes_p] = _batch
+ad.primitive_jvps[_common_axes_p] = _jvp_common_axes
+batching.primitive_batchers[_common_axes_p] = _batch_common_axes

@@ -18,6 +18,11 @@ def as_arrays(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.asarray(x) if eqx.is_array_like(x) else x, tree)
 
 
+def only_arrays(tree: PyTree) -> PyTree[Array]:
+    """Returns `tree` with `None` for every leaf that is no array."""
+    return eqx.filter(tree, eqx.is_array)
+
+
 def with_fields(module: Any, **new: Any) -> Any:
     """Returns `module` with other fields, which may have other types.
 

@@ -24,7 +24,7 @@ from .._internal.batch import Batch, with_common_axes
 from .._internal.closure_convert import closure_convert, Pure
 from .._internal.compat import while_loop
 from .._internal.devices import hidden_axes, keep_on_devices
-from .._internal.tree import as_arrays, put, with_fields
+from .._internal.tree import as_arrays, only_arrays, put, with_fields
 from .._reversible.reconstruction import reconstruction_error
 from .._steps.step import SolverStep
 from .._trajectory.recording import (
@@ -50,7 +50,7 @@ class Written(eqx.Module):
     - `rows`: the stored states, with one leading axis of size `states.rows`; `None` if
       no state is stored.
     - `num_stored`: the number of states that were stored.
-    - `log`: times of the accepted steps, with one leading axis of `recorded_steps`.
+    - `log`: times of the accepted steps, with one leading axis of `log_size`.
     - `at_end`: whether the solve reached its `t1`.
     """
 
@@ -102,7 +102,7 @@ def recorded_loop(
         # Undo the steps once, and compare with stored states.
         # This is a statistic of the solve, so it has no derivative.
         constants = init_state, final_state, written, inputs
-        init, final, written, inputs = jax.lax.stop_gradient(_arrays(constants))
+        init, final, written, inputs = jax.lax.stop_gradient(only_arrays(constants))
         trajectory = make_trajectory(plan.states, init, final, written)
         recording = unmapped(plan, inputs, trajectory)
         error = reconstruction_error(plan.states, recording.steps)
@@ -123,8 +123,8 @@ def _differentiable(plan: Plan, pure_run: Pure) -> Callable[..., Any]:
     def differentiable_run(
         loop_consts: list[Any], init_state: PyTree, others: Inputs
     ) -> tuple[PyTree, Written]:
-        out = _arrays(pure_run(loop_consts, init_state))
-        return with_common_axes(out, _arrays((loop_consts, init_state, others)))
+        out = only_arrays(pure_run(loop_consts, init_state))
+        return with_common_axes(out, only_arrays((loop_consts, init_state, others)))
 
     @differentiable_run.def_jvp
     def _rule(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
@@ -169,7 +169,9 @@ def make_trajectory(
         at_end=written.at_end,
         step_offset=steps_taken(init_state),
         y=final_state.y,
-        replay_state=_arrays(states.replay_state(solver_state, final_state.made_jump)),
+        replay_state=only_arrays(
+            states.replay_state(solver_state, final_state.made_jump)
+        ),
         lost=lost,
         first_cursors=cursors(init_state),
         last_cursors=cursors(final_state),
@@ -259,11 +261,7 @@ def _attempted(solve: Solve, state: PyTree, origin: Int[Array, ""] | None) -> St
 def _to_store(states: AbstractStateSource, state: PyTree) -> PyTree[Array]:
     """Returns the arrays to store of the loop state before a step."""
     replay_state = states.replay_state(state.solver_state, state.made_jump)
-    return _arrays(as_arrays(states.to_store(state.y, replay_state)))
-
-
-def _arrays(tree: PyTree) -> PyTree[Array]:
-    return eqx.filter(tree, eqx.is_array)
+    return only_arrays(as_arrays(states.to_store(state.y, replay_state)))
 
 
 def _outputs(plan: Plan, final_state: PyTree, written: Written) -> Outputs:

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .._internal.batch import Axes, Batch
+from .._internal.batch import Axes, Batch, in_front, mapped_size
 from .._internal.compat import (
     ad,
     batching,
@@ -197,8 +197,8 @@ def _transpose(
     others = [i for i, level in enumerate(levels) if not level.solves]
     order = [*others, *solves]
     # Every cotangent has an axis for every level, in the order of the levels.
-    in_front = lambda ct: jnp.moveaxis(ct, order, range(len(levels)))
-    cts = [in_front(ct) for ct, k in zip(cts, known, strict=True) if k]
+    reorder = lambda ct: jnp.moveaxis(ct, order, range(len(levels)))
+    cts = [reorder(ct) for ct, k in zip(cts, known, strict=True) if k]
 
     def sweep(*cts: Array) -> list[Array | None]:
         # Put `None` back where a cotangent is known to be zero.
@@ -342,9 +342,7 @@ def _batch(
 
     `dims` are the positions of the batch axis in the operands; `None` for no axis.
     """
-    size = next(
-        x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None
-    )
+    size = mapped_size(operands, dims)
     num_own, num_primals = static.num_own, static.num_primals
     is_batched = [d is not None for d in dims]
     # If only tangents are batched, one solve has many tangents, e.g. in `jax.jacfwd`.
@@ -356,16 +354,10 @@ def _batch(
         tangents=tuple(is_batched[num_primals:]),
     )
 
-    def in_front(i: int, x: Any, d: int | None) -> Any:
-        if d is not None:
-            return jnp.moveaxis(x, d, 0)
-        # All `own` operands have the axis; `shared` ones and tangents need no copies.
-        if solves and i < num_own:
-            return jnp.broadcast_to(x, (size, *jnp.shape(x)))
-        return x
-
+    # All `own` operands have the axis; `shared` ones and tangents need no copies.
     operands = [
-        in_front(i, x, d) for i, (x, d) in enumerate(zip(operands, dims, strict=True))
+        x if d is None and not (solves and i < num_own) else in_front(x, d, size)
+        for i, (x, d) in enumerate(zip(operands, dims, strict=True))
     ]
     out = tangent_map_p.bind(*operands, static=static, levels=(level, *levels))
     return out, [0] * len(out)

@@ -147,8 +147,7 @@ class ALF(SharingSolver, diffrax.AbstractAdaptiveSolver):
         velocity = terms.vf(
             t0, where(is_valid, y0, jax.tree.map(jnp.ones_like, y0)), args
         )
-        nan = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), velocity)
-        velocity = where(is_valid, velocity, nan)
+        velocity = jax.tree.map(lambda x: jnp.where(is_valid, x, jnp.nan), velocity)
         speed = jax.lax.stop_gradient(velocity)
         zero = jnp.zeros_like(size(speed))
         return VelocityState(

@@ -25,13 +25,12 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import diffrax
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Int, PyTree, Real
 
 from .._steps.reversible_solver import AbstractReversibleSolver
-from .._trajectory.state_source import Evaluate
+from .._trajectory.state_source import Evaluate, StoresStates
 
 
 # Times have the shape of the batch. Diffrax may also pass Python numbers.
@@ -42,7 +41,7 @@ Flag: TypeAlias = bool | np.ndarray | Bool[Array, ""]
 Resync: TypeAlias = Literal[False] | Bool[Array, "..."]
 
 
-class AbstractInvertibleStep(eqx.Module):
+class AbstractInvertibleStep(StoresStates):
     """The step of `solver`, and its inverse.
 
     The replay state is the part of the solver state that the next step needs in
@@ -119,15 +118,6 @@ class AbstractInvertibleStep(eqx.Module):
     def replay_state(self, solver_state: PyTree) -> PyTree:
         """Returns the replay state in a solver state (or in a cotangent of one)."""
         return solver_state
-
-    def to_store(self, y: PyTree[Array], replay_state: PyTree[Array]) -> PyTree[Array]:
-        """Returns what to store of a state; see `from_store`."""
-        return y, replay_state
-
-    def from_store(self, row: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array]]:
-        """Returns the state `(y, replay_state)`, given what is stored of it."""
-        y, replay_state = row
-        return y, replay_state
 
     def checked_part(
         self, y: PyTree[Array], replay_state: PyTree[Array]

@@ -17,7 +17,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree
 
-from .._internal.tree import put, take, where
+from .._internal.tree import only_arrays, put, take, where
 from .._trajectory.checkpoints import Checkpoints
 from .._trajectory.state_source import AbstractStateSource, RecordedSteps
 from .._trajectory.step_times import StepTimes
@@ -165,11 +165,11 @@ class RestartRows(eqx.Module):
             y1, state1, _ = source.step(
                 steps.evaluate, times, times.start, times.end, *state
             )
-            new = batch.where_active(moves, _arrays((y1, state1)), state)
+            new = batch.where_active(moves, only_arrays((y1, state1)), state)
             at = at + moves.astype(at.dtype)
             arrives = moves & restarts.is_at(steps.times(at))
             found = found + arrives.astype(found.dtype)
-            row = _arrays(source.to_store(*new))
+            row = only_arrays(source.to_store(*new))
             return self._put(steps, rows, row, found, arrives), at, new, found
 
         rows, *_ = batch.while_loop(
@@ -223,7 +223,3 @@ def _step_of(
     start = jnp.minimum(index, last), number
     at, _ = steps.batch.while_loop(lambda walk: jnp.any(is_after(walk)), body, start)
     return at
-
-
-def _arrays(tree: PyTree) -> PyTree[Array]:
-    return eqx.filter(tree, eqx.is_array)

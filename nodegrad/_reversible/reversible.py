@@ -171,8 +171,7 @@ class Reversible(SharingSolver, DelegatingSolver, diffrax.AbstractStratonovichSo
         monitor = CouplingMonitor.init(y0, _have_slopes(terms, t0, t1))
         # Both copies start at `y0`.
         difference = jax.tree.map(jnp.zeros_like, y0)
-        no, none = jnp.array(False), jnp.array(0)
-        return CoupledState(y0, difference, monitor, no, none, none)
+        return CoupledState(y0, difference, monitor, jnp.array(0), jnp.array(0))
 
     def step(
         self,
@@ -216,7 +215,7 @@ class Reversible(SharingSolver, DelegatingSolver, diffrax.AbstractStratonovichSo
             monitor.lost, COUPLING_LOST, diffrax.RESULTS.successful
         )
         num_resyncs = solver_state.num_resyncs + jnp.asarray(resync, count.dtype)
-        new_state = CoupledState(z1, d1, monitor, asked, num_resyncs, count + 1)
+        new_state = CoupledState(z1, d1, monitor, num_resyncs, count + 1)
         if error is not None:
             resyncs = self.resync_every is not None
             allowed = allowed_difference(self.coupling_parameter, resyncs)
@@ -266,7 +265,6 @@ class CoupledState(eqx.Module):
     - `z`: the second copy of the solution.
     - `difference`: $D = y - z$.
     - `monitor`: detects that the copies diverge.
-    - `resync`: whether the next step begins with a resync that the monitor asked for.
     - `num_resyncs`, `steps_taken`: the numbers of resyncs and steps, including those
       of a solve that this one continues.
     """
@@ -274,9 +272,13 @@ class CoupledState(eqx.Module):
     z: PyTree[Array]
     difference: PyTree[Array]
     monitor: CouplingMonitor
-    resync: Bool[Array, ""]
     num_resyncs: Int[Array, ""]
     steps_taken: Int[Array, ""]
+
+    @property
+    def resync(self) -> Bool[Array, ""]:
+        """Whether the next step begins with a resync, if the solver decides."""
+        return self.monitor.wants_resync
 
     @property
     def distance(self) -> Float[Array, ""]:

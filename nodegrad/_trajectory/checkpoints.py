@@ -24,7 +24,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree, Real
 
-from .._internal.tree import take
+from .._internal.tree import only_arrays, take
 from .._steps.step import AbstractStep
 from .linearized_calls import LinearizedCalls
 from .state_source import (
@@ -279,7 +279,7 @@ class _Walk(NamedTuple):
             y1, state1, _ = self.source.step(
                 self.steps.evaluate, times, times.start, times.end, y, state
             )
-            new = _arrays((y1, state1))
+            new = only_arrays((y1, state1))
             return index + 1, batch.put(rows, segment + index + 1 - start, new)
 
         # A shorter solve may be at a lower level. `start` is a multiple of its stride
@@ -329,7 +329,3 @@ class _Walk(NamedTuple):
         active = index < self.steps.trajectory.num_steps
         found = self.steps.times(index), *batch.take(rows, row)
         return active, *batch.where_active(active, found, self.first)
-
-
-def _arrays(tree: PyTree) -> PyTree[Array]:
-    return eqx.filter(tree, eqx.is_array)

@@ -139,7 +139,20 @@ class RecordedSteps(eqx.Module):
         return (self.wrt_times, self.wrt_times, *inexact_spec(args[2:]))
 
 
-class AbstractStateSource(eqx.Module):
+class StoresStates(eqx.Module):
+    """Says what is stored of a state: all of it, if a subclass says nothing else."""
+
+    def to_store(self, y: PyTree[Array], replay_state: PyTree[Array]) -> PyTree[Array]:
+        """Returns what a row holds of the state before a step."""
+        return y, replay_state
+
+    def from_store(self, row: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array]]:
+        """Returns the state `(y, replay_state)` in a row."""
+        y, replay_state = row
+        return y, replay_state
+
+
+class AbstractStateSource(StoresStates):
     """Provides the states before the accepted steps.
 
     `step` works for one solve and for a batch, `walk` for a batch. The other methods
@@ -150,15 +163,6 @@ class AbstractStateSource(eqx.Module):
     @abc.abstractmethod
     def rows(self) -> int:
         """The number of rows of stored states to allocate; 0 for none."""
-
-    def to_store(self, y: PyTree[Array], replay_state: PyTree[Array]) -> PyTree[Array]:
-        """Returns what a row holds of the state before a step."""
-        return y, replay_state
-
-    def from_store(self, row: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array]]:
-        """Returns the state `(y, replay_state)` in a row."""
-        y, replay_state = row
-        return y, replay_state
 
     @abc.abstractmethod
     def row_to_write(self, number: Int[Array, ""]) -> Int[Array, ""]:
