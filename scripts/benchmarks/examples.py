@@ -24,7 +24,7 @@ import jax.scipy.stats.norm as normal
 import optax
 
 from .comparison import budgets, MEASURED, measured
-from .measure import Clock, compile_in_turns, time_in_turns
+from .measure import Clock, compile_in_turns, Program, time_in_turns
 from .problems import robertson_field
 from .report import Budget, Column, Report, significant
 from .solves import ACA, ACA_IN_DIFFRAX, DIFFRAX, Method
@@ -89,14 +89,8 @@ def _measure(
     clock: Clock, name: str, methods: Sequence[Method], seconds: float, repeats: int
 ) -> list[dict[str, Any]]:
     """Compiles, times and compares the methods. Returns a record for each of them."""
-    example = EXAMPLES[name]()
-    params, static = eqx.partition(example.params, eqx.is_inexact_array)
-    args = params, example.data
-    makers = {m.name: partial(training_step, example, static, m) for m in methods}
-    programs = compile_in_turns(clock, makers, args, repeats)
-    runs = {method: partial(p.run, *args) for method, p in programs.items()}
-    times = time_in_turns(clock, runs, seconds=seconds * len(runs))
-    results = {method: run() for method, run in runs.items()}
+    args, programs, times = compile_and_time(clock, name, methods, seconds, repeats)
+    results = {method: program.run(*args) for method, program in programs.items()}
     gradients = {method: gradient for method, (_, gradient) in results.items()}
     return [
         {
@@ -110,7 +104,20 @@ def _measure(
     ]
 
 
-def training_step(example: Example, static: Any, method: Method) -> Callable[..., Any]:
+def compile_and_time(
+    clock: Clock, name: str, methods: Sequence[Method], seconds: float, repeats: int
+) -> tuple[tuple[Any, Any], dict[str, Program], dict[str, float]]:
+    """Parameters and data of an example, and programs and seconds of each method."""
+    example = EXAMPLES[name]()
+    params, static = eqx.partition(example.params, eqx.is_inexact_array)
+    args = params, example.data
+    makers = {m.name: partial(_training_step, example, static, m) for m in methods}
+    programs = compile_in_turns(clock, makers, args, repeats)
+    runs = {method: partial(p.run, *args) for method, p in programs.items()}
+    return args, programs, time_in_turns(clock, runs, seconds=seconds * len(runs))
+
+
+def _training_step(example: Example, static: Any, method: Method) -> Callable[..., Any]:
     """`(params, data) -> (loss, gradient)`, of which no trace is in a cache."""
     jax.clear_caches()
     solve = partial(method.solve, adjoint=method.make_adjoint(4096))

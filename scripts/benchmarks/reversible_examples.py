@@ -3,9 +3,8 @@
 The solver of each is replaced: by `Reversible` of it, and by EES25. The error estimate
 of EES25 is that of Euler's method, so examples with adaptive steps are solved in 100
 constant steps with it. "plain" solves with the solver of the example and Diffrax's
-default adjoint. Every method trains for some
-iterations from the same start. The loss at the end and the iteration in which a solve
-failed, if any did, are part of the table.
+default adjoint. Every method trains for some iterations from the same start. The loss
+at the end and the iteration in which a solve failed, if any did, are in the table.
 """
 
 import argparse
@@ -13,19 +12,17 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import diffrax
-import equinox as eqx
 import jax
 import optax
 
 import nodegrad
 
 from .comparison import MEASURED, measured
-from .examples import EXAMPLES, training_step
-from .measure import Clock, compile_in_turns, Program, time_in_turns
+from .examples import compile_and_time, EXAMPLES
+from .measure import Clock, Program
 from .report import Budget, Column, Report, significant
 from .solves import DIFFRAX, Method
 
@@ -126,15 +123,9 @@ def _measure(
     clock: Clock, name: str, methods: Sequence[Method], seconds: float, iterations: int
 ) -> list[dict[str, Any]]:
     """Compiles, times and trains. Returns a record for each method."""
-    example = EXAMPLES[name]()
-    params, static = eqx.partition(example.params, eqx.is_inexact_array)
-    args = params, example.data
-    makers = {m.name: partial(training_step, example, static, m) for m in methods}
-    programs = compile_in_turns(clock, makers, args, 1)
-    runs = {method: partial(p.run, *args) for method, p in programs.items()}
-    times = time_in_turns(clock, runs, seconds=seconds * len(runs))
+    args, programs, times = compile_and_time(clock, name, methods, seconds, 1)
     trained = {
-        method: _train(program, params, example.data, iterations)
+        method: _train(program, *args, iterations)
         for method, program in programs.items()
     }
     return [

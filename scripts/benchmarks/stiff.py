@@ -22,10 +22,10 @@ import scipy.integrate
 
 import nodegrad
 
-from .comparison import MEASURED
+from .comparison import budgets, MEASURED, measured
 from .measure import Clock, compile_in_turns, time_in_turns
 from .problems import robertson_field
-from .report import Budget, Column, Report, scientific
+from .report import Column, Report, scientific
 
 
 DTYPE = "float64"
@@ -192,38 +192,16 @@ def _measure(
     runs = {name: partial(p.run, params) for name, p in programs.items()}
     times = time_in_turns(clock, runs, seconds=seconds * len(runs))
     exact = _reference(problem)
-    first = programs[_METHODS[0].name]
     records = []
-    for method in _METHODS:
-        program, (gradient, steps) = programs[method.name], runs[method.name]()
+    for method, record in zip(_METHODS, measured(programs, times, {}), strict=True):
+        gradient, steps = runs[method.name]()
         error = np.linalg.norm(gradient - exact) / np.linalg.norm(exact)
-        records.append(
-            {
-                "method": method.name,
-                "settings": f"{method.tolerance:.0e}",
-                "seconds": times[method.name],
-                "time_ratio": times[method.name] / times[_METHODS[0].name],
-                "build_seconds": program.build_seconds,
-                "build_ratio": program.build_seconds / first.build_seconds,
-                "temp_bytes": program.temp_bytes,
-                "memory_ratio": program.temp_bytes / first.temp_bytes,
-                "steps": int(steps),
-                "error": float(error),
-            }
-        )
+        found = {"steps": int(steps), "error": float(error)}
+        records.append({**record, "settings": f"{method.tolerance:.0e}", **found})
+        if method.name == "Rodas5P, ACA":
+            peer = _METHODS[0].name
+            report.budgets.extend(budgets(record, problem.name, peer, _LIMITS))
     report.table(problem.name, _COLUMNS, records)
-    for record in records:
-        if record["method"] == "Rodas5P, ACA":
-            report.budgets.extend(
-                Budget(
-                    f"{kind} of {record['method']}",
-                    problem.name,
-                    _METHODS[0].name,
-                    record[f"{kind}_ratio"],
-                    limit,
-                )
-                for kind, limit in _LIMITS.items()
-            )
 
 
 def _gradient(problem: StiffProblem, method: StiffMethod) -> Callable[..., Any]:

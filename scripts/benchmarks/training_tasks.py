@@ -215,18 +215,23 @@ class ODERNN(eqx.Module):
         return jax.vmap(self.decode)(h)
 
 
+def read_series(path: Path) -> list[tuple[np.ndarray, str]]:
+    """The series `(times, channels)` of a file of the UEA archive, and their labels."""
+    found = []
+    for line in path.read_text().splitlines():
+        if line and line[0] not in "#@":
+            *channels, label = line.strip().split(":")
+            rows = [[float(v) for v in channel.split(",")] for channel in channels]
+            found.append((np.asarray(rows).T, label))
+    return found
+
+
 def words(iterations: int, folder: Path, every: int = 12, size: int = 32) -> Task:
     """Articulary word recognition, every so many-th sample of the series."""
-    series, labels = [], []
-    for part in ("TRAIN", "TEST"):
-        path = folder / f"ArticularyWordRecognition_{part}.ts"
-        for line in path.read_text().splitlines():
-            if line and line[0] not in "#@":
-                *channels, label = line.strip().split(":")
-                rows = [[float(v) for v in c.split(",")] for c in channels]
-                series.append(np.asarray(rows, np.float32).T)
-                labels.append(int(float(label)) - 1)
-    x, y = np.stack(series)[:, ::every], np.asarray(labels, np.int32)
+    paths = [folder / f"ArticularyWordRecognition_{p}.ts" for p in ("TRAIN", "TEST")]
+    recorded = [one for path in paths for one in read_series(path)]
+    x = np.stack([np.asarray(one, np.float32) for one, _ in recorded])[:, ::every]
+    y = np.asarray([int(float(label)) - 1 for _, label in recorded], np.int32)
     x, x_test, y, y_test = map(
         np.asarray, train_test_split(x, y, test_size=0.3, random_state=0, stratify=y)
     )

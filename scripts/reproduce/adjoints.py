@@ -23,11 +23,16 @@ Solve = Callable[..., Any]
 CLOCK = Clock(time.process_time, "CPU time of this process")
 
 
-def reversible(
+def coupled(
     base: Any, resync_every: int | Literal["auto"] | None = None, **options: Any
-) -> Solve:
-    """The coupled method with `ReversibleAdjoint`; as published, without resyncs."""
-    solver = nodegrad.Reversible(base, resync_every=resync_every, **options)
+) -> nodegrad.Reversible:
+    """The coupled method; as published, without resyncs."""
+    return nodegrad.Reversible(base, resync_every=resync_every, **options)
+
+
+def reversible(base: Any, **options: Any) -> Solve:
+    """The coupled method with `ReversibleAdjoint`; `options` are those of `coupled`."""
+    solver = coupled(base, **options)
     return _with(nodegrad.odesolve, solver, nodegrad.ReversibleAdjoint())
 
 

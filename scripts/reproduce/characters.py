@@ -19,9 +19,6 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from matplotlib.axes import Axes
-
-import nodegrad
 
 from . import adjoints, data
 from .experiment import (
@@ -35,17 +32,9 @@ from .experiment import (
     spread,
     Table,
 )
+from .memory_ratio import draw, memory_claim, METHODS, SOLVERS
 
 
-SOLVERS: dict[str, Any] = {
-    "Midpoint": diffrax.Midpoint(),
-    "RK4": nodegrad.RK4(),
-    "Dopri5": diffrax.Dopri5(),
-}
-METHODS = {
-    "reversible": adjoints.reversible,
-    "backpropagation": adjoints.backpropagated,
-}
 #: Accuracy in per cent and gigabytes: reversible, then backpropagation.
 PUBLISHED = {
     "Midpoint": (("78.4 ± 5.5", 0.434), ("78.9 ± 6.7", 1.09)),
@@ -186,10 +175,7 @@ def _accuracy(name: str, method: str, depth: int, steps: int) -> Any:
     """`(params, batch) -> accuracy`, with the solver that is trained with."""
     static = eqx.partition(Model(0, depth), eqx.is_array)[1]
     base = SOLVERS[name]
-    if method == "reversible":
-        solver = nodegrad.Reversible(base, resync_every=None)
-    else:
-        solver = base
+    solver = adjoints.coupled(base) if method == "reversible" else base
 
     @jax.jit
     def accuracy(params: Any, batch: Any) -> Any:
@@ -312,25 +298,10 @@ def report(results: Mapping[str, Result], setting: Setting) -> Report:
             f"with a learning rate of {rate} instead of 1000 with 0.001, "
             f"{setting.seeds} seeds instead of 10, Midpoint alone."
         )
-    claims = (_memory_claim(results, names), _accuracy_claim(results))
+    claims = (memory_claim(results, names, PUBLISHED), _accuracy_claim(results))
     figures = {"memory (GB)": partial(draw, results, names)}
     table = Table("Character trajectories", columns, rows)
     return Report((table,), claims, figures, tuple(notes))
-
-
-def _memory_claim(results: Mapping[str, Result], names: list[str]) -> Claim:
-    size = lambda name, method: results[f"{name}-{method}-memory"]["bytes"]
-    published = {n: PUBLISHED[n][1][1] / PUBLISHED[n][0][1] for n in names}
-    ours = {n: size(n, "backpropagation") / size(n, "reversible") for n in names}
-    behind = [n for n in names if ours[n] < published[n]]
-    shown = lambda ratios: ", ".join(f"{n} {r:.1f}" for n, r in ratios.items())
-    return Claim(
-        "backpropagation takes many times the memory of the reversible method",
-        shown(published),
-        shown(ours),
-        not behind,
-        "" if not behind else f"the ratio is less than published: {', '.join(behind)}",
-    )
 
 
 def _accuracy_claim(results: Mapping[str, Result]) -> Claim:
@@ -353,17 +324,6 @@ def _accuracy_claim(results: Mapping[str, Result]) -> Claim:
         not reason,
         reason,
     )
-
-
-def draw(results: Mapping[str, Result], names: list[str], axes: Axes) -> None:
-    """Bars, on a logarithmic axis."""
-    for index, method in enumerate(METHODS):
-        sizes = [results[f"{n}-{method}-memory"]["bytes"] / 1e9 for n in names]
-        at = np.arange(len(names)) + 0.4 * index
-        axes.bar(at, sizes, width=0.4, label=method)
-    axes.set_xticks(np.arange(len(names)) + 0.2, names)
-    axes.set_yscale("log")
-    axes.legend(fontsize=8)
 
 
 EXPERIMENT = Experiment(

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarks.training_tasks import read_series
 
 
 class MissingDataError(Exception):
@@ -65,15 +66,10 @@ def characters(path: Path | None) -> tuple[list[Any], Any]:
 def vowel_frames(path: Path | None) -> Any:
     """The first 8 coefficients of all frames of JapaneseVowels: one row for each."""
     origin = "JapaneseVowels of the UEA archive, timeseriesclassification.com"
-    rows = []
-    for part in ("TRAIN", "TEST"):
-        text = find(path, f"JapaneseVowels_{part}.ts", origin).read_text()
-        for line in text.splitlines():
-            if line and line[0] not in "#@":
-                *channels, _ = line.split(":")
-                values = [[float(v) for v in c.split(",")] for c in channels[:8]]
-                rows.append(np.asarray(values).T)
-    frames = np.concatenate(rows)
+    names = "JapaneseVowels_TRAIN.ts", "JapaneseVowels_TEST.ts"
+    paths = [find(path, name, origin) for name in names]
+    series = [one[:, :8] for path in paths for one, _ in read_series(path)]
+    frames = np.concatenate(series)
     return frames[np.isfinite(frames).all(axis=1)]
 
 

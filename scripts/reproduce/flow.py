@@ -18,10 +18,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from matplotlib.axes import Axes
 from sklearn.datasets import make_moons
-
-import nodegrad
 
 from . import adjoints
 from .experiment import (
@@ -35,17 +32,9 @@ from .experiment import (
     spread,
     Table,
 )
+from .memory_ratio import draw, memory_claim, METHODS, SOLVERS
 
 
-SOLVERS: dict[str, Any] = {
-    "Midpoint": diffrax.Midpoint(),
-    "RK4": nodegrad.RK4(),
-    "Dopri5": diffrax.Dopri5(),
-}
-METHODS = {
-    "reversible": adjoints.reversible,
-    "backpropagation": adjoints.backpropagated,
-}
 #: Negative log likelihood and gigabytes: reversible, then backpropagation.
 PUBLISHED = {
     "Midpoint": ((0.888, 0.563), (0.891, 3.922)),
@@ -261,31 +250,11 @@ def report(results: Mapping[str, Result], setting: Setting) -> Report:
             f"iterations instead of 5000 (with a learning rate of {rate} instead of "
             f"0.001), {setting.seeds} seeds (RK4, Dopri5: 1) instead of 10."
         )
-    claims = [_memory_claim(results, names), _loss_claim(results, names)]
+    claims = [memory_claim(results, names, PUBLISHED), _loss_claim(results, names)]
     if setting.size != "smoke":
         claims.insert(1, _flat_claim(results, names))
     figures = {"memory (GB)": partial(draw, results, names)}
     return Report(tables, tuple(claims), figures, tuple(notes))
-
-
-def _ratios(results: Mapping[str, Result], names: list[str]) -> dict[str, float]:
-    """How much more memory backpropagation takes."""
-    size = lambda name, method: results[f"{name}-{method}-memory"]["bytes"]
-    return {n: size(n, "backpropagation") / size(n, "reversible") for n in names}
-
-
-def _memory_claim(results: Mapping[str, Result], names: list[str]) -> Claim:
-    published = {n: PUBLISHED[n][1][1] / PUBLISHED[n][0][1] for n in names}
-    ours = _ratios(results, names)
-    behind = [n for n in names if ours[n] < published[n]]
-    shown = lambda ratios: ", ".join(f"{n} {r:.1f}" for n, r in ratios.items())
-    return Claim(
-        "backpropagation takes many times the memory of the reversible method",
-        shown(published),
-        shown(ours),
-        not behind,
-        "" if not behind else f"the ratio is less than published: {', '.join(behind)}",
-    )
 
 
 def _flat_claim(results: Mapping[str, Result], names: list[str]) -> Claim:
@@ -317,17 +286,6 @@ def _loss_claim(results: Mapping[str, Result], names: list[str]) -> Claim:
         not reason,
         reason,
     )
-
-
-def draw(results: Mapping[str, Result], names: list[str], axes: Axes) -> None:
-    """Bars, on a logarithmic axis."""
-    for index, method in enumerate(METHODS):
-        sizes = [results[f"{n}-{method}-memory"]["bytes"] / 1e9 for n in names]
-        at = np.arange(len(names)) + 0.4 * index
-        axes.bar(at, sizes, width=0.4, label=method)
-    axes.set_xticks(np.arange(len(names)) + 0.2, names)
-    axes.set_yscale("log")
-    axes.legend(fontsize=8)
 
 
 EXPERIMENT = Experiment(

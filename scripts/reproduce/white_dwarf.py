@@ -113,7 +113,7 @@ def make_data(name: str, coupled: bool, steps: int) -> Any:
     """The solution to learn from: as published, by the solver that is trained with."""
     problem, base = white_dwarf(), SOLVERS[name]
     return jax.jit(adjoints.states, static_argnums=(0, 1, 6))(
-        nodegrad.Reversible(base, resync_every=None) if coupled else base,
+        adjoints.coupled(base) if coupled else base,
         diffrax.ODETerm(problem.vector_field),
         0.0,
         problem.t1 * steps / STEPS,
