@@ -146,7 +146,11 @@ class StiffMethod:
     tolerance: float
 
 
-_DEFAULT, _ACA = diffrax.RecursiveCheckpointAdjoint(), nodegrad.ACAAdjoint()
+_MAX_STEPS = 16384
+_DEFAULT = diffrax.RecursiveCheckpointAdjoint()
+# By default there is room for the times of a quarter of the steps. The van der Pol
+# equation takes more.
+_ACA = nodegrad.ACAAdjoint(max_recorded_steps=_MAX_STEPS)
 # The controller is cautious with Kvaerno5: at these tolerances its solutions are about
 # as accurate as those of Rodas5P.
 _METHODS = (
@@ -221,7 +225,7 @@ def _gradient(problem: StiffProblem, method: StiffMethod) -> Callable[..., Any]:
             jnp.exp(log_params),
             stepsize_controller=controller,
             adjoint=method.adjoint,
-            max_steps=16384,
+            max_steps=_MAX_STEPS,
         )
         assert sol.ys is not None
         return sol.ys[0, problem.component], sol.stats["num_accepted_steps"]
