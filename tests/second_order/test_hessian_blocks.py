@@ -859,9 +859,9 @@ def test_misuse_is_refused():
     off_grid = dict(ts=[0.33], dt0=0.1, stepsize_controller=CONSTANT)
     kwargs = dict(running_cost=running_cost, **off_grid)
     with pytest.raises(RuntimeError, match="must be ends of steps"):
-        jax.jit(lambda y0: _blocks(y0=y0, **kwargs).value)(Y0)
+        jax.block_until_ready(jax.jit(lambda y0: _blocks(y0=y0, **kwargs).value)(Y0))
     with pytest.raises(RuntimeError, match="max_steps"):
-        _blocks(max_steps=2, ts=[0.5])
+        jax.block_until_ready(_blocks(max_steps=2, ts=[0.5]))
     terms = diffrax.MultiTerm(diffrax.ODETerm(network), diffrax.ODETerm(network))
     with pytest.raises(TypeError, match="needs a plain vector field"):
         nodegrad.hessian_blocks(

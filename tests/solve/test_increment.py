@@ -10,6 +10,7 @@ import nodegrad
 from nodegrad._internal.batch import Axes, Batch
 from nodegrad._layers.work import products_dominate
 from nodegrad._steps.increment import Increment, StagedIncrement
+from nodegrad._steps.tableau import is_scanned
 
 from ..problems import relative_error
 
@@ -59,7 +60,11 @@ def _arguments(dtype):
         ("rk4", "all", jnp.float64),
     ],
 )
-def test_pullback_is_that_of_the_stages_one_after_another(tableau, returns, dtype):
+def test_pullback_is_that_of_the_stages_one_after_another(
+    tableau, returns, dtype, monkeypatch
+):
+    # On a GPU the stages would be unrolled.
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     shared, own, product = _problem(dtype)
     args, tableau = _arguments(dtype), TABLEAUS[tableau]
     one = jax.tree.map(lambda x: x[0], args)
@@ -128,3 +133,19 @@ _MATRIX = jnp.ones((8, 8))
 def test_what_kind_of_work_a_vector_field_does(field, expected):
     jaxpr = jax.make_jaxpr(field)(jnp.ones(8)).jaxpr
     assert products_dominate(jaxpr) is expected
+
+
+@pytest.mark.parametrize(
+    "tableau, product, backend, expected",
+    [
+        ("tsit5", False, "cpu", True),
+        ("tsit5", True, "cpu", False),
+        ("tsit5", False, "gpu", False),
+        ("dopri8", True, "gpu", True),
+    ],
+)
+def test_when_stages_are_a_loop(tableau, product, backend, expected, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    field = (lambda y: _MATRIX @ y) if product else jnp.sin
+    jaxpr = jax.make_jaxpr(field)(jnp.ones(8)).jaxpr
+    assert is_scanned(TABLEAUS[tableau], jaxpr) is expected
