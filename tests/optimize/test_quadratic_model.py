@@ -175,8 +175,8 @@ def test_a_linear_model_reaches_the_solution_of_ridge_regression():
     assert np.allclose(model.bias, y_mean - weight @ x_mean, atol=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["loss", "ggn"])
+@pytest.mark.rows(test=0, ci=1)
+@pytest.mark.parametrize("kind", ["ggn", "loss"])
 def test_the_loss_of_a_batch_never_rises(kind):
     # In float32, from a poor start: a scale of 30 in front of the solve.
     single = ft.partial(jax.tree.map, lambda a: a.astype(jnp.float32))

@@ -279,7 +279,7 @@ _CHAOS = _lorenz, jnp.array([1.0, 1.0, 20.0])
 _DECAY = lambda t, y, args: -4 * y, jnp.ones(1)
 
 
-@pytest.mark.slow
+@pytest.mark.rows(test=0, ci=4)
 @pytest.mark.parametrize(
     "problem, n, coupling",
     [

@@ -304,7 +304,7 @@ def _check_transpose(seed, draws):
         assert jnp.abs(push @ w - pull @ v) < 1e-13 * scale, setting
 
 
-@pytest.mark.rows(test=1, ci=3)
+@pytest.mark.rows(test=1, ci=2)
 @pytest.mark.parametrize("seed", range(3))
 def test_forward_and_reverse_are_transposes(seed):
     _check_transpose(seed, 8)
