@@ -168,7 +168,12 @@ def shown(name: str, results: Results) -> str:
 
 
 def filled(text: str, results: Results) -> str:
-    """`text` with every `{{ name }}` replaced by that quantity."""
+    """`text` with every `{{ name }}` replaced by that quantity.
+
+    `{{ tables of NAME }}` is replaced by the tables of that subcommand.
+    """
+    whole = lambda match: tables_of(match[1], results)
+    text = re.sub(r"\{\{ tables of ([\w-]+) \}\}", whole, text)
     return re.sub(r"\{\{ ([\w.]+) \}\}", lambda m: shown(m[1], results), text)
 
 
@@ -232,6 +237,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("error", "relative error", _scientific),
     ("loss", "loss", _significant(4)),
     ("final_loss", "training loss", _significant(3)),
+    ("lower_on", "seeds below Adam", str),
     ("failed", "failed", str),
     ("to_train", "time to Adam's training loss", _ratio),
     ("best_test_loss", "best test loss", _significant(3)),
@@ -338,6 +344,16 @@ def tables(results: Results) -> str:
         names = ", ".join(f"`{name}`" for name in missing)
         sections.append(f"## Not measured\n\nThere are no results of {names}.")
     return "\n\n".join(sections)
+
+
+def tables_of(name: str, results: Results) -> str:
+    """The tables of one subcommand, each after its title."""
+    if name not in results:
+        return f"`{name}`: {NOT_MEASURED}."
+    parts = [_machine(results[name]["header"]), *results[name]["notes"]]
+    for table in results[name]["tables"]:
+        parts += [f"*{table['title']}*", records_table(table["records"])]
+    return "\n\n".join(parts)
 
 
 def error_rates(folder: Path = FOLDER) -> str:

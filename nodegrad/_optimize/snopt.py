@@ -70,7 +70,7 @@ def snopt(
     state = optim.init(eqx.filter(model, eqx.is_inexact_array))
     step, refresh = nodegrad.make_steps(optim, loss, moments=True)
     for i in range(60):
-        run = refresh if i % 20 == 0 else step
+        run = refresh if i % 10 == 0 else step
         model, state, value = run(model, state, x, y, key=jax.random.PRNGKey(i))
     print(value < 1e-3)  # True
     ```

@@ -48,10 +48,6 @@ class Task:
     steps: Callable[[Any, Batch], Any]
     iterations: int
 
-    def refreshes(self, index: int) -> bool:
-        """Whether to refresh: often at first, then every 100 iterations."""
-        return index in (5, 10, 20, 40) or index % 100 == 0
-
     def losses(self, model: Any, *batch: Any) -> Any:
         """One loss for each sample."""
         if self.predict is None:

@@ -36,7 +36,7 @@ class _Trainer(Trainer):
         losses, seconds = [], []
         for index in range(self.task.iterations):
             batch, key = next(batches), jr.fold_in(key, index)
-            refresh = self.method.options is not None and self.task.refreshes(index)
+            refresh = self.method.refreshes(index)
             step = self._steps.refresh if refresh else self._steps.step
             start = self._clock.now()
             model, state, value = step(model, state, *batch, key=key)
