@@ -283,6 +283,8 @@ def loss(structure: Structure, reference: bool, x: dict[str, Any]) -> tuple[Any,
     if sol.interpolation is not None:
         inside = t0 + x["span"] * jnp.array([0.31, 0.77], t0.dtype)
         saved += [unpack(sol.evaluate(t)) for t in inside]
+    # With steps that no controller rejects, Diffrax calls NaNs successful.
+    okay = okay & ~jnp.any(jnp.stack([jnp.any(jnp.isnan(rows)) for rows in saved]))
     total = jnp.zeros((), t0.dtype)
     for i, rows in enumerate(saved):
         # Rows that were not written are infinite.

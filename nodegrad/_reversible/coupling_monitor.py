@@ -226,6 +226,18 @@ def _wants_resync(
     return (more > enough) & (apart > _rounding(apart, _RESYNC_ROUNDING))
 
 
+def leaves_digits(
+    distance: Float[Array, ""], y0: PyTree[Array], y1: PyTree[Array]
+) -> Bool[Array, ""]:
+    """Returns whether the solution is accurate in spite of a difference of that size.
+
+    The solution is $z + D$, so it is rounded to the digits of $D$. Its states before
+    and after the step are `y0` and `y1`. It is not accurate if the difference is NaN.
+    """
+    largest = jnp.maximum(size(y0), size(y1))
+    return distance <= _ROUNDING * jax.lax.stop_gradient(largest)
+
+
 def _rounding(like: Array, units: float) -> float:
     """Returns so many units of rounding of the type of `like`."""
     return units * float(jnp.finfo(like.dtype).eps)

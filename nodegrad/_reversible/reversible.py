@@ -19,7 +19,12 @@ from .._steps.reversible_solver import check_number, check_resync_every
 from .._steps.step import DelegatingSolver
 from .._steps.tableau import combine, explicit_tableau, num_inner_stages
 from .._trajectory.state_source import Evaluate
-from .coupling_monitor import allowed_difference, CouplingMonitor, with_difference
+from .coupling_monitor import (
+    allowed_difference,
+    CouplingMonitor,
+    leaves_digits,
+    with_difference,
+)
 from .invertible_step import (
     AbstractInvertibleStep,
     Flag,
@@ -208,9 +213,10 @@ class Reversible(SharingSolver, DelegatingSolver, diffrax.AbstractStratonovichSo
             d0, d1, info, control, self.coupling_parameter, made_jump, count, error
         )
         asked = monitor.wants_resync & step.chooses_resyncs
-        # The next step discards the difference, so its size does no harm.
+        # If the next step discards the difference, only rounding is left of it.
         discards = asked | is_regular_resync(step.resync_every, count + 1)
-        monitor = replace(monitor, lost=monitor.lost & ~discards)
+        spoiled = ~leaves_digits(monitor.distance, info["y0"], info["y1"])
+        monitor = replace(monitor, lost=spoiled | (monitor.lost & ~discards))
         result = diffrax.RESULTS.where(
             monitor.lost, COUPLING_LOST, diffrax.RESULTS.successful
         )

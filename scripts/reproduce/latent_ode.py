@@ -210,15 +210,15 @@ def _report(results: Mapping[str, Result], setting: Setting) -> Report:
 
 def _claim(index: int, errors: Mapping[Any, list[float]]) -> Claim:
     fraction = FRACTIONS[index]
-    aca, adjoint = (
-        float(np.median(errors[method, fraction])) for method in ("ACA", "adjoint")
-    )
+    aca, adjoint = (errors[method, fraction] for method in ("ACA", "adjoint"))
     return Claim(
         f"{fraction:.0%} observed: ACA's error is below the adjoint method's",
         f"{_PUBLISHED['ACA'][index]} against {_PUBLISHED['adjoint'][index]}",
-        f"{aca:.3g} against {adjoint:.3g}",
-        aca < adjoint,
-        "the cause was not investigated",
+        f"{np.median(aca):.3g} against {np.median(adjoint):.3g}",
+        # Medians of a few seeds say nothing where their ranges overlap.
+        max(aca) < min(adjoint),
+        "both train to the same error: after so few iterations the error of a gradient "
+        "does not matter yet",
     )
 
 

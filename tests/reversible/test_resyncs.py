@@ -252,3 +252,21 @@ def test_a_difference_that_is_discarded_is_no_failure(every):
     ours = solve(nodegrad.Reversible(diffrax.Heun(), resync_every=every))
     assert ours.result == nodegrad.RESULTS.successful
     np.testing.assert_allclose(ours.ys, plain.ys, rtol=1e-12 if every == 1 else 1e-3)
+
+
+@doors
+@pytest.mark.parametrize("every", [1, "auto"])
+def test_a_difference_that_spoils_the_solution_is_a_failure(door, every):
+    # y' = y^3 from 3 in steps of 1. In the first step the difference is so large that
+    # the sum of it and the second copy has no digit of the solution left.
+    sol = DOORS[door](
+        diffrax.ODETerm(lambda t, y, args: y**3),
+        nodegrad.Reversible(diffrax.Heun(), resync_every=every),
+        0.0,
+        5.0,
+        1.0,
+        jnp.array(3.0),
+        stepsize_controller=diffrax.ConstantStepSize(),
+        throw=False,
+    )
+    assert sol.result != diffrax.RESULTS.successful
