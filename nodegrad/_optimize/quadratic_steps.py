@@ -18,6 +18,8 @@ from .quadratic_model import (
     combined,
     curvature_in,
     inner,
+    length_growth,
+    NOISE,
     products,
 )
 from .scale_by_snopt import (
@@ -40,7 +42,8 @@ class SNOptModelState(NamedTuple):
     - `lengths`: the last coefficients of the preconditioned gradient, of that in layers
       and of the rest.
     - `accepted`: whether the last step was taken. If not, it was zero.
-    - `ratio`: the last change of the loss, divided by that which the model predicted.
+    - `ratio`: the last change of the loss, divided by that which the model predicted;
+      NaN if no decrease was predicted.
     - `weight_decay`: the state of `optax.add_decayed_weights`.
     """
 
@@ -109,7 +112,8 @@ class QuadraticSteps(NamedTuple):
             objective = lambda params: value_fn(params) + penalty(params)
             old = value + penalty(params)
         inside, damping, parts = self._preconditioned(gradient, state, curvature)
-        # Downhill, and of the length of the last step.
+        # The model is fitted at the ends of the directions. So these should be about as
+        # long as the step will be.
         directions = [
             combined(-length[None], [part])
             for length, part in zip(state.lengths, parts, strict=True)
@@ -123,23 +127,20 @@ class QuadraticSteps(NamedTuple):
 
         actual = objective(add(params, step.update)) - old
         predicted = step.predicted.astype(actual.dtype)
-        # Near a minimum the change is rounding, of either sign.
-        rounding = 10 * jnp.finfo(actual.dtype).eps * jnp.abs(old)
-        accepted = jnp.isfinite(actual) & (actual <= rounding)
+        noise = NOISE * jnp.abs(old)
+        accepted = jnp.isfinite(actual) & (actual <= noise)
         update = where(accepted, step.update, zeros_like(step.update))
         least = jnp.finfo(damping.dtype).eps * _mean_moment(inside)
         adapted = adapted_damping(used, least, predicted, actual, accepted)
-        # A single step says little: each length changes by a factor of ten at most.
-        factors = jnp.clip(step.coefficients[: len(parts)], 0.1, 10)
-        factors = jnp.where(accepted, factors, 0.25).astype(state.lengths.dtype)
+        growth = length_growth(step.coefficients, slopes, noise, accepted)
         ratio = actual / jnp.where(predicted < 0, predicted, 1)
         return update, SNOptModelState(
             preconditioner=inside,
             previous=update,
             damping=jnp.where(damping < 0, damping, adapted),
-            lengths=state.lengths * factors,
+            lengths=state.lengths * growth[: len(parts)].astype(state.lengths.dtype),
             accepted=accepted,
-            ratio=jnp.where(predicted < 0, ratio, 1).astype(damping.dtype),
+            ratio=jnp.where(predicted < 0, ratio, jnp.nan).astype(damping.dtype),
             weight_decay=decay_state,
         )
 

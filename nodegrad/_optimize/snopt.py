@@ -47,8 +47,8 @@ def snopt(
     values at their ends. The damping $\lambda$, which is also the $\varepsilon$ of
     `scale_by_snopt`, starts at the mean eigenvalue of the curvature. It falls where the
     model predicts the loss well, and grows where it does not (Levenberg and Marquardt).
-    A step that raises the loss of its batch, or makes it NaN, is not taken. Nothing is
-    left to tune. (If a solve in the loss may fail at other parameters, pass
+    A step that raises the loss of its batch by more than a hundredth, or makes it NaN,
+    is not taken. Nothing is left to tune. (If a solve in the loss may fail at other parameters, pass
     `throw=False` to it, and let the loss be NaN where `result` is not successful.
     Otherwise an evaluation at the end of a direction may raise.)
 
