@@ -160,15 +160,18 @@ class AbstractRosenbrock(diffrax.AbstractAdaptiveSolver):
         f0, columns = jax.vmap(push, out_axes=(None, 1))(times, states)
         f_t, jacobian = columns[:, 0], columns[:, 1:]
         matrix = jnp.eye(n, dtype=y0.dtype) / tableau.gamma - jacobian
-        operator, solver = lx.MatrixLinearOperator(matrix), lx.LU()
-        # Lineax differentiates through `operator`, and uses the factors as they are.
-        state = jax.lax.stop_gradient(solver.init(operator, {}))
+        # The rule for derivatives uses `matrix`, and the factors as they are.
+        factors = jax.lax.stop_gradient(jax.scipy.linalg.lu_factor(matrix))
 
         def solve(rhs: Float[Array, " n"]) -> Float[Array, " n"]:
             # A singular matrix makes a NaN, with which a controller rejects the step.
-            return lx.linear_solve(
-                operator, rhs, solver, state=state, throw=False
-            ).value
+            # (Lineax would raise an error where only a tangent is not finite.)
+            return jax.lax.custom_linear_solve(
+                lambda v: matrix @ v,
+                rhs,
+                lambda _, b: jax.scipy.linalg.lu_solve(factors, b),
+                lambda _, b: jax.scipy.linalg.lu_solve(factors, b, trans=1),
+            )
 
         def stage(us: Float[Array, "stages n"], row: tuple[Array, ...]):
             index, a, g, c, d = row
