@@ -11,6 +11,7 @@ import jax
 from benchmarks import (
     ensembles,
     examples,
+    fits,
     gradients,
     modes,
     reversible,
@@ -26,6 +27,7 @@ from benchmarks.report import Report
 _SUBCOMMANDS = {
     "ensembles": ensembles,
     "examples": examples,
+    "fits": fits,
     "gradients": gradients,
     "modes": modes,
     "reversible": reversible,

@@ -22,6 +22,7 @@ SUBCOMMANDS = (
     "gradients",
     "ensembles",
     "examples",
+    "fits",
     "modes",
     "reversible",
     "reversible-examples",
@@ -251,6 +252,20 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("evaluations", "evaluations", lambda x: f"{x:.1f}"),
     ("test_loss", "test loss", _significant(3)),
     ("accuracy", "accuracy", lambda x: f"{x:.3f}"),
+    ("parameter", "parameter", str),
+    ("parameters", "parameters", str),
+    ("llh", "log-likelihood", lambda x: f"{x:.4f}"),
+    ("reference", "reference", lambda x: f"{x:.4f}"),
+    ("llh_difference", "difference", _scientific),
+    ("gradient_error", "gradient, relative error", _scientific),
+    ("best_llh", "best log-likelihood", lambda x: f"{x:.3f}"),
+    ("converged", "converged", str),
+    ("iterations", "iterations, median", lambda x: f"{x:.0f}"),
+    ("cpu_seconds", "time (s)", _significant(3)),
+    ("per_second", "converged per second", _significant(2)),
+    ("estimate", "estimate", lambda x: f"{x:.4f}"),
+    ("standard_error", "standard error", _scientific),
+    ("at_bound", "at a bound", str),
 )
 
 

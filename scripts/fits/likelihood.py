@@ -105,7 +105,7 @@ def make_fit(tables: Tables, settings: Settings) -> Fit:
     constants = [symbol(s) for s in tables.names]
     slopes = to_function(model.slopes, TIME, states, constants)
     initial = to_function(model.initial, constants)
-    readers = [_reader(o, states, constants) for o in tables.observables]
+    readers = [reader(o, states, constants) for o in tables.observables]
     times = jnp.asarray(tables.times)
 
     def solve(constants: Array) -> tuple[Array, Array]:
@@ -133,7 +133,7 @@ def make_fit(tables: Tables, settings: Settings) -> Fit:
     )
 
 
-def _reader(
+def reader(
     observable: Observable, states: Sequence[Any], constants: Sequence[Any]
 ) -> Callable[[Array, Array, Array, Array], Array]:
     """Means and logarithms of sigma, `(2, n)`, from the states of all conditions."""

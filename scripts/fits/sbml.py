@@ -28,7 +28,7 @@ class Model:
     """An initial value problem in symbols.
 
     - `states`: the names of species and of parameters with a rate rule.
-    - `slopes`, `initial`: an expression for each of them; `initial` has no states in it.
+    - `slopes`, `initial`: an expression for each; those of `initial` have no states.
     - `constants`: the values of all other parameters and of compartments, by name.
     - `assigned`: what the names with an assignment rule stand for.
 

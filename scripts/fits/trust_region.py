@@ -1,9 +1,9 @@
 """A trust-region method with bounds, compiled as a whole, for small likelihoods.
 
-The trust region is a box, so its intersection with the bounds is one too, and a step
-minimises a quadratic model over a box. The model has the Fisher information in place of
-the Hessian: for parameters of the mean it is the Gauss-Newton matrix, and a sigma that
-is estimated needs no residual to stand for it. Both come from forward mode.
+A step minimises a quadratic model over the part of a ball that is within the bounds.
+The model has the Fisher information in place of the Hessian: for parameters of the mean
+it is the Gauss-Newton matrix, and a sigma that is estimated needs no residual to stand
+for it. Both come from forward mode.
 """
 
 from typing import NamedTuple
@@ -18,9 +18,9 @@ from .likelihood import Fit, Outputs, Vector
 Matrix = Float[Array, "parameters parameters"]
 Scalar = Float[Array, ""]
 
-#: Steps of the method for the quadratic model over a box; it is exact after a few.
-_BOX_STEPS = 20
-#: What these steps add to the eigenvalues, in units of the largest one.
+#: How often a step is improved, for the sake of bounds that it reaches on its way.
+_NUM_IMPROVEMENTS = 10
+#: What is added to the eigenvalues of the Hessian, in units of the largest one.
 _DAMPINGS = 10.0 ** jnp.arange(-14.0, 8.0, 0.5)
 
 
@@ -33,12 +33,11 @@ class Quadratic(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The end of a fit; `evaluations` counts solves without derivatives."""
+    """The end of a fit."""
 
     x: Vector
     value: Scalar
     iterations: Int[Array, ""]
-    evaluations: Int[Array, ""]
 
 
 class _State(NamedTuple):
@@ -46,7 +45,6 @@ class _State(NamedTuple):
     model: Quadratic
     radius: Scalar
     iterations: Int[Array, ""]
-    evaluations: Int[Array, ""]
     done: Bool[Array, ""]
 
 
@@ -66,17 +64,22 @@ def quadratic(fit: Fit, x: Vector) -> Quadratic:
     return Quadratic(fit.loss(outputs), gradient, information)
 
 
-def minimise_over_box(
-    gradient: Vector, hessian: Matrix, lower: Vector, upper: Vector
+def best_step(
+    gradient: Vector, hessian: Matrix, lower: Vector, upper: Vector, radius: Scalar
 ) -> Vector:
-    """A step `s` with a small `gradient @ s + s @ hessian @ s / 2` within a box.
+    """A step `s` with a small `gradient @ s + s @ hessian @ s / 2` within bounds.
 
-    The box contains zero. Damped Newton steps of the entries that are not held at a
-    bound are projected to the box; of many dampings, the best one is taken.
+    The bounds contain zero, and its length is at most `radius`. Damped Newton steps of
+    the entries that are not held at a bound are clipped to the bounds, and shortened;
+    of many dampings, the best one is taken.
     """
 
     def value(s: Vector) -> Scalar:
         return gradient @ s + 0.5 * s @ hessian @ s
+
+    def shortened(s: Vector) -> Vector:
+        length = jnp.linalg.norm(s)
+        return s * jnp.minimum(1.0, radius / jnp.where(length > 0, length, 1.0))
 
     def improve(carry: tuple[Vector, Array, Array]) -> tuple[Vector, Array, Array]:
         s, index, _ = carry
@@ -88,15 +91,15 @@ def minimise_over_box(
         scale = jnp.maximum(jnp.max(eigenvalues), 1e-300)
         damped = jnp.maximum(eigenvalues, 0.0) + scale * _DAMPINGS[:, None]
         directions = -((vectors.T @ slope) / damped) @ vectors.T
-        candidates = jnp.clip(s + directions, lower, upper)
+        candidates = jax.vmap(shortened)(jnp.clip(s + directions, lower, upper))
         values = jax.vmap(value)(candidates)
         best = candidates[jnp.argmin(values)]
-        improved = value(s) - jnp.min(values) > 1e-9 * jnp.abs(value(s))
+        improved = value(s) - jnp.min(values) > 1e-3 * jnp.abs(value(s))
         return jnp.where(improved, best, s), index + 1, improved
 
     def unfinished(carry: tuple[Vector, Array, Array]) -> Array:
         _, index, improved = carry
-        return improved & (index < _BOX_STEPS)
+        return improved & (index < _NUM_IMPROVEMENTS)
 
     start = jnp.zeros_like(gradient), jnp.array(0), jnp.array(True)
     return jax.lax.while_loop(unfinished, improve, start)[0]
@@ -118,38 +121,32 @@ def minimise(
 
     def iterate(state: _State) -> _State:
         x, model, radius = state.x, state.model, state.radius
-        low, high = (jnp.clip(b - x, -radius, radius) for b in (lower, upper))
-        step = minimise_over_box(model.gradient, model.hessian, low, high)
+        step = best_step(model.gradient, model.hessian, lower - x, upper - x, radius)
         predicted = -(model.gradient @ step + 0.5 * step @ model.hessian @ step)
         trial = jnp.clip(x + step, lower, upper)
         decrease = model.value - fit.negative_log_likelihood(trial)
-        ratio = jnp.where(jnp.isfinite(decrease), decrease / predicted, -1.0)
-        accepted = ratio > 1e-4
-        size = jnp.max(jnp.abs(step))
-        grown = jnp.where(size > 0.9 * radius, 2.0 * radius, radius)
+        better = jnp.isfinite(decrease) & (decrease > 1e-4 * predicted)
+        new = jax.lax.cond(better, lambda: quadratic(fit, trial), lambda: model)
+        accepted = better & jnp.all(jnp.isfinite(new.gradient))
+        ratio = jnp.where(accepted, decrease / predicted, -1.0)
+        length = jnp.linalg.norm(step)
+        grown = jnp.where(length > 0.9 * radius, 2.0 * radius, radius)
         radius = jnp.where(ratio > 0.75, grown, radius)
-        radius = jnp.where(ratio < 0.25, 0.25 * size, radius)
+        radius = jnp.where(ratio < 0.25, 0.25 * length, radius)
         settled = (predicted < tolerance) & (jnp.abs(decrease) < tolerance)
-        done = settled | (radius < 1e-6) | ~(predicted > 0)
-        new = jax.lax.cond(
-            accepted & ~done, lambda: quadratic(fit, trial), lambda: model
-        )
-        value = jnp.where(accepted, model.value - decrease, model.value)
         return _State(
             jnp.where(accepted, trial, x),
-            new._replace(value=value),
+            jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, model),
             radius,
             state.iterations + 1,
-            state.evaluations + 1,
-            done,
+            settled | (radius < 1e-6) | ~(predicted > 0),
         )
 
     def unfinished(state: _State) -> Array:
         return ~state.done & (state.iterations < max_iterations)
 
     model = quadratic(fit, x0)
-    zero = jnp.array(0)
-    failed = ~jnp.isfinite(model.value)
-    first = _State(x0, model, jnp.asarray(radius), zero, zero, failed)
+    failed = ~jnp.all(jnp.isfinite(model.gradient))
+    first = _State(x0, model, jnp.asarray(radius), jnp.array(0), failed)
     last = jax.lax.while_loop(unfinished, iterate, first)
-    return Found(last.x, last.model.value, last.iterations, last.evaluations)
+    return Found(last.x, last.model.value, last.iterations)
