@@ -74,9 +74,9 @@ class Settings:
     def states(
         self, field: Callable[..., Any], y0: Array, args: Any, times: Array
     ) -> tuple[Array, Array]:
-        """The states at `times` from time 0, `(times, states)`, and whether all is well.
+        """The states at `times` from time 0, `(times, states)`, and if it succeeds.
 
-        An error would stop all lanes of a vmap, so a failure is returned.
+        An error would stop a whole vmap of solves, so a failure is returned.
         """
         sol = nodegrad.odesolve(
             field,

@@ -24,9 +24,9 @@ from .tables import Observable
 
 Weights = Mapping[str, Mapping[str, Array]]
 
-# As PyTorch has them: its GELU is the exact one.
+# GELU is the approximation by tanh, as in JAX and in the published log-likelihoods.
 _FUNCTIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": jax.nn.gelu,
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
     "tanh": jnp.tanh,

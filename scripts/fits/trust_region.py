@@ -86,12 +86,16 @@ def best_step(
         slope = gradient + hessian @ s
         held = ((s <= lower) & (slope > 0)) | ((s >= upper) & (slope < 0))
         slope = jnp.where(held, 0.0, slope)
-        free = jnp.where(held[:, None] | held, 0.0, hessian)
-        eigenvalues, vectors = jnp.linalg.eigh(free)
+        of_free = ~jnp.logical_or.outer(held, held)
+        eigenvalues, vectors = jnp.linalg.eigh(jnp.where(of_free, hessian, 0.0))
         scale = jnp.maximum(jnp.max(eigenvalues), 1e-300)
-        damped = jnp.maximum(eigenvalues, 0.0) + scale * _DAMPINGS[:, None]
-        directions = -((vectors.T @ slope) / damped) @ vectors.T
-        candidates = jax.vmap(shortened)(jnp.clip(s + directions, lower, upper))
+
+        def candidate(damping: Scalar) -> Vector:
+            damped = jnp.maximum(eigenvalues, 0.0) + scale * damping
+            direction = -vectors @ ((vectors.T @ slope) / damped)
+            return shortened(jnp.clip(s + direction, lower, upper))
+
+        candidates = jax.vmap(candidate)(_DAMPINGS)
         values = jax.vmap(value)(candidates)
         best = candidates[jnp.argmin(values)]
         improved = value(s) - jnp.min(values) > 1e-3 * jnp.abs(value(s))
