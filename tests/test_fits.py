@@ -88,6 +88,10 @@ made high 8.1 2 scale sigma
 """
 
 
+# PEtab passes an argument to pandas that pandas 3 no longer recommends.
+pytestmark = pytest.mark.filterwarnings("ignore:The 'float_precision' argument")
+
+
 @pytest.fixture
 def problem(tmp_path):
     tables = {

@@ -36,7 +36,7 @@ class Fit:
 
     - `outputs`: a pure function of the parameters on their scales.
     - `data`: the measurements, on the scales of their observables.
-    - `constant`: what the negative log-likelihood has besides residuals and sigmas.
+    - `constant`: the part of the negative log-likelihood that no parameter changes.
     """
 
     name: str

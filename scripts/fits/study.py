@@ -262,8 +262,9 @@ def _judge(
     report.budgets.append(
         Budget("best log-likelihood, below", case, "reference", max(below, 0.0), 1e-2)
     )
-    if ours["per_second"] > 0:
-        ratio = fides["per_second"] / ours["per_second"]
+    if fides["per_second"] > 0:
+        speed = ours["per_second"]
+        ratio = fides["per_second"] / speed if speed > 0 else np.inf
         what = "converged starts per second of Fides"
         report.budgets.append(Budget(what, case, OURS, ratio, 0.5))
 
