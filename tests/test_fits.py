@@ -88,8 +88,8 @@ made high 8.1 2 scale sigma
 """
 
 
-# PEtab passes an argument to pandas that pandas 3 no longer recommends.
-pytestmark = pytest.mark.filterwarnings("ignore:The 'float_precision' argument")
+# PEtab passes arguments to pandas that pandas 3 no longer recommends.
+pytestmark = pytest.mark.filterwarnings("ignore:(?s).*deprecat")
 
 
 @pytest.fixture

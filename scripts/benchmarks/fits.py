@@ -6,8 +6,10 @@ repository: `--data` or `NODEGRAD_DATA` names a folder with a folder `petab` in 
 """
 
 import argparse
+import importlib
 import os
 from pathlib import Path
+from typing import Any
 
 from .measure import Clock
 from .report import Report
@@ -52,7 +54,7 @@ def run(arguments: argparse.Namespace, clock: Clock, report: Report) -> None:
         )
         raise SystemExit(msg)
     try:
-        from fits import study
+        study: Any = importlib.import_module("fits.study")
     except ImportError as error:
         msg = f"{error}: pip install 'nodegrad[fits]'"
         raise SystemExit(msg) from error

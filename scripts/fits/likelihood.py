@@ -78,7 +78,7 @@ class Settings:
 
         An error would stop a whole vmap of solves, so a failure is returned.
         """
-        sol = nodegrad.odesolve(
+        sol: Any = nodegrad.odesolve(
             field,
             self.solver,
             0.0,

@@ -15,11 +15,10 @@ import pandas as pd
 import yaml
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
-from petab.v1.math import sympify_petab
 
 from .likelihood import Fit, gathered, Outputs, reader, Settings, Vector
-from .sbml import read_model, symbol, TIME, to_function, UnsupportedError
-from .tables import Observable
+from .sbml import parse, read_model, symbol, TIME, to_function, UnsupportedError
+from .tables import Observable, Table
 
 
 Weights = Mapping[str, Mapping[str, Array]]
@@ -73,7 +72,7 @@ def _evaluate(
 def read_weights(path: Path, name: str) -> Weights:
     """The weights of the network `name`, by layer and then `weight` and `bias`."""
     with h5py.File(path) as file:
-        layers = file[f"parameters/{name}"]
+        layers: Any = file[f"parameters/{name}"]
         return {
             layer: {
                 kind: jnp.asarray(layers[layer][kind][()]) for kind in layers[layer]
@@ -145,11 +144,11 @@ def read_hybrid(folder: Path, settings: Settings) -> Fit:
     )
 
 
-def _read(folder: Path, names: Sequence[str]) -> pd.DataFrame:
+def _read(folder: Path, names: Sequence[str]) -> Table:
     return pd.read_csv(folder / names[0], sep="\t")
 
 
-def _hybridization(table: pd.DataFrame, net: str) -> tuple[list[Any], list[str]]:
+def _hybridization(table: Table, net: str) -> tuple[list[Any], list[str]]:
     """The expressions of the inputs, and the names of what the outputs set, in order.
 
     The table names them `net_input1` and so on, `net_output1` and so on.
@@ -161,7 +160,7 @@ def _hybridization(table: pd.DataFrame, net: str) -> tuple[list[Any], list[str]]
     def number(name: str) -> int:
         return int(name.split("put")[-1])
 
-    expressions = [sympify_petab(inputs[k]) for k in sorted(inputs, key=number)]
+    expressions = [parse(inputs[k]) for k in sorted(inputs, key=number)]
     return expressions, [outputs[k] for k in sorted(outputs, key=number)]
 
 
@@ -178,8 +177,8 @@ def _measured(
         count = len(of_row)
         observables.append(
             Observable(
-                sympify_petab(row["observableFormula"]),
-                sympify_petab(row["noiseFormula"]),
+                parse(row["observableFormula"]),
+                parse(row["noiseFormula"]),
                 (),
                 "lin",
                 np.zeros(count, int),

@@ -84,15 +84,29 @@ def _translated(model: Any) -> Model:
     starts = {symbol(name): e for name, e in initial.items()} | {TIME: sympy.S.Zero}
     return Model(
         states,
-        tuple(slopes[s].xreplace(rules) for s in states),
-        tuple(initial[s].xreplace(rules).xreplace(starts) for s in states),
+        tuple(substituted(slopes[s], rules) for s in states),
+        tuple(substituted(substituted(initial[s], rules), starts) for s in states),
         constants,
         rules,
     )
 
 
+def parse(formula: Any) -> sympy.Expr:
+    """The expression of a formula in PEtab's grammar."""
+    found: Any = sympify_petab(formula)
+    return found
+
+
 def _expression(element: Any) -> sympy.Expr:
-    return sympify_petab(libsbml.formulaToL3String(element.getMath()))
+    return parse(libsbml.formulaToL3String(element.getMath()))
+
+
+def substituted(
+    expression: sympy.Expr, rules: Mapping[sympy.Symbol, sympy.Expr]
+) -> sympy.Expr:
+    """`expression` with what `rules` say in place of symbols."""
+    found: Any = expression.xreplace(dict(rules))
+    return found
 
 
 def resolved(
@@ -102,7 +116,7 @@ def resolved(
     found = dict(rules)
     # A rule may name others. SBML forbids cycles, so each pass resolves one level.
     for _ in rules:
-        found = {name: e.xreplace(found) for name, e in found.items()}
+        found = {name: substituted(e, found) for name, e in found.items()}
     return found
 
 
@@ -110,7 +124,7 @@ def _slopes_of_reactions(
     model: Any, species: Mapping[str, Any]
 ) -> dict[str, sympy.Expr]:
     """The slope of each species: of its amount, or of its concentration."""
-    slopes = dict.fromkeys(species, sympy.S.Zero)
+    slopes: dict[str, Any] = dict.fromkeys(species, sympy.S.Zero)
     for reaction in model.getListOfReactions():
         law = reaction.getKineticLaw()
         if law.getNumLocalParameters() or law.getNumParameters():

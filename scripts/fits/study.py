@@ -337,7 +337,7 @@ def _train(fit: Fit, adam: int, lbfgs: int) -> tuple[Point, float]:
             x, state = carry
             _, gradient = value_and_grad(x)
             updates, state = optim.update(gradient, state)
-            x = jnp.clip(optax.apply_updates(x, updates), fit.lower, fit.upper)
+            x = jnp.clip(x + updates, fit.lower, fit.upper)
             return (x, state), None
 
         return jax.lax.scan(step, (x, optim.init(x)), length=adam)[0][0]

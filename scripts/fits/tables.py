@@ -16,13 +16,14 @@ import pandas as pd
 import petab.v1 as petab
 import sympy
 from jaxtyping import Float, Int
-from petab.v1.math import sympify_petab
 
-from .sbml import Model, read_model, symbol, UnsupportedError
+from .sbml import Model, parse, read_model, substituted, symbol, UnsupportedError
 
 
 Indices = Int[np.ndarray, "..."]
 Vector = Float[np.ndarray, "..."]
+#: A table of pandas, whose own annotations fit few uses of it.
+Table = Any
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def read_tables(path: Path) -> Tables:
     """Reads a problem from its YAML file, or from the one in a folder of its name."""
     if path.is_dir():
         path = path / f"{path.name}.yaml"
-    problem = petab.Problem.from_yaml(str(path))
+    problem: Any = petab.Problem.from_yaml(str(path))
     _check(problem)
     model = read_model(_model_path(path))
     parameters = _parameters(problem.parameter_df)
@@ -148,7 +149,7 @@ def read_tables(path: Path) -> Tables:
     )
 
 
-def _check(problem: petab.Problem) -> None:
+def _check(problem: Any) -> None:
     """Raises an error for what is in a problem but not read here."""
     measurements, parameters = problem.measurement_df, problem.parameter_df
     empty = pd.Series(dtype=object)
@@ -172,7 +173,7 @@ def _model_path(path: Path) -> Path:
     return path.parent / files[0]
 
 
-def _parameters(table: pd.DataFrame) -> Parameters:
+def _parameters(table: Table) -> Parameters:
     estimate = table["estimate"].to_numpy(int) == 1
     scales = table["parameterScale"][estimate]
 
@@ -191,7 +192,7 @@ def _parameters(table: pd.DataFrame) -> Parameters:
 
 
 def _condition_indices(
-    model: Model, names: tuple[str, ...], numbers: Numbers, conditions: pd.DataFrame
+    model: Model, names: tuple[str, ...], numbers: Numbers, conditions: Table
 ) -> Indices:
     """Where each condition finds the value of each constant."""
     columns = [c for c in conditions.columns if c != "conditionName"]
@@ -213,8 +214,8 @@ def _condition_indices(
 
 
 def _observable(
-    row: pd.Series,
-    measurements: pd.DataFrame,
+    row: Any,
+    measurements: Table,
     conditions: list[str],
     times: Vector,
     numbers: Numbers,
@@ -230,9 +231,11 @@ def _observable(
     ]
     overrides = [[numbers.index(e) for e in (*o, *n)] for o, n in entries]
     transformation = row.get("observableTransformation", "lin")
+    columns = "observableFormula", "noiseFormula"
+    formula, noise = (substituted(parse(row[c]), assigned) for c in columns)
     return Observable(
-        sympify_petab(row["observableFormula"]).xreplace(dict(assigned)),
-        sympify_petab(row["noiseFormula"]).xreplace(dict(assigned)),
+        formula,
+        noise,
         tuple(placeholders),
         "lin" if pd.isna(transformation) else transformation,
         np.array([conditions.index(c) for c in measurements["simulationConditionId"]]),
@@ -242,7 +245,7 @@ def _observable(
     )
 
 
-def _overrides(measurement: pd.Series) -> tuple[list[Any], list[Any]]:
+def _overrides(measurement: Any) -> tuple[list[Any], list[Any]]:
     """What stands for the placeholders of the formula and of the noise formula."""
     split = petab.split_parameter_replacement_list
     return (
