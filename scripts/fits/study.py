@@ -85,6 +85,8 @@ def fit_mechanistic(
     options: Options, names: Sequence[str], clock: Clock, report: Report
 ) -> None:
     """Likelihoods, gradients, fits and standard errors of mechanistic models."""
+    if not names:
+        return
     report.note(
         f"{options.starts} starts, uniform within the bounds on the scale of each "
         f"parameter (seed {options.seed}); those at which the likelihood or its "
