@@ -59,8 +59,11 @@ _UNTRUSTED = (
 
 _LOST = (
     "A gradient was requested of a solve that ended before `t1`, because the copies of "
-    "the solution diverged. Pass `resync_every=10` or so to the solver; or, for the "
-    "gradient of the part that was solved, pass `throw=False` to the solve."
+    "the solution diverged. Pass `resync_every='auto'`, the default, to `Reversible`, "
+    "or `resync_every=10` or so to `ALF`. If it diverges with that too, single steps "
+    "are too long: take smaller steps, or use a plain solver with "
+    "`nodegrad.ACAAdjoint()`. For the gradient of the part that was solved, pass "
+    "`throw=False` to the solve."
 )
 
 

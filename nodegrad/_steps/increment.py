@@ -11,6 +11,15 @@ $$\lambda_{k_i} = b_i \lambda + \sum_{j>i} a_{ji} \mu_j, \qquad
 If `tableau.is_scanned`, the stages are a loop, and so is this recursion. Its body
 evaluates and linearises the vector field again, at the stored $Y_i$. Otherwise JAX
 differentiates the unrolled stages and stores the intermediate values of all of them.
+
+Some tableaus need two registers instead of all $k_i$ (`tableau.TwoRegisters`). With
+$\delta_i$ for the cotangent of $d_i$, and $\delta_{s+1} = 0$, the recursion is then
+
+$$\delta_i = A_{i+1} \delta_{i+1} + B_i \Bigl(\lambda + \sum_{j>i} \mu_j\Bigr), \qquad
+  \lambda_{k_i} = \delta_i,$$
+
+which stores no $\lambda_{k_i}$ and only the sum of the $\mu_j$. For EES(2,5) and a
+cheap vector field this takes a third from the memory of a gradient.
 """
 
 import functools as ft
@@ -32,11 +41,14 @@ from .tableau import (
     combine,
     is_scanned,
     num_inner_stages,
+    scale_and_add,
     scanned_stages,
     stacked,
     stage_time,
     stages,
     Tableau,
+    two_register_stages,
+    two_registers,
     unstacked,
 )
 
@@ -138,16 +150,13 @@ class Increment:
 
 
 class _Cotangents(NamedTuple):
-    """The cotangents that the scan over the stages carries.
+    """The cotangents that are sums over the stages.
 
-    - `states`: those of all $Y_i$, `(stages, *batch, *y)`; zero for those that the scan
-      has not reached.
-    - `constants`: the sum over the stages so far, of constants with `wrt`.
-    - `control`: the same, of the control.
-    - `t0`, `t1`: the same, of the times of the step, through the times of the stages.
+    - `constants`: of constants with `wrt`.
+    - `control`: of the control.
+    - `t0`, `t1`: of the times of the step, through the times of the stages.
     """
 
-    states: PyTree[Array]
     constants: PyTree[Array]
     control: PyTree[Array]
     t0: Array
@@ -165,6 +174,12 @@ class StagedIncrement:
         self.jaxpr = product.jaxpr
         #: Whether the stages and their pullbacks are loops.
         self.scanned = is_scanned(increment.tableau, product.jaxpr)
+        inner = num_inner_stages(increment.tableau)
+        #: The coefficients for two registers; `None` to use the tableau itself. A stage
+        #: that is shared with the next step has no place in that form.
+        self.registers = (
+            two_registers(increment.tableau) if increment.num_stages == inner else None
+        )
 
     def __call__(self, consts: list[Any], *args: PyTree) -> PyTree:
         """Returns what `Increment` returns, for one solve with these constants."""
@@ -179,28 +194,34 @@ class StagedIncrement:
     ) -> PyTree:
         """Returns the results for every solve of a batch, as `Pure.evaluate` does."""
         # Nothing is differentiated here, so a loop costs little and compiles fast.
-        ks, _ = self._stages(batch, consts, axes, args)
-        return self._results(batch, ks)
+        results, _ = self._results(batch, consts, axes, args)
+        return results
 
-    def _stages(
+    def _results(
         self, batch: Batch, consts: list[Any], axes: list[Axes], args: tuple
-    ) -> tuple[PyTree, PyTree]:
-        """Returns the stages and the states $Y_i$: arrays `(stages, *batch, *y)`.
+    ) -> tuple[tuple[PyTree, PyTree], PyTree[Array]]:
+        """Returns what `Increment` returns, and the states $Y_i$.
 
-        Here and in the pullback the axis of stages comes first, because `scan` runs
-        over it. In what is returned it comes after the batch axes.
+        The states are arrays `(stages, *batch, *y)`. Here and in the pullback the axis
+        of stages comes first, because `scan` runs over it. In what is returned it comes
+        after the batch axes.
         """
         t0, t1, control, y0 = args
         evaluate = batch.map_shared(self.product, consts, axes)
         product = lambda t, y: evaluate(t, y, control)
         tableau, num = self.increment.tableau, self.increment.num_stages
-        return scanned_stages(tableau, num, product, t0, t1, y0)
-
-    def _results(self, batch: Batch, ks: PyTree[Array]) -> tuple[PyTree, PyTree]:
-        """Returns what `Increment` returns, from the stages `(stages, *batch, *y)`."""
-        as_list = unstacked(ks, self.increment.num_stages)
+        if self.registers is not None:
+            _, c = coefficients(tableau, num, jnp.result_type(t0))
+            increment, ks, states = two_register_stages(
+                self.registers, c, product, t0, t1, y0
+            )
+            as_list = unstacked(ks, num)
+        else:
+            ks, states = scanned_stages(tableau, num, product, t0, t1, y0)
+            as_list = unstacked(ks, num)
+            increment = self.increment.weighted(as_list)
         returned = self.increment.returned(as_list, len(batch.sizes))
-        return self.increment.weighted(as_list), returned
+        return (increment, returned), states
 
     def pullback(
         self,
@@ -218,18 +239,14 @@ class StagedIncrement:
         """
         if not self.scanned:
             return pullback(self, batch, consts, axes, wrt, args, spec)
-        t0, t1, control, y0 = args
+        t0, t1, control, _ = args
         wrt_t0, wrt_t1, wrt_control, wrt_y0 = spec
         product_spec = wrt_t0 or wrt_t1, wrt_y0, wrt_control
-        ks, states = self._stages(batch, consts, axes, args)
-        increment, num = self.increment, self.increment.num_stages
-        a, c = coefficients(increment.tableau, num, jnp.result_type(t0))
+        results, states = self._results(batch, consts, axes, args)
 
-        def stage(cts: _Cotangents, inputs: tuple[PyTree[Array], ...]):
-            # `a` is a column of the matrix, `(stages,)`. Stages before this one have
-            # weight 0 in it, and their `cts.states` are zero as well.
-            index, state, ct_k, a, c = inputs
-            ct_k = jax.tree.map(ft.partial(add_weighted, a), ct_k, cts.states)
+        def pull_stage(
+            sums: _Cotangents, c: Array, state: PyTree[Array], ct_k: PyTree[Array]
+        ) -> tuple[_Cotangents, PyTree[Array]]:
             t = stage_time(c, t0, t1)
             _, pull = self.product.pullback(
                 batch, consts, axes, wrt, (t, state, control), product_spec
@@ -237,34 +254,106 @@ class StagedIncrement:
             ct_consts, (ct_t, ct_state, ct_control) = pull(ct_k)
             # The stage time is `(1 - c) * t0 + c * t1`.
             new = _Cotangents(
-                states=set_row(cts.states, index, ct_state),
-                constants=add(cts.constants, ct_consts),
-                control=add(cts.control, ct_control),
-                t0=cts.t0 if ct_t is None else cts.t0 + (1 - c) * ct_t,
-                t1=cts.t1 if ct_t is None else cts.t1 + c * ct_t,
+                constants=add(sums.constants, ct_consts),
+                control=add(sums.control, ct_control),
+                t0=sums.t0 if ct_t is None else sums.t0 + (1 - c) * ct_t,
+                t1=sums.t1 if ct_t is None else sums.t1 + c * ct_t,
             )
-            return new, None
+            return new, ct_state
 
         def pull(ct: tuple[PyTree, PyTree]) -> tuple[list[Any], tuple[PyTree, ...]]:
             # Cotangents of what is not differentiated are `None`.
-            init = _Cotangents(
-                states=zeros_like(states),
+            zero = _Cotangents(
                 constants=zeros_like(eqx.filter(consts, wrt)),
                 control=zeros_like(eqx.filter(control, wrt_control)),
                 t0=jnp.zeros_like(t0),
                 t1=jnp.zeros_like(t1),
             )
-            # Column `i` of the matrix, row `i` of `a.T`, has the weights of `k_i` in
-            # the states of later stages.
-            ct_ks = self._cotangents_of_stages(batch, *ct)
-            inputs = jnp.arange(num), states, ct_ks, a.T, c
-            cts, _ = jax.lax.scan(stage, init, inputs, reverse=True)
-            # `y0` enters every state with weight one.
-            ct_y0 = ft.reduce(add, unstacked(cts.states, num))
-            ct_t0, ct_t1 = cts.t0 if wrt_t0 else None, cts.t1 if wrt_t1 else None
-            return cts.constants, (ct_t0, ct_t1, cts.control, ct_y0)
+            pull_all = (
+                self._pull_tableau if self.registers is None else self._pull_registers
+            )
+            sums, ct_y0 = pull_all(batch, pull_stage, zero, states, ct)
+            ct_t0, ct_t1 = sums.t0 if wrt_t0 else None, sums.t1 if wrt_t1 else None
+            return sums.constants, (ct_t0, ct_t1, sums.control, ct_y0)
 
-        return self._results(batch, ks), pull
+        return results, pull
+
+    def _pull_tableau(
+        self,
+        batch: Batch,
+        pull_stage: Callable,
+        zero: _Cotangents,
+        states: PyTree[Array],
+        ct: tuple[PyTree, PyTree],
+    ) -> tuple[_Cotangents, PyTree[Array]]:
+        """Pulls all stages back: returns the sums, which start as `zero`, and `ct_y0`.
+
+        The scan carries the cotangents of all $Y_i$, `(stages, *batch, *y)`; zero for
+        those that it has not reached.
+        """
+        num, dtype = self.increment.num_stages, zero.t0.dtype
+        a, c = coefficients(self.increment.tableau, num, dtype)
+
+        def stage(carry: tuple[PyTree, _Cotangents], inputs: tuple):
+            # `a` is a column of the matrix, `(stages,)`. Stages before this one have
+            # weight 0 in it, and their `ct_states` are zero as well.
+            ct_states, sums = carry
+            index, state, ct_k, a, c = inputs
+            ct_k = jax.tree.map(ft.partial(add_weighted, a), ct_k, ct_states)
+            sums, ct_state = pull_stage(sums, c, state, ct_k)
+            return (set_row(ct_states, index, ct_state), sums), None
+
+        # Column `i` of the matrix, row `i` of `a.T`, has the weights of `k_i` in
+        # the states of later stages.
+        ct_ks = self._cotangents_of_stages(batch, *ct)
+        inputs = jnp.arange(num), states, ct_ks, a.T, c
+        init = zeros_like(states), zero
+        (ct_states, sums), _ = jax.lax.scan(stage, init, inputs, reverse=True)
+        # `y0` enters every state with weight one.
+        return sums, ft.reduce(add, unstacked(ct_states, num))
+
+    def _pull_registers(
+        self,
+        batch: Batch,
+        pull_stage: Callable,
+        zero: _Cotangents,
+        states: PyTree[Array],
+        ct: tuple[PyTree, PyTree],
+    ) -> tuple[_Cotangents, PyTree[Array]]:
+        """Does the same as `_pull_tableau`, by the recursion for two registers."""
+        assert self.registers is not None
+        num, dtype = self.increment.num_stages, zero.t0.dtype
+        _, c = coefficients(self.increment.tableau, num, dtype)
+        a, b = (jnp.asarray(x, dtype) for x in self.registers)
+        ct_increment, ct_returned = ct
+        returns, axis = self.increment.returns, len(batch.sizes)
+        rows = None
+        if returns == "all":
+            # From `(*batch, stages, *y)` to `(stages, *batch, *y)`.
+            rows = jax.tree.map(lambda ct: jnp.moveaxis(ct, axis, 0), ct_returned)
+
+        def stage(carry: tuple[PyTree, PyTree, _Cotangents], inputs: tuple):
+            # `ct_d` is $A_{i+1} \delta_{i+1}$, `ct_y0` the sum of the $\mu_j$ so far.
+            ct_d, ct_y0, sums = carry
+            index, state, row, a, b, c = inputs
+            ct_w = add(ct_increment, ct_y0)
+            ct_d = jax.tree.map(ft.partial(scale_and_add, b), ct_w, ct_d)
+            ct_k = ct_d
+            if returns == "all":
+                ct_k = add(ct_d, row)
+            elif returns == "first":
+                first = lambda ct_d, ct: ct_d + jnp.where(index == 0, ct, 0)
+                ct_k = jax.tree.map(first, ct_d, ct_returned)
+            sums, ct_state = pull_stage(sums, c, state, ct_k)
+            ct_d = jax.tree.map(lambda ct: a.astype(ct.dtype) * ct, ct_d)
+            return (ct_d, add(ct_y0, ct_state), sums), None
+
+        none = zeros_like(ct_increment)
+        inputs = jnp.arange(num), states, rows, a, b, c
+        (_, ct_y0, sums), _ = jax.lax.scan(
+            stage, (none, none, zero), inputs, reverse=True
+        )
+        return sums, ct_y0
 
     def _cotangents_of_stages(
         self, batch: Batch, ct_increment: PyTree, ct_returned: PyTree

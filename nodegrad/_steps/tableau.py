@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import diffrax
 import jax
@@ -145,6 +145,81 @@ def scanned_stages(
         ks = set_row(ks, 0, k0)
     inputs = jnp.arange(first, num), a[first:], c[first:]
     return jax.lax.scan(stage, ks, inputs)
+
+
+class TwoRegisters(NamedTuple):
+    r"""Coefficients with which a step needs two registers instead of all its stages.
+
+    Williamson (1980): with $d_0 = 0$ and $w_1 = 0$,
+
+    $$d_i = A_i d_{i-1} + k_i, \qquad w_{i+1} = w_i + B_i d_i, \qquad
+      Y_i = y_0 + w_i,$$
+
+    and $w_{s+1}$ is the increment. So $B_i$ is the entry of the tableau below the
+    diagonal, and $B_i A_i$ is the change of the weight of $k_{i-1}$ in stage $i$.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+
+
+def two_registers(tableau: Tableau) -> TwoRegisters | None:
+    """Returns the coefficients of the form with two registers; `None` without one."""
+    num = num_inner_stages(tableau)
+    # Row `i` has the weights of the stages in $Y_i$, the last one those in $y_1$.
+    rows = np.zeros((num + 1, num))
+    for i, row in enumerate(tableau.a_lower[: num - 1], start=1):
+        rows[i, :i] = row
+    rows[num] = tableau.b_sol[:num]
+    a, b = np.zeros(num), np.diag(rows[1:]).copy()
+    if np.any(b == 0):
+        return None
+    a[1:] = np.diag(rows[2:] - rows[1:-1]) / b[1:]
+    # The weights of the stages in `w` and in `d`.
+    w, d = np.zeros(num), np.zeros(num)
+    for i in range(num):
+        d = a[i] * d + np.eye(num)[i]
+        w = w + b[i] * d
+        if not np.allclose(w, rows[i + 1], rtol=0, atol=1e-15):
+            return None
+    return TwoRegisters(a, b)
+
+
+def two_register_stages(
+    registers: TwoRegisters,
+    c: Array,
+    product: Callable[..., PyTree[Array]],
+    t0: Real[Array, "..."],
+    t1: Real[Array, "..."],
+    y0: PyTree[Array],
+) -> tuple[PyTree[Array], PyTree[Array], PyTree[Array]]:
+    """Returns the increment, the stages, and the states they are evaluated at.
+
+    `c` are the nodes. The arguments and the last two results are those of
+    `scanned_stages`; XLA does not compute those that are not used.
+    """
+
+    def stage(
+        carry: tuple[PyTree[Array], PyTree[Array]], inputs: tuple[Array, Array, Array]
+    ) -> tuple[tuple[PyTree, PyTree], tuple[PyTree, PyTree]]:
+        w, d = carry
+        a, b, c = inputs
+        state = jax.tree.map(jnp.add, y0, w)
+        k = product(stage_time(c, t0, t1), state)
+        # With more precise times than states, a stage may be more precise, too.
+        k = jax.tree.map(lambda k, y: k.astype(y.dtype), k, state)
+        d = jax.tree.map(functools.partial(scale_and_add, a), d, k)
+        return (jax.tree.map(functools.partial(scale_and_add, b), d, w), d), (k, state)
+
+    zero = jax.tree.map(jnp.zeros_like, y0)
+    inputs = jnp.asarray(registers.a, c.dtype), jnp.asarray(registers.b, c.dtype), c
+    (w, _), (ks, states) = jax.lax.scan(stage, (zero, zero), inputs)
+    return w, ks, states
+
+
+def scale_and_add(factor: Array, x: Array, y: Array) -> Array:
+    """Returns `factor * x + y`, in the dtype of `x`."""
+    return factor.astype(x.dtype) * x + y
 
 
 def add_weighted(weights: Array, x: Array, rows: Array) -> Array:

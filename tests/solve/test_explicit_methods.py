@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 import nodegrad
+from nodegrad._internal.batch import Axes, Batch
+from nodegrad._steps.increment import Increment
+from nodegrad._steps.tableau import two_registers
 
 from ..matrix import DOORS, value_and_grad
 from ..problems import explicit_step, relative_error
@@ -85,6 +88,48 @@ def _solve(solver, h, y0, a, adjoint, solve=nodegrad.odesolve, saveat=None):
 
 
 Y0, A = jnp.array([1.0, 0.5]), jnp.array(1.3)
+
+
+def test_form_with_two_registers_is_the_published_one():
+    # Of EES(2,5; 1/10) and of EES(2,7), whose entries are in the field of sqrt(2).
+    r = np.sqrt(2)
+    published = {
+        nodegrad.EES25: ([0, -7 / 15, -35 / 32], [1 / 3, 15 / 16, 2 / 5]),
+        nodegrad.EES27: (
+            [0, (4 * r - 7) / 3, -(4 + 5 * r) / 12, 3 * (8 * r - 31) / 49],
+            [(2 - r) / 3, (4 + r) / 8, 3 * (3 - r) / 7, (9 - 4 * r) / 14],
+        ),
+    }
+    for cls, coefficients in published.items():
+        found = two_registers(cls.tableau)
+        assert found is not None
+        assert np.allclose(found, coefficients, rtol=1e-14, atol=1e-15)
+    for solver in (nodegrad.RK4, diffrax.Bosh3, diffrax.Tsit5):
+        assert two_registers(solver.tableau) is None
+
+
+@pytest.mark.parametrize("returns", ["none", "first", "all"])
+@pytest.mark.parametrize("solver", [*METHODS, diffrax.Midpoint(), diffrax.Heun()])
+def test_two_registers_give_the_increment_and_pullback_of_the_tableau(solver, returns):
+    t0, t1, control, y0 = jnp.array(0.3), jnp.array(0.8), jnp.array(0.5), Y0
+    product = lambda t, y, control: control * _field(t, y, A)
+    increment = Increment(solver.tableau, product, returns)
+    consts, staged = increment.closure_convert(t0, t1, control, y0)
+    args, batch = (t0, t1, control, y0), Batch()
+    axes, wrt = [Axes(()) for _ in consts], [True for _ in consts]
+    found = {}
+    for registers in (staged.registers, None):
+        staged.registers = registers
+        out, pull = staged.pullback(batch, consts, axes, wrt, args, (True,) * 4)
+        cts = jax.tree.map(
+            lambda x: jnp.sin(1 + jnp.arange(x.size)).reshape(x.shape), out
+        )
+        found[registers is None] = out, pull(cts)
+        assert staged.scanned
+    ours, tableau = jax.tree.leaves(found[False]), jax.tree.leaves(found[True])
+    assert len(ours) == len(tableau) >= 5
+    for x, y in zip(ours, tableau, strict=True):
+        assert jnp.allclose(x, y, rtol=1e-14, atol=1e-15)
 
 
 @by_name
