@@ -48,9 +48,9 @@ def snopt(
     `scale_by_snopt`, starts at the mean eigenvalue of the curvature. It falls where the
     model predicts the loss well, and grows where it does not (Levenberg and Marquardt).
     A step that raises the loss of its batch by more than a hundredth, or makes it NaN,
-    is not taken. Nothing is left to tune. (If a solve in the loss may fail at other parameters, pass
-    `throw=False` to it, and let the loss be NaN where `result` is not successful.
-    Otherwise an evaluation at the end of a direction may raise.)
+    is not taken. Nothing is left to tune. (If a solve in the loss may fail at other
+    parameters, pass `throw=False` to it, and let the loss be NaN where `result` is not
+    successful. Otherwise an evaluation at the end of a direction may raise.)
 
     *With a learning rate* $\eta$ the optimiser is the chain
     `scale_by_snopt`, weight decay, momentum, learning rate:

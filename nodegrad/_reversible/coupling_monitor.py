@@ -26,6 +26,7 @@ cannot be compared, so $\rho$ is unknown. Then only the size of $D$ is tested.
 """
 
 import math
+from dataclasses import replace
 
 import equinox as eqx
 import jax
@@ -203,6 +204,19 @@ class CouplingMonitor(eqx.Module):
             lost=~sound,
         )
 
+    def before_next_step(
+        self, discards: Bool[ArrayLike, ""], y0: PyTree[Array], y1: PyTree[Array]
+    ) -> "CouplingMonitor":
+        """Returns the monitor of a solve whose next step `discards` the difference.
+
+        Only rounding is then left of the difference: the solution is $z + D$, with the
+        digits of $D$. This is too much if $D$ is far larger than the states before and
+        after the step, `y0` and `y1`, or NaN.
+        """
+        largest = jax.lax.stop_gradient(jnp.maximum(size(y0), size(y1)))
+        is_accurate = self.distance <= _ROUNDING * largest
+        return replace(self, lost=~is_accurate | (self.lost & ~jnp.asarray(discards)))
+
 
 def _wants_resync(
     apart: Float[Array, ""],
@@ -224,18 +238,6 @@ def _wants_resync(
     more = jnp.expm1(jnp.maximum(0, growth)) * apart
     enough = _RESYNC * base if has_error else _RESYNC_WITHOUT_ESTIMATE
     return (more > enough) & (apart > _rounding(apart, _RESYNC_ROUNDING))
-
-
-def leaves_digits(
-    distance: Float[Array, ""], y0: PyTree[Array], y1: PyTree[Array]
-) -> Bool[Array, ""]:
-    """Returns whether the solution is accurate in spite of a difference of that size.
-
-    The solution is $z + D$, so it is rounded to the digits of $D$. Its states before
-    and after the step are `y0` and `y1`. It is not accurate if the difference is NaN.
-    """
-    largest = jnp.maximum(size(y0), size(y1))
-    return distance <= _ROUNDING * jax.lax.stop_gradient(largest)
 
 
 def _rounding(like: Array, units: float) -> float:

@@ -1,7 +1,6 @@
 """The coupling of two copies that makes an explicit Runge-Kutta method reversible."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import diffrax
@@ -19,12 +18,7 @@ from .._steps.reversible_solver import check_number, check_resync_every
 from .._steps.step import DelegatingSolver
 from .._steps.tableau import combine, explicit_tableau, num_inner_stages
 from .._trajectory.state_source import Evaluate
-from .coupling_monitor import (
-    allowed_difference,
-    CouplingMonitor,
-    leaves_digits,
-    with_difference,
-)
+from .coupling_monitor import allowed_difference, CouplingMonitor, with_difference
 from .invertible_step import (
     AbstractInvertibleStep,
     Flag,
@@ -213,10 +207,8 @@ class Reversible(SharingSolver, DelegatingSolver, diffrax.AbstractStratonovichSo
             d0, d1, info, control, self.coupling_parameter, made_jump, count, error
         )
         asked = monitor.wants_resync & step.chooses_resyncs
-        # If the next step discards the difference, only rounding is left of it.
         discards = asked | is_regular_resync(step.resync_every, count + 1)
-        spoiled = ~leaves_digits(monitor.distance, info["y0"], info["y1"])
-        monitor = replace(monitor, lost=spoiled | (monitor.lost & ~discards))
+        monitor = monitor.before_next_step(discards, info["y0"], info["y1"])
         result = diffrax.RESULTS.where(
             monitor.lost, COUPLING_LOST, diffrax.RESULTS.successful
         )
