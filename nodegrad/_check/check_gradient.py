@@ -26,9 +26,9 @@ from .checks import (
     References,
     verdict_of,
 )
-from .costs import ADJOINTS, costs, Program, recommended
+from .costs import ADJOINTS, costs, recommended
 from .report import advice, GradientCheck
-from .varied_solve import as_written, Call, Loss, observed
+from .varied_solve import as_written, Call, Loss, observed, Program
 
 
 def check_gradient(

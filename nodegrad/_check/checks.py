@@ -15,10 +15,10 @@ from jaxtyping import PyTree
 
 from .._solve.aca_adjoint import ACAAdjoint
 from .._solve.reversible_adjoint import ReversibleAdjoint
-from .costs import first_line, Program, relative_error
+from .costs import first_line, relative_error
 from .finite_differences import Differences, directions, make_differences
 from .report import Check
-from .varied_solve import Call, Loss, scaled
+from .varied_solve import Call, Loss, Program, scaled
 
 
 # The largest reconstruction error with which `ReversibleAdjoint` returns a gradient.

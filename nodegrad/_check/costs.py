@@ -1,25 +1,21 @@
 """What a gradient costs with each adjoint, and how far it is from the exact one."""
 
-import logging
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import diffrax
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
-from .._internal.compat import callback_logger
 from .._solve.aca_adjoint import ACAAdjoint
 from .._solve.reversible_adjoint import ReversibleAdjoint
 from .finite_differences import element_scales
-from .varied_solve import Loss, Variation, with_adjoint
+from .varied_solve import Loss, Program, with_adjoint
 
 
 ADJOINTS = (
@@ -57,34 +53,6 @@ class AdjointCost:
     note: str
     is_yours: bool
     is_exact: bool
-
-
-class Program:
-    """Value and gradient of a loss, compiled. It takes `scales` of a variation."""
-
-    def __init__(
-        self, loss: Loss, make_variation: Callable[..., Variation], *scales: float
-    ) -> None:
-        self._loss = loss
-
-        def value(params: PyTree, others: PyTree, *scales: Any) -> Array:
-            return loss(params, others, make_variation(*scales))
-
-        arguments = loss.params, loss.others, *map(jnp.asarray, scales)
-        self._run = jax.jit(jax.value_and_grad(value)).lower(*arguments).compile()
-        analysis = self._run.memory_analysis()
-        self.temp_bytes = None if analysis is None else analysis.temp_size_in_bytes
-
-    def __call__(self, *scales: float) -> tuple[Array, PyTree]:
-        """Returns value and gradient. Raises if a solve does."""
-        arrays = map(jnp.asarray, scales)
-        # An error is raised as well as logged.
-        callback_logger.addFilter(_nothing)
-        try:
-            out = self._run(self._loss.params, self._loss.others, *arrays)
-            return jax.block_until_ready(out)
-        finally:
-            callback_logger.removeFilter(_nothing)
 
 
 def relative_error(found: PyTree, reference: PyTree, params: PyTree) -> float:
@@ -187,12 +155,6 @@ def first_line(error: Exception) -> str:
         return inner[1]
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"
-
-
-def _nothing(record: logging.LogRecord) -> bool:
-    """A filter of log records that lets none through."""
-    del record
-    return False
 
 
 def recommended(rows: Sequence[AdjointCost], tolerance: float) -> AdjointCost | None:

@@ -7,6 +7,7 @@ with some of them replaced.
 """
 
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
@@ -19,7 +20,7 @@ import numpy as np
 from jax.experimental import io_callback
 from jaxtyping import Array, ArrayLike, Bool, PyTree, Real
 
-from .._internal.compat import is_sde
+from .._internal.compat import callback_logger, is_sde
 from .._internal.results import promoted, RESULTS
 from .._reversible.reversals import make_invertible_step
 from .._solve.aca_adjoint import ACAAdjoint
@@ -319,3 +320,37 @@ class _Synchronized(diffrax.AbstractAdaptiveStepSizeController):
         keep = self._first(keep)
         next_t0 = jnp.where(keep, t1, t0)
         return keep, next_t0, next_t0 + factor * (t1 - t0), *others
+
+
+class Program:
+    """Value and gradient of a loss, compiled. It takes `scales` of a variation."""
+
+    def __init__(
+        self, loss: Loss, make_variation: Callable[..., Variation], *scales: float
+    ) -> None:
+        self._loss = loss
+
+        def value(params: PyTree, others: PyTree, *scales: Any) -> Array:
+            return loss(params, others, make_variation(*scales))
+
+        arguments = loss.params, loss.others, *map(jnp.asarray, scales)
+        self._run = jax.jit(jax.value_and_grad(value)).lower(*arguments).compile()
+        analysis = self._run.memory_analysis()
+        self.temp_bytes = None if analysis is None else analysis.temp_size_in_bytes
+
+    def __call__(self, *scales: float) -> tuple[Array, PyTree]:
+        """Returns value and gradient. Raises if a solve does."""
+        arrays = map(jnp.asarray, scales)
+        # An error is raised as well as logged.
+        callback_logger.addFilter(_nothing)
+        try:
+            out = self._run(self._loss.params, self._loss.others, *arrays)
+            return jax.block_until_ready(out)
+        finally:
+            callback_logger.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    """A filter of log records that lets none through."""
+    del record
+    return False
