@@ -150,7 +150,8 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     align = lambda line: "  ".join(map(str.ljust, line, widths)).rstrip()
-    return "\n".join([align(header), "-" * sum(widths[:-1]), *map(align, rows)])
+    head, *body = map(align, lines)
+    return "\n".join([head, "-" * len(head), *body])
 
 
 def advice(

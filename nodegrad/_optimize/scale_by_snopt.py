@@ -216,6 +216,13 @@ def initial_snopt_state(rule: Rule, chosen: Chosen, params: PyTree) -> Any:
         # `optax.tree_map_params` passes a placeholder for the parameters, and must
         # find it where the state depends on them.
         return SNOptState(count, params)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        if not hasattr(leaf, "dtype"):
+            msg = (
+                f"`init` takes arrays; got {leaf!r} at {jax.tree_util.keystr(path)}. "
+                "Pass `eqx.filter(model, eqx.is_inexact_array)`."
+            )
+            raise TypeError(msg)
     states = initial_states(rule, chosen(params), Leaves(params).dtypes)
     return SNOptState(count, states)
 
@@ -316,8 +323,8 @@ def _refreshed(
         if rule.moment == "ekfac" and factors.draws is None:
             msg = (
                 f"`moment='ekfac'` needs the `draws` of {layer.key}, and its curvature "
-                "has none: pass `moments=True` to `value_grad_and_curvature`, or "
-                "choose `moment='running'`."
+                "has none: pass `moments=True` to `make_steps` (or to "
+                "`value_grad_and_curvature`), or choose `moment='running'`."
             )
             raise ValueError(msg)
         fresh[layer.key] = refresh(rule, states[layer.key], factors)

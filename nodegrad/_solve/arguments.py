@@ -41,6 +41,11 @@ def check_no_others(others: dict[str, Any]) -> None:
     """Raises a `TypeError` that says where to find an argument `odesolve` lacks."""
     for name in others:
         msg = f"`nodegrad.odesolve` has no argument `{name}`."
+        if name in ("rtol", "atol"):
+            msg += (
+                " Tolerances belong to the controller: "
+                "`stepsize_controller=diffrax.PIDController(rtol=..., atol=...)`."
+            )
         if name in inspect.signature(diffrax.diffeqsolve).parameters:
             msg += (
                 " It is in Diffrax, with the same gradients: `diffrax.diffeqsolve(..., "
@@ -52,10 +57,16 @@ def check_no_others(others: dict[str, Any]) -> None:
 def check_instance(name: str, value: Any, kind: type) -> None:
     """Raises a `TypeError` unless the argument `name` is an instance of `kind`."""
     if not isinstance(value, kind):
-        # Often it is the class itself, without brackets.
         expected = f"an instance of `diffrax.{kind.__name__}`"
-        msg = f"`{name}` must be {expected}; got {value!r}."
+        msg = f"`{name}` must be {expected}; got {_described(value)}."
         raise TypeError(msg)
+
+
+def _described(value: Any) -> str:
+    """Returns how a message calls `value`, which is of the wrong type."""
+    if isinstance(value, type):
+        return f"the class `{value.__name__}` itself: write `{value.__name__}(...)`"
+    return repr(value)
 
 
 def check_supported(adjoint: Any, saveat: diffrax.SaveAt) -> None:
@@ -64,8 +75,8 @@ def check_supported(adjoint: Any, saveat: diffrax.SaveAt) -> None:
     if not isinstance(adjoint, AbstractRecordedAdjoint):
         msg = (
             "`odesolve(adjoint=...)` takes a `nodegrad.ACAAdjoint` or a "
-            f"`nodegrad.ReversibleAdjoint`; got {adjoint}. Diffrax's own adjoints, "
-            "also `diffrax.ImplicitAdjoint` for steady states, work in "
+            f"`nodegrad.ReversibleAdjoint`; got {_described(adjoint)}. Diffrax's own "
+            "adjoints, also `diffrax.ImplicitAdjoint` for steady states, work in "
             "`diffrax.diffeqsolve(..., adjoint=...)` alone."
         )
         raise TypeError(msg)
@@ -180,7 +191,8 @@ def check_vector_field(
     if jax.tree.structure(out) != jax.tree.structure(y0):
         msg = (
             "The vector field must return a pytree with the structure of `y0`: "
-            f"expected {jax.tree.structure(y0)}, got {jax.tree.structure(out)}."
+            f"expected {jax.tree.structure(y0)}, got {jax.tree.structure(out)}. (A "
+            "list is a pytree: for a vector write `jnp.array(y0)`.)"
         )
         raise ValueError(msg)
     leaves, _ = jax.tree.flatten_with_path(y0)

@@ -436,3 +436,10 @@ def test_curvature_that_does_not_fit_is_refused():
     wrong = curvature[".first"]._replace(draws=curvature[".second"].draws)
     with pytest.raises(ValueError, match="The draws of"):
         optim.update(grads, state, curvature={".first": wrong})
+
+
+@pytest.mark.parametrize("optim", [nodegrad.snopt(), nodegrad.scale_by_snopt()])
+def test_a_model_with_functions_in_it_is_refused(optim):
+    model = eqx.nn.MLP(2, 2, 4, 1, key=jr.PRNGKey(0))
+    with pytest.raises(TypeError, match=r"at .activation. Pass `eqx.filter"):
+        optim.init(model)

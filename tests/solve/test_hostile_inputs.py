@@ -162,6 +162,7 @@ REFUSED = {
         r"`diffrax.diffeqsolve\(..., progress_meter=..., adjoint=",
     ),
     "misspelt": (dict(save_at=None), "has no argument `save_at`.$"),
+    "rtol": (dict(rtol=1e-3), "Tolerances belong to the controller"),
 }
 # What Diffrax leaves to the adjoint, and so to nodegrad.
 REFUSED_BY_BOTH = [
