@@ -69,7 +69,7 @@ def make_steps(
     without a learning rate also evaluates the loss four times in both.
 
     **When not to use it:** for more than this loop: gradient accumulation, several
-    devices, your own metrics. Then write both steps yourself, of five lines each.
+    devices, your own metrics. Then write the two steps yourself; each takes five lines.
     """
     has_aux = options.get("has_aux", False)
     curvature_fn = value_grad_and_curvature(loss, predict=predict, **options)

@@ -181,7 +181,7 @@ _NO_MODEL = (
 def _separated(direction: PyTree, layers: list[Layer]) -> list[PyTree]:
     """Returns `direction` as the part in layers, and the rest if there is one.
 
-    The rest is a plain gradient, whose length has nothing to do with that of the first.
+    The rest is a plain gradient. So its scale is unrelated to that of the first part.
     """
     inside = {layer.weight for layer in layers} | {layer.bias for layer in layers}
     paths = jax.tree_util.tree_flatten_with_path(direction)[0]

@@ -241,7 +241,8 @@ class GradientVisitor(eqx.Module):
 def pull_back(recording: Recording, ct: Outputs) -> Inputs:
     """Returns the cotangents of `recording.inputs`, given those of the outputs.
 
-    Cotangents of arrays that `recording.wrt` does not mark are `None` or incomplete.
+    Cotangents of arrays that `recording.wrt` does not mark must not be used: they are
+    `None`, or miss some contributions.
     They are NaN for solves that have no derivative; with `plan.throw` this is an error.
     """
     statistics = None

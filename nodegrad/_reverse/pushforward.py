@@ -182,7 +182,7 @@ def _make_step(
     )
     # Write the rows that the saves have at the end of this step, and inside it.
     saved = [
-        _save(pure, consts, ts, old, index, start, end, y1, info)
+        _push_saves(pure, consts, ts, old, index, start, end, y1, info)
         for pure, consts, ts, old in zip(
             plan.saves, inputs.save_constants, inputs.ts, state.saved, strict=True
         )
@@ -237,7 +237,7 @@ def _put_row(buffer: Any, row: Int[Array, ""], x: Array) -> Any:
     return buffer_at_set(buffer, row, x, pred=True)
 
 
-def _save(
+def _push_saves(
     pure: Any,
     consts: list[list[Array]],
     ts: Real[Array, " num_ts"] | None,

@@ -195,7 +195,7 @@ class Problem(eqx.Module):
         # Save, and keep the previous values of what a rejected step would change. The
         # controller has done so for its own state.
         count = state.num_accepted_steps + jnp.where(accepted, 1, 0)
-        save_state, dense_ts, dense_infos = self._save(
+        save_state, dense_ts, dense_infos = self._write_saves(
             state, accepted, count, tprev, y, dense_info
         )
         return State(
@@ -215,7 +215,7 @@ class Problem(eqx.Module):
             dense_infos=dense_infos,
         )
 
-    def _save(
+    def _write_saves(
         self,
         state: State,
         accepted: Bool[Array, ""],

@@ -61,7 +61,7 @@ class RecordedSteps(eqx.Module):
     - `grid`, `grid_axes`: what the step times depend on, and the axes of its arrays.
     - `parts`: the functions that a step calls, by name.
     - `constants`, `axes`, `wrt`: for every part the arrays it depends on, the batch
-      levels that these have axes for, and whether to differentiate by them.
+      levels that these have axes for, and whether to differentiate in them.
     - `wrt_times`: whether to differentiate by the times of steps.
     - `y0`, `replay_state0`: the state before the first step.
     """
@@ -216,7 +216,7 @@ class AbstractStateSource(StoresStates):
         y: PyTree,
         state: PyTree,
     ) -> tuple[PyTree, PyTree, PyTree]:
-        """Makes a step again: returns `(y1, replay_state1, dense_info)`.
+        """Repeats a step. Returns `(y1, replay_state1, dense_info)`.
 
         `t0` and `t1` have the values of `times.start` and `times.end`, and tangents if
         step times are differentiated.
@@ -258,7 +258,7 @@ class AbstractStateSource(StoresStates):
     ) -> C:
         """Returns `carry`, with NaNs for solves whose `error` is too large.
 
-        `nan_where(failed, carry)` puts the NaNs in. With `throw` an error that is too
+        `nan_where(failed, carry)` writes the NaNs. With `throw` an error that is too
         large raises. A source that does not reconstruct states returns `carry`.
         """
         del steps, error, throw, nan_where
@@ -293,7 +293,17 @@ def closure_convert_parts(
     ) -> tuple[PyTree, PyTree, PyTree]:
         # Only shapes and dtypes matter here: these times stand for any step.
         zero, false = jnp.array(0), jnp.array(False)
-        times = StepTimes(zero, t0, t1, false, zero, t0, t0, zero, false)
+        times = StepTimes(
+            index=zero,
+            start=t0,
+            end=t1,
+            made_jump=false,
+            origin=zero,
+            previous_size=t0,
+            previous_start=t0,
+            step_offset=zero,
+            resync=false,
+        )
         return source.step_and_undo(evaluate, times, t0, t1, y, replay_state)
 
     return consts, pure, eqx.filter_eval_shape(step, t, t, y, replay_state)
