@@ -210,11 +210,13 @@ class CouplingMonitor(eqx.Module):
         """Returns the monitor of a solve whose next step `discards` the difference.
 
         Only rounding is then left of the difference: the solution is $z + D$, with the
-        digits of $D$. This is too much if $D$ is far larger than the states before and
-        after the step, `y0` and `y1`, or NaN.
+        digits of $D$. A quarter of the digits of a state have to be left, before or
+        after the step (`y0`, `y1`); of a $D$ of NaN there are none. (A state that
+        passes through zero loses some digits.)
         """
         largest = jax.lax.stop_gradient(jnp.maximum(size(y0), size(y1)))
-        is_accurate = self.distance <= _ROUNDING * largest
+        eps = jnp.finfo(largest.dtype).eps
+        is_accurate = eps * self.distance <= eps**0.25 * largest
         return replace(self, lost=~is_accurate | (self.lost & ~jnp.asarray(discards)))
 
 

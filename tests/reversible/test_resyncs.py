@@ -270,3 +270,16 @@ def test_a_difference_that_spoils_the_solution_is_a_failure(door, every):
         throw=False,
     )
     assert sol.result != diffrax.RESULTS.successful
+
+
+def test_a_noisy_state_that_passes_through_zero_is_no_failure():
+    # The difference after a step is five, and the state 1e-4 now and then.
+    noise = diffrax.VirtualBrownianTree(0.0, 10.0, 1e-3, (), jax.random.key(0))
+    drift = diffrax.ODETerm(lambda t, y, args: -20 * (y - jnp.cos(t)))
+    diffusion = diffrax.ControlTerm(lambda t, y, args: jnp.sqrt(20.0), noise)
+    solve = lambda solver: nodegrad.odesolve(
+        diffrax.MultiTerm(drift, diffusion), solver, 0.0, 10.0, 0.1, 0.0, throw=False
+    )
+    ours = solve(nodegrad.Reversible(diffrax.Heun(), resync_every=1))
+    assert ours.result == nodegrad.RESULTS.successful
+    np.testing.assert_allclose(ours.ys, solve(diffrax.Heun()).ys, rtol=1e-9)
