@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from .._reversible.alf import ALF
 from .._reversible.reversible import Reversible
-from .._steps.tableau import explicit_tableau
+from .._steps.tableau import explicit_tableau, stage_weights
 
 
 def stability_polynomial(solver: diffrax.AbstractSolver) -> np.ndarray:
@@ -47,9 +47,7 @@ def stability_polynomial(solver: diffrax.AbstractSolver) -> np.ndarray:
         )
         raise TypeError(msg)
     size = tableau.num_stages
-    lower = np.zeros((size, size))
-    for i, row in enumerate(tableau.a_lower):
-        lower[i + 1, : i + 1] = row
+    lower = stage_weights(tableau, size)
     # Column `k` is $A^k 1$. Trailing zeros are those of stages that `b` does not use.
     coefficients, column = [1.0], np.ones(size)
     for _ in range(size):

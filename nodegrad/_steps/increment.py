@@ -215,12 +215,10 @@ class StagedIncrement:
             increment, ks, states = two_register_stages(
                 self.registers, c, product, t0, t1, y0
             )
-            as_list = unstacked(ks, num)
         else:
             ks, states = scanned_stages(tableau, num, product, t0, t1, y0)
-            as_list = unstacked(ks, num)
-            increment = self.increment.weighted(as_list)
-        returned = self.increment.returned(as_list, len(batch.sizes))
+            increment = self.increment.weighted(unstacked(ks, num))
+        returned = self.increment.returned(unstacked(ks, num), len(batch.sizes))
         return (increment, returned), states
 
     def pullback(
@@ -326,11 +324,8 @@ class StagedIncrement:
         _, c = coefficients(self.increment.tableau, num, dtype)
         a, b = (jnp.asarray(x, dtype) for x in self.registers)
         ct_increment, ct_returned = ct
-        returns, axis = self.increment.returns, len(batch.sizes)
-        rows = None
-        if returns == "all":
-            # From `(*batch, stages, *y)` to `(stages, *batch, *y)`.
-            rows = jax.tree.map(lambda ct: jnp.moveaxis(ct, axis, 0), ct_returned)
+        returns = self.increment.returns
+        rows = _stages_first(batch, ct_returned) if returns == "all" else None
 
         def stage(carry: tuple[PyTree, PyTree, _Cotangents], inputs: tuple):
             # `ct_d` is $A_{i+1} \delta_{i+1}$, `ct_y0` the sum of the $\mu_j$ so far.
@@ -370,10 +365,13 @@ class StagedIncrement:
             return ct_ks
         if self.increment.returns == "first":
             return jax.tree.map(lambda x, ct: x.at[0].add(ct), ct_ks, ct_returned)
-        # From `(*batch, stages, *y)` to `(stages, *batch, *y)`.
-        axis = len(batch.sizes)
-        in_front = lambda x, ct: x + jnp.moveaxis(ct, axis, 0)
-        return jax.tree.map(in_front, ct_ks, ct_returned)
+        return add(ct_ks, _stages_first(batch, ct_returned))
+
+
+def _stages_first(batch: Batch, returned: PyTree[Array]) -> PyTree[Array]:
+    """Returns arrays `(*batch, stages, *y)` as `(stages, *batch, *y)`."""
+    axis = len(batch.sizes)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), returned)
 
 
 def closure_convert_part(

@@ -167,10 +167,7 @@ def two_registers(tableau: Tableau) -> TwoRegisters | None:
     """Returns the coefficients of the form with two registers; `None` without one."""
     num = num_inner_stages(tableau)
     # Row `i` has the weights of the stages in $Y_i$, the last one those in $y_1$.
-    rows = np.zeros((num + 1, num))
-    for i, row in enumerate(tableau.a_lower[: num - 1], start=1):
-        rows[i, :i] = row
-    rows[num] = tableau.b_sol[:num]
+    rows = np.vstack([stage_weights(tableau, num), tableau.b_sol[:num]])
     a, b = np.zeros(num), np.diag(rows[1:]).copy()
     if np.any(b == 0):
         return None
@@ -239,11 +236,16 @@ def coefficients(
     tableau: Tableau, num: int, dtype: Any
 ) -> tuple[Real[Array, "stages stages"], Real[Array, " stages"]]:
     """Returns the matrix $A$ and the nodes $c$ of the first `num` stages."""
+    c = np.concatenate([[0.0], tableau.c[: num - 1]])
+    return jnp.asarray(stage_weights(tableau, num), dtype), jnp.asarray(c, dtype)
+
+
+def stage_weights(tableau: Tableau, num: int) -> np.ndarray:
+    """Returns the matrix $A$ of the first `num` stages, of shape `(num, num)`."""
     a = np.zeros((num, num))
     for i, row in enumerate(tableau.a_lower[: num - 1], start=1):
         a[i, :i] = row
-    c = np.concatenate([[0.0], tableau.c[: num - 1]])
-    return jnp.asarray(a, dtype), jnp.asarray(c, dtype)
+    return a
 
 
 def combine(weights: np.ndarray, ks: list[PyTree]) -> PyTree[Array]:

@@ -103,11 +103,11 @@ def fit_mechanistic(
         tables = read_tables(options.folder / name)
         nominal.append(_check(make_fit(tables, CHECKED), REFERENCES[name], report))
         fit = make_fit(tables, STIFF)
-        records, best = _fits(fit, options, clock)
+        records, best, information = _fits(fit, options, clock)
         fitted += records
         _judge(records, REFERENCES[name], report)
         title = f"{name}: standard errors at the best fit"
-        report.table(title, ERRORS, standard_errors(fit, best))
+        report.table(title, ERRORS, standard_errors(fit, best, information))
     report.table("at nominal parameters", NOMINAL, nominal)
     report.table("fits", FITS, fitted)
 
@@ -198,8 +198,8 @@ def draw_starts(
 
 def _fits(
     fit: Fit, options: Options, clock: Clock
-) -> tuple[list[dict[str, Any]], Point]:
-    """A record for each method, and the best point of all."""
+) -> tuple[list[dict[str, Any]], Point, np.ndarray]:
+    """A record for each method, the best point of all, its Fisher information."""
     x = jnp.asarray(fit.nominal)
     model = compile_program(clock, partial(quadratic, fit), x)
     reverse = compile_program(clock, jax.value_and_grad(fit.negative_log_likelihood), x)
@@ -246,7 +246,8 @@ def _fits(
         }
         for name in methods
     ]
-    return records, np.asarray(best.x)
+    information = model.run(jnp.asarray(best.x)).hessian
+    return records, np.asarray(best.x), np.asarray(information)
 
 
 def _ended(found: Any) -> peers.End:
@@ -283,13 +284,14 @@ def _judge(
         report.budgets.append(Budget(what, case, OURS, ratio, 0.5))
 
 
-def standard_errors(fit: Fit, x: Point) -> list[dict[str, Any]]:
-    """Estimates on their scales, and their errors from the Fisher information.
+def standard_errors(
+    fit: Fit, x: Point, information: np.ndarray
+) -> list[dict[str, Any]]:
+    """Estimates on their scales, and their errors from the Fisher `information`.
 
     Parameters at a bound count as known. A direction that the data do not determine
     makes the errors of its parameters large.
     """
-    information = np.asarray(jax.jit(partial(quadratic, fit))(jnp.asarray(x)).hessian)
     at_bound = (x - fit.lower < 1e-3) | (fit.upper - x < 1e-3)
     free = np.flatnonzero(~at_bound)
     values, vectors = np.linalg.eigh(information[np.ix_(free, free)])

@@ -24,6 +24,7 @@ from . import adjoints, data
 from .experiment import (
     across_seeds,
     Claim,
+    entirely_below,
     Experiment,
     number,
     Report,
@@ -311,7 +312,7 @@ def _accuracy_claim(results: Mapping[str, Result]) -> Claim:
     off = float(np.median(ours) - np.median(theirs))
     reason = ""
     if off < -EQUAL_ACCURACY:
-        apart = max(ours) < min(theirs)
+        apart = entirely_below(ours, theirs)
         ranges = "do not overlap" if apart else f"of {len(ours)} seeds overlap"
         reason = f"the median is {-off:.1f} points lower; the ranges {ranges}"
     if lost:

@@ -117,6 +117,14 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     return middle if len(values) == 1 else f"{middle} ({low} to {high})"
 
 
+def entirely_below(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    """Whether each of `ours` is less than each of `theirs`.
+
+    Medians of a few seeds say nothing where their ranges overlap.
+    """
+    return max(ours) < min(theirs)
+
+
 def across_seeds(results: Mapping[str, Result], prefix: str) -> list[Result]:
     """The results whose keys are `prefix` and the number of a seed."""
     stem = f"{prefix}-seed"
