@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from . import MODULES, page, runner
-from .data import MissingDataError
+from .archives import ARCHIVES, DamagedArchiveError, DownloadError
+from .data import folder, MissingDataError
 from .experiment import Experiment, Setting
 
 
@@ -28,6 +29,8 @@ def main() -> int:
     unknown = [name for name in options.names if name not in experiments]
     if unknown:
         parser.error(f"no such experiment: {', '.join(unknown)}")
+    if options.download and not _download(options.data):
+        return 1
     chosen = list(experiments) if options.all else options.names
     seeds = options.seeds or (1 if options.size == "smoke" else 3)
     setting = Setting(options.size, seeds, options.data)
@@ -88,6 +91,12 @@ def _make_parser() -> argparse.ArgumentParser:
         help="the folder of the data sets (the variable NODEGRAD_DATA)",
     )
     parser.add_argument(
+        "--download",
+        action="store_true",
+        help="first put the public archives (CIFAR-10, SVHN, MiniBooNE; 1.2 GB) into "
+        "the folder of the data sets",
+    )
+    parser.add_argument(
         "--page",
         action="store_true",
         help="then write docs/reproduction.md from the results in the output folder",
@@ -95,11 +104,22 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _download(path: Path | None) -> bool:
+    """Whether all archives are in the folder of the data sets, as published."""
+    try:
+        for archive in ARCHIVES:
+            archive.download(folder(path))
+    except (MissingDataError, DownloadError, DamagedArchiveError) as error:
+        _CONSOLE.print(f"[red]{error}[/red]", highlight=False)
+        return False
+    return True
+
+
 def _run(experiment: Experiment, setting: Setting, output: Path) -> bool:
     """Whether the experiment came to its end."""
     try:
         content = runner.run(experiment, setting, output)
-    except MissingDataError as error:
+    except (MissingDataError, DamagedArchiveError) as error:
         _CONSOLE.print(f"[yellow]{experiment.name}: {error}[/yellow]", highlight=False)
         return False
     except Exception:

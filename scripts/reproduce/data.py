@@ -1,10 +1,15 @@
-"""The data sets, read from the folder that `--data` or `NODEGRAD_DATA` names."""
+"""The data sets, read from the folder that `--data` or `NODEGRAD_DATA` names.
+
+An archive that was published replaces the part of it, or the stand-in, if it is there.
+"""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from benchmarks.training_tasks import read_series
+
+from . import archives
 
 
 class MissingDataError(Exception):
@@ -42,9 +47,18 @@ def mnist(path: Path | None) -> dict[str, Any]:
 
 
 def cifar10(path: Path | None) -> dict[str, Any]:
-    """A part of CIFAR-10: images `(count, 32, 32, 3)` of bytes and labels."""
+    """CIFAR-10, or a part: images `(count, 32, 32, 3)` of bytes and labels."""
+    if path is not None and archives.CIFAR10.is_in(path):
+        return archives.cifar10(path)
     origin = "500 training and 100 test images of every class, from a JPEG copy"
     return arrays(path, "cifar10_jpeg_subset.npz", origin)
+
+
+def svhn(path: Path | None) -> dict[str, Any]:
+    """Street View House Numbers, in the form of `cifar10`."""
+    for archive in (archives.SVHN_TRAIN, archives.SVHN_TEST):
+        find(path, archive.file, f"scripts/reproduce/run --download, {archive.url}")
+    return archives.svhn(folder(path))
 
 
 def spoken_digits(path: Path | None) -> tuple[list[Any], Any]:
@@ -75,10 +89,10 @@ def vowel_frames(path: Path | None) -> Any:
 
 def miniboone(path: Path | None) -> Any:
     """The rows of MiniBooNE, 43 numbers each, as far as the file goes."""
-    origin = "MINIBOONE/data.npy of zenodo.org/records/1161203"
-    names = "MINIBOONE/data.npy", "miniboone_truncated.npy"
-    if path is not None and (path / names[0]).exists():
-        return np.load(path / names[0], allow_pickle=False)
+    if path is not None and archives.DENSITIES.is_in(path):
+        return archives.miniboone(path)
+    origin = f"scripts/reproduce/run --download, {archives.DENSITIES.url}"
     # The header promises all rows, so NumPy refuses a part of the file.
-    values = np.fromfile(find(path, names[1], origin), np.float64, offset=80)
+    found = find(path, "miniboone_truncated.npy", origin)
+    values = np.fromfile(found, np.float64, offset=80)
     return values[: len(values) // 43 * 43].reshape(-1, 43)

@@ -115,7 +115,7 @@ def _sets(setting: Setting) -> tuple[str, ...]:
 
 
 def _tasks(setting: Setting) -> dict[str, Any]:
-    iterations = setting.pick(2, 100, 20_000)
+    iterations = setting.pick(2, 100, 2000)
     folder = None if setting.size == "smoke" else data.folder(setting.data)
     methods = list(METHODS)[: setting.pick(1, 4, 4)]
     tested = setting.pick(100, 1000, 10_000)
@@ -142,7 +142,7 @@ def _report(results: Mapping[str, Result], setting: Setting) -> Report:
         "convolutions with 16 channels, a linear layer, no batch normalisation (the "
         "paper: NODE18, four stages of 64 to 512 channels). CIFAR-10 is 5000 training "
         "and 1000 test images from a lossy copy.",
-        f"{setting.pick(2, 100, 20_000)} iterations of AdamW with 128 images (the "
+        f"{setting.pick(2, 100, 2000)} iterations of AdamW with 128 images (the "
         "paper: 90 epochs or more of SGD). Heun-Euler at 1e-2 for all methods; the "
         "paper's adjoint and naive runs used Dopri5 at 1e-5. At most "
         f"{setting.pick(100, 1000, 10_000)} images to test with.",

@@ -52,10 +52,15 @@ class _Trainer(Trainer):
 
 
 @lru_cache
-def trainer(task: str, method: str, iterations: int, folder: Path | None) -> _Trainer:
-    """Everything that seeds and settings have in common."""
+def trainer(
+    task: str, method: str, iterations: int, folder: Path | None, size: int = 128
+) -> _Trainer:
+    """Everything that seeds and settings have in common.
+
+    `size` is that of the batches of images and series.
+    """
     # The programs of other tasks and methods will not be called any more.
     jax.clear_caches()
     methods = {m.name: m for m in METHODS}
-    made = training_sets.make(task, iterations, folder)
+    made = training_sets.make(task, iterations, folder, size)
     return _Trainer(made, methods[NAMES[method]], _CLOCK)

@@ -57,7 +57,7 @@ class Network(eqx.Module):
 
 
 def load(name: str, folder: Path | None) -> Pictures:
-    """The data set `"mnist"`, `"cifar10"` or `"digits"`, which needs no folder."""
+    """The set `"mnist"`, `"cifar10"`, `"svhn"` or `"digits"`, which needs no folder."""
     if name == "digits":
         x, x_test, y, y_test = split_digits()
         return _normalised(x, y, x_test, y_test)
@@ -65,7 +65,7 @@ def load(name: str, folder: Path | None) -> Pictures:
         arrays = data.mnist(folder)
         shaped = lambda x: x[:, None].astype(np.float32)
     else:
-        arrays = data.cifar10(folder)
+        arrays = {"cifar10": data.cifar10, "svhn": data.svhn}[name](folder)
         shaped = lambda x: np.moveaxis(x, -1, 1).astype(np.float32)
     x, x_test = shaped(arrays["train_images"]), shaped(arrays["test_images"])
     return _normalised(x, arrays["train_labels"], x_test, arrays["test_labels"])

@@ -28,7 +28,7 @@ from sklearn.model_selection import train_test_split
 
 import nodegrad
 
-from . import data, pictures
+from . import archives, data, pictures
 
 
 def _logits(model: Any, x: Any, labels: Any) -> Any:
@@ -37,7 +37,12 @@ def _logits(model: Any, x: Any, labels: Any) -> Any:
 
 
 def _classification(
-    name: str, make: Callable[[Any], Any], arrays: Any, steps: Any, iterations: int
+    name: str,
+    make: Callable[[Any], Any],
+    arrays: Any,
+    steps: Any,
+    iterations: int,
+    size: int,
 ) -> Task:
     x, x_test, y, y_test = arrays
     return Task(
@@ -46,7 +51,7 @@ def _classification(
         loss=cross_entropy,
         predict=_logits,
         metric=accuracy,
-        batches=shuffled((x, y), 128),
+        batches=shuffled((x, y), size),
         test=(x_test, y_test),
         steps=steps,
         iterations=iterations,
@@ -85,13 +90,13 @@ class _Pictures(pictures.Network):
         return jax.vmap(self.head)(jax.nn.gelu(y1).reshape(len(y1), -1))
 
 
-def _images(name: str, iterations: int, folder: Path | None) -> Task:
+def _images(name: str, iterations: int, size: int, folder: Path | None) -> Task:
     found = pictures.load(name, folder)
     (x, y), (x_test, y_test) = found
     x_test, y_test = x_test[:1000], y_test[:1000]
     make = lambda key: _Pictures(key, x.shape[1], x.shape[2])
     steps = lambda model, batch: model.solution(batch[0]).stats
-    return _classification(name, make, (x, x_test, y, y_test), steps, iterations)
+    return _classification(name, make, (x, x_test, y, y_test), steps, iterations, size)
 
 
 # Time series.
@@ -104,7 +109,9 @@ def resampled(series: Any, count: int) -> Any:
     return np.stack(columns, axis=1).astype(np.float32)
 
 
-def _series(name: str, classes: int, iterations: int, folder: Path | None) -> Task:
+def _series(
+    name: str, classes: int, iterations: int, size: int, folder: Path | None
+) -> Task:
     loader = {"spoken": data.spoken_digits, "characters": data.characters}[name]
     series, labels = loader(folder)
     x = np.stack([resampled(s, 12) for s in series])
@@ -114,7 +121,7 @@ def _series(name: str, classes: int, iterations: int, folder: Path | None) -> Ta
     arrays = (x - mean) / scale, (x_test - mean) / scale, y, y_test
     make = lambda key: ODERNN(key, x.shape[2], 32, classes)
     steps = lambda model, batch: model.run(batch[0])[1]
-    return _classification(name, make, arrays, steps, iterations)
+    return _classification(name, make, arrays, steps, iterations, size)
 
 
 # Densities.
@@ -164,7 +171,8 @@ def _negative_mean(losses: Any, *batch: Any) -> Any:
     return -jnp.mean(losses)
 
 
-def _density(name: str, iterations: int, folder: Path | None) -> Task:
+def _density(name: str, iterations: int, size: int, folder: Path | None) -> Task:
+    del size
     load = {"vowels": data.vowel_frames, "miniboone": data.miniboone}[name]
     x = load(folder)
     # The order of the rows has no meaning; this is the same one every time.
@@ -188,23 +196,31 @@ def _density(name: str, iterations: int, folder: Path | None) -> Task:
     )
 
 
-#: What they are called, and how they are made from iterations and folder.
+#: What they are called, and how they are made from iterations, the size of a batch of
+#: images or series, and the folder.
 TASKS: dict[str, tuple[str, Callable[..., Task]]] = {
     "mnist": ("MNIST", partial(_images, "mnist")),
-    "digits": ("8 x 8 digits, for SVHN", lambda n, _: digits(n)),
+    "digits": ("8 x 8 digits, for SVHN", lambda n, *_: digits(n)),
+    "svhn": ("SVHN", partial(_images, "svhn")),
     "cifar10": ("CIFAR-10, small and lossy", partial(_images, "cifar10")),
     "spoken": ("spoken digits, for SpoAD", partial(_series, "spoken", 10)),
-    "words": ("ArtWR", words),
+    "words": ("ArtWR", lambda n, _, folder: words(n, folder)),
     "characters": ("CharT", partial(_series, "characters", 20)),
-    "circles": ("circles", lambda n, _: circles(n)),
+    "circles": ("circles", lambda n, *_: circles(n)),
     "vowels": ("frames of vowels, for Gas", partial(_density, "vowels")),
     "miniboone": ("MiniBooNE, 1523 rows", partial(_density, "miniboone")),
 }
 
 
+def names(folder: Path | None) -> list[str]:
+    """Those whose data are at hand. SVHN replaces what stands in for it."""
+    has_svhn = archives.SVHN_TRAIN.is_in(folder) and archives.SVHN_TEST.is_in(folder)
+    return [name for name in TASKS if name != ("digits" if has_svhn else "svhn")]
+
+
 @lru_cache
-def make(name: str, iterations: int, folder: Path | None) -> Task:
+def make(name: str, iterations: int, folder: Path | None, size: int = 128) -> Task:
     """The task of that name."""
     if name not in ("digits", "circles"):
         folder = data.folder(folder)
-    return TASKS[name][1](iterations, folder)
+    return TASKS[name][1](iterations, size, folder)
