@@ -139,7 +139,7 @@ def _finite(loss: jax.Array, where: str) -> float:
 # The examples. First, what more than one of them learns from.
 
 
-def _spirals(ts: jax.Array, key: jax.Array, samples: int) -> jax.Array:
+def spirals(ts: jax.Array, key: jax.Array, samples: int) -> jax.Array:
     """Curves in the plane that wind inwards: samples, times, coordinates."""
     angle_key, radius_key = jr.split(key)
     angles = 2 * jnp.pi * jr.uniform(angle_key, (samples, 1)) - 2 * ts
@@ -151,12 +151,13 @@ def _mean_square(tree: jax.Array) -> jax.Array:
     return jnp.mean(tree**2)
 
 
-class _Field(eqx.Module):
+class NetworkField(eqx.Module):
     """A network of the state, as a vector field."""
 
     network: eqx.nn.MLP
 
     def __call__(self, t: Any, y: jax.Array, args: Any) -> jax.Array:
+        """Of the state alone."""
         del t, args
         return self.network(y)
 
@@ -184,16 +185,16 @@ def neural_ode() -> Example:
 
         return _mean_square(jax.vmap(predict)(curves[:, 0]) - curves)
 
-    return Example(_Field(network), (ts, _spirals(ts, data_key, 32)), loss)
+    return Example(NetworkField(network), (ts, spirals(ts, data_key, 32)), loss)
 
 
-class _LatentODE(eqx.Module):
+class LatentODE(eqx.Module):
     """A recurrent encoder, a differential equation of its code, and a decoder."""
 
     encoder: eqx.nn.GRUCell
     to_code: eqx.nn.Linear
     from_code: eqx.nn.MLP
-    field: _Field
+    field: NetworkField
     decoder: eqx.nn.Linear
     hidden: int = eqx.field(static=True)
 
@@ -205,7 +206,7 @@ class _LatentODE(eqx.Module):
         network = eqx.nn.MLP(
             hidden, hidden, width, 2, jax.nn.softplus, jnp.tanh, key=keys[3]
         )
-        self.field = _Field(network)
+        self.field = NetworkField(network)
         self.decoder = eqx.nn.Linear(hidden, 2, key=keys[4])
         self.hidden = hidden
 
@@ -236,7 +237,7 @@ def latent_ode() -> Example:
     model_key, time_key, data_key, key = jr.split(jr.key(1), 4)
     samples = 16
     ts = 3 * jnp.sort(jr.uniform(time_key, (samples, 20)), axis=1)
-    curves = _spirals(ts, data_key, samples)
+    curves = spirals(ts, data_key, samples)
 
     def loss(model, data, solve):
         def of_sample(ts, ys, key):
@@ -248,11 +249,11 @@ def latent_ode() -> Example:
 
         return jnp.mean(jax.vmap(of_sample)(*data))
 
-    model = _LatentODE(16, 8, 16, model_key)
+    model = LatentODE(16, 8, 16, model_key)
     return Example(model, (ts, curves, jr.split(key, samples)), loss)
 
 
-class _NeuralCDE(eqx.Module):
+class NeuralCDE(eqx.Module):
     """A classifier of paths: the response to a path, and the odds it ends with."""
 
     start: eqx.nn.MLP
@@ -275,24 +276,26 @@ class _NeuralCDE(eqx.Module):
         del t, args
         return self.network(y).reshape(self.hidden, -1)
 
-    def logit(self, ts: jax.Array, coefficients: Any, solve: Solve) -> jax.Array:
-        """The log odds that the path turns to the left."""
+    def solution(self, ts: jax.Array, coefficients: Any, solve: Solve) -> Any:
+        """The response to the path that has these coefficients."""
         control = diffrax.CubicInterpolation(ts, coefficients)
         # Steps across the kinks of the control are rejected, or not, by rounding.
         controller = diffrax.ClipStepSizeController(
             diffrax.PIDController(rtol=1e-3, atol=1e-6), step_ts=ts
         )
-        return self.readout(
-            solve(
-                diffrax.ControlTerm(self.vector_field, control).to_ode(),
-                diffrax.Tsit5(),
-                ts[0],
-                ts[-1],
-                None,
-                self.start(control.evaluate(ts[0])),
-                stepsize_controller=controller,
-            ).ys[-1]
+        return solve(
+            diffrax.ControlTerm(self.vector_field, control).to_ode(),
+            diffrax.Tsit5(),
+            ts[0],
+            ts[-1],
+            None,
+            self.start(control.evaluate(ts[0])),
+            stepsize_controller=controller,
         )
+
+    def logit(self, ts: jax.Array, coefficients: Any, solve: Solve) -> jax.Array:
+        """The log odds that the path turns to the left."""
+        return self.readout(self.solution(ts, coefficients, solve).ys[-1])
 
 
 def neural_cde() -> Example:
@@ -300,7 +303,7 @@ def neural_cde() -> Example:
     model_key, data_key = jr.split(jr.key(2))
     samples = 16
     ts = jnp.linspace(0.0, 3.0, 25)
-    curves = _spirals(ts, data_key, samples)
+    curves = spirals(ts, data_key, samples)
     is_left = jnp.arange(samples) % 2
     curves = curves.at[::2, :, 1].multiply(-1)
     times = jnp.broadcast_to(ts[:, None], (samples, len(ts), 1))
@@ -313,7 +316,7 @@ def neural_cde() -> Example:
         logits = jax.vmap(lambda c: model.logit(ts, c, solve))(coefficients)
         return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, is_left))
 
-    return Example(_NeuralCDE(3, 8, 32, model_key), (ts, coefficients, is_left), loss)
+    return Example(NeuralCDE(3, 8, 32, model_key), (ts, coefficients, is_left), loss)
 
 
 class _ConcatSquash(eqx.Module):

@@ -1,6 +1,7 @@
 """Tables and budgets: printed as they are measured, written as JSON at the end."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -150,6 +151,8 @@ def significant(digits: int, scale: float = 1.0) -> Callable[[float], str]:
 
     def show(value: float) -> str:
         value = value * scale
+        if not math.isfinite(value):
+            return str(value)
         whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
         return f"{value:,.{max(digits - whole, 0)}f}"
 

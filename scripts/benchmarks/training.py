@@ -28,6 +28,8 @@ import nodegrad
 
 from .measure import Clock, time_in_turns
 from .report import Budget, Column, fixed, Report, significant
+from .soap import soap
+from .training_examples import control, hybrid, latent, moons, spiral
 from .training_tasks import (
     circles,
     data_folder,
@@ -41,8 +43,23 @@ from .training_tasks import (
 
 #: What everything is trained in.
 DTYPE = "float32"
+#: From how many iterations. The words need a folder as well.
+_TASKS: dict[str, Callable[..., Task]] = {
+    task.__name__: task
+    for task in (
+        digits,
+        words,
+        circles,
+        discs,
+        spiral,
+        latent,
+        control,
+        moons,
+        hybrid,
+    )
+}
 
-ADAM, SGD, MUON = "Adam", "SGD, momentum 0.9", "Muon"
+ADAM, SGD, MUON, SOAP = "Adam", "SGD, momentum 0.9", "Muon", "SOAP"
 PAPER, ROBUST = "SNOpt, paper", "SNOpt, robust"
 DEFAULT, DECAYED = "snopt()", "snopt(weight_decay=1e-4)"
 
@@ -98,6 +115,7 @@ METHODS = (
     Method(ADAM, optax.adamw, _trials((3e-3, 1e-2, 3e-2), *_DECAYS)),
     Method(SGD, _sgd, _trials((1e-2, 3e-2, 1e-1), *_DECAYS)),
     Method(MUON, _muon, _trials((3e-3, 1e-2, 3e-2), *_DECAYS)),
+    Method(SOAP, soap, _trials((3e-3, 1e-2, 3e-2), *_DECAYS)),
     Method(
         PAPER,
         _snopt("paper"),
@@ -168,6 +186,11 @@ class Run:
     def best_test_loss(self) -> float:
         """The lowest test loss on the way."""
         return min(self.test_loss, default=float("inf"))
+
+    @property
+    def best_metric(self) -> float:
+        """The highest test metric on the way."""
+        return max(self.test_metric, default=-np.inf)
 
     def iterations_to_train_loss(self, target: float) -> float:
         """After how many iterations the smoothed training loss was as low as that."""
@@ -267,8 +290,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tasks",
         nargs="+",
-        choices=("digits", "words", "circles", "discs"),
-        default=["digits", "words", "circles", "discs"],
+        choices=tuple(_TASKS),
+        default=list(_TASKS),
         help="words needs the folder of its data in NODEGRAD_DATA",
     )
     parser.add_argument(
@@ -324,7 +347,7 @@ def _make_task(name: str, iterations: int) -> Task | None:
     if name == "words":
         folder = data_folder()
         return None if folder is None else words(iterations, folder)
-    return {"digits": digits, "circles": circles, "discs": discs}[name](iterations)
+    return _TASKS[name](iterations)
 
 
 Runs = dict[str, list[Run]]
@@ -374,6 +397,7 @@ def _median(get: Callable[[Run], float], runs: list[Run]) -> float:
 
 _final_loss = attrgetter("final_loss")
 _best_test_loss = attrgetter("best_test_loss")
+_best_metric = attrgetter("best_metric")
 
 
 # What to say of it.
@@ -383,6 +407,7 @@ _COLUMNS = (
     Column("method", "method"),
     Column("final_loss", "train loss", significant(3)),
     Column("lower_on", "below Adam's"),
+    Column("diverged", "diverged"),
     Column("settings", "settings"),
     Column("to_train", "time to Adam's", fixed(2)),
     Column("test_settings", "settings"),
@@ -416,11 +441,12 @@ def _report_task(
                 "method": name,
                 "final_loss": _median(_final_loss, by_loss[name]),
                 "lower_on": f"{_lower(by_loss[name], by_loss[ADAM])} of {len(of)}",
+                "diverged": sum(r.final_loss == np.inf for r in by_loss[name]),
                 "settings": settings(of),
                 "to_train": to_train(of) / whole(by_time[ADAM]),
                 "test_settings": settings(by_test[name]),
                 "best_test_loss": _median(_best_test_loss, by_test[name]),
-                "metric": _median(lambda r: max(r.test_metric), by_test[name]),
+                "metric": _median(_best_metric, by_test[name]),
                 "to_test": to_test(by_test[name]) / whole(by_test[ADAM]),
                 "per_iteration": seconds[name] / seconds[ADAM],
                 "amortised": _mean_seconds(of) / _mean_seconds(by_time[ADAM]),

@@ -288,22 +288,28 @@ def circles(iterations: int) -> Task:
     """Two noisy circles, one inside the other."""
 
     def draw(count: int, seed: int) -> Any:
-        x, _ = make_circles(count, noise=0.06, factor=0.5, random_state=seed)
-        return np.asarray(x, np.float32)
+        return make_circles(count, noise=0.06, factor=0.5, random_state=seed)[0]
+
+    return density("circles", draw, iterations)
+
+
+def density(name: str, draw: Callable[[int, int], Any], iterations: int) -> Task:
+    """The density of points in the plane, from `draw(count, seed)`; all are new."""
+    points = lambda count, seed: np.asarray(draw(count, seed), np.float32)
 
     def batches(seed: int) -> Iterator[Batch]:
         while True:
             seed = seed + 1_000
-            yield (draw(256, seed),)
+            yield (points(256, seed),)
 
     return Task(
-        name="circles",
+        name=name,
         make_model=Flow,
         loss=lambda model, x: model(x),
         predict=None,
         metric=_log_likelihood,
         batches=batches,
-        test=(draw(2048, 12345),),
+        test=(points(2048, 12345),),
         steps=lambda model, batch: model.solution(batch[0]).stats,
         iterations=iterations,
     )
