@@ -101,7 +101,7 @@ class QuadraticSteps(NamedTuple):
             raise ValueError(_NO_MODEL)
         gradient, decay_state = self._decayed(updates, state.weight_decay, params)
 
-        objective, old = value_fn, value
+        objective = value_fn
         if self.decay is not None:
 
             def penalty(params: PyTree) -> Array:
@@ -110,8 +110,10 @@ class QuadraticSteps(NamedTuple):
                 return (inner(params, shrunk) / 2).astype(value.dtype)
 
             objective = lambda params: value_fn(params) + penalty(params)
-            old = value + penalty(params)
-        inside, damping, parts = self._preconditioned(gradient, state, curvature)
+            value = value + penalty(params)
+        preconditioner, damping, parts = self._preconditioned(
+            gradient, state, curvature
+        )
         # The model is fitted at the ends of the directions. So these should be about as
         # long as the step will be.
         directions = [
@@ -121,21 +123,21 @@ class QuadraticSteps(NamedTuple):
         if self.momentum is not None:
             directions.append(state.previous)
         slopes = products(directions, [gradient])[:, 0]
-        matrix = curvature_in(directions, slopes, objective, old, params)
-        used = jnp.maximum(damping, 0)
-        step = best_step(directions, slopes, matrix, used, self.momentum)
+        matrix = curvature_in(directions, slopes, objective, value, params)
+        model_damping = jnp.maximum(damping, 0)
+        step = best_step(directions, slopes, matrix, model_damping, self.momentum)
 
-        actual = objective(add(params, step.update)) - old
+        actual = objective(add(params, step.update)) - value
         predicted = step.predicted.astype(actual.dtype)
-        noise = NOISE * jnp.abs(old)
+        noise = NOISE * jnp.abs(value)
         accepted = jnp.isfinite(actual) & (actual <= noise)
         update = where(accepted, step.update, zeros_like(step.update))
-        least = jnp.finfo(damping.dtype).eps * _mean_moment(inside)
-        adapted = adapted_damping(used, least, predicted, actual, accepted)
+        least = jnp.finfo(damping.dtype).eps * _mean_moment(preconditioner)
+        adapted = adapted_damping(model_damping, least, predicted, actual, accepted)
         growth = length_growth(step.coefficients, slopes, noise, accepted)
         ratio = actual / jnp.where(predicted < 0, predicted, 1)
         return update, SNOptModelState(
-            preconditioner=inside,
+            preconditioner=preconditioner,
             previous=update,
             damping=jnp.where(damping < 0, damping, adapted),
             lengths=state.lengths * growth[: len(parts)].astype(state.lengths.dtype),
@@ -158,17 +160,23 @@ class QuadraticSteps(NamedTuple):
         curvature: Mapping[str, KroneckerFactors] | None,
     ) -> tuple[Any, Float[Array, ""], list[PyTree]]:
         """Returns the next state, the damping, and the parts of the direction."""
-        inside = state.preconditioner
+        preconditioner = state.preconditioner
         if curvature is not None:
-            inside = refreshed(self.rule, self.chosen, gradient, inside, curvature)
+            preconditioner = refreshed(
+                self.rule, self.chosen, gradient, preconditioner, curvature
+            )
         # The first curvature sets the scale: at the start the model is trusted little.
-        start = jnp.where(_num_refreshes(inside) > 0, _mean_moment(inside), -1)
+        start = jnp.where(
+            _num_refreshes(preconditioner) > 0, _mean_moment(preconditioner), -1
+        )
         damping = jnp.where(state.damping < 0, start, state.damping)
         rule = self.rule._replace(
             damping=jnp.maximum(damping, 0), relative=False, kl_clip=float("inf")
         )
-        direction, inside = preconditioned(rule, self.chosen, gradient, inside)
-        return inside, damping, _separated(direction, self.chosen(gradient))
+        direction, preconditioner = preconditioned(
+            rule, self.chosen, gradient, preconditioner
+        )
+        return preconditioner, damping, _separated(direction, self.chosen(gradient))
 
 
 _NO_MODEL = (

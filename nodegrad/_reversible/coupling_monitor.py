@@ -51,7 +51,8 @@ _ALLOWED = 0.9
 _SHORT, _ROUNDING = 1e3, 1e3
 _MANY, _TIMES = 100, 10
 # Conditions 1 and 2 below need a difference of so many errors of the base method: a
-# smaller one matters less than these errors.
+# smaller one matters less than these errors. A step whose difference grows by so many
+# errors is a half as long as that of the base method, or less (of order 5).
 _ERRORS = 30.0
 
 # The copies have also diverged if one of four conditions holds after a step. Low
@@ -106,7 +107,7 @@ class CouplingMonitor(eqx.Module):
     - `largest_error`: the largest error estimate of the base method, relative to
       `scale`.
     - `num_short`: the number of steps that are short because of the coupling.
-    - `limited`: whether the difference is larger than the last error estimate.
+    - `limited`: whether the last step is much shorter because the difference grew.
     - `wants_resync`: whether the difference should be removed before the next step.
     - `lost`: whether the copies have diverged.
     """
@@ -141,6 +142,7 @@ class CouplingMonitor(eqx.Module):
         made_jump: Bool[ArrayLike, ""],
         count: Int[Array, ""],
         error: PyTree[Array] | None,
+        allowed: float,
     ) -> "CouplingMonitor":
         """Returns the monitor after a step.
 
@@ -153,6 +155,7 @@ class CouplingMonitor(eqx.Module):
         - `made_jump`: whether the vector field has jumped since the previous step.
         - `count`: the number of steps before this one.
         - `error`: the error estimate of the base method, or `None`.
+        - `allowed`: the part of `d0` that is no growth, as in `with_difference`.
         """
         # The monitor decides whether a solve fails; it has no derivative.
         old, d0, d1, info, control, error = jax.lax.stop_gradient(
@@ -173,8 +176,8 @@ class CouplingMonitor(eqx.Module):
             per_time = lambda k: jnp.where(step == 0, 0, k / jnp.asarray(step, k.dtype))
             slope = jax.tree.map(per_time, k1)
         apart, now = relative_size(d1, scale), relative_size(magnitudes(y0, y1), scale)
-        level = jnp.maximum(now, _FORGETTING * old.level)
         base = jnp.zeros_like(apart) if error is None else relative_size(error, scale)
+        level = jnp.maximum(now, _FORGETTING * old.level)
         largest_error = jnp.maximum(old.largest_error, base)
         wants_resync = _wants_resync(apart, level, growth, error is not None, base)
         # `<=` is false for NaN, so a difference of NaN counts as diverged.
@@ -182,14 +185,13 @@ class CouplingMonitor(eqx.Module):
         if slope is None:
             sound = sound & (apart <= _LARGE_UNEXPLAINED * level)
         else:
-            harmless = apart <= _ERRORS * largest_error
-            small, smaller = apart <= _LARGE * now, apart <= _SIGNIFICANT
-            sound = sound & ((gain <= _AMPLIFIED) | smaller | harmless)
-            sound = sound & ((gain <= _AMPLIFIED_LESS) | small | harmless)
-        num_short, limited = old.num_short, (apart > base) & (error is not None)
+            small = (gain <= _AMPLIFIED) | (apart <= _SIGNIFICANT)
+            small = small & ((gain <= _AMPLIFIED_LESS) | (apart <= _LARGE * now))
+            sound = sound & (small | (apart <= _ERRORS * largest_error))
+        num_short, limited = old.num_short, jnp.array(False)
         if error is not None:
-            is_short = apart > jnp.maximum(_SHORT * base, _rounding(apart, _ROUNDING))
-            num_short = num_short + is_short.astype(num_short.dtype)
+            short, limited = _shortened(allowed * relative_size(d0, scale), apart, base)
+            num_short = num_short + short.astype(num_short.dtype)
             sound = sound & (num_short <= _MANY + _TIMES * (count + 1 - num_short))
         return CouplingMonitor(
             slope=slope,
@@ -240,6 +242,19 @@ def _wants_resync(
     more = jnp.expm1(jnp.maximum(0, growth)) * apart
     enough = _RESYNC * base if has_error else _RESYNC_WITHOUT_ESTIMATE
     return (more > enough) & (apart > _rounding(apart, _RESYNC_ROUNDING))
+
+
+def _shortened(
+    before: Float[Array, ""], apart: Float[Array, ""], base: Float[Array, ""]
+) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
+    """Returns whether a step is short, and whether its difference grew far too much.
+
+    `before` is the allowed part of the difference before the step, `apart` that after.
+    """
+    is_more = apart > _rounding(apart, _ROUNDING)
+    return (apart > _SHORT * base) & is_more, (
+        apart - before > _ERRORS * base
+    ) & is_more
 
 
 def _rounding(like: Array, units: float) -> float:

@@ -203,8 +203,10 @@ class Reversible(SharingSolver, DelegatingSolver, diffrax.AbstractStratonovichSo
         # The resync is done. The monitor compares the difference after it with `d1`.
         y1, (z1, d1), info = step.forward(evaluate, t0, t1, y0, (z0, d0), False)
         error = self._error(ks["forward"], info["k1"])
+        resyncs, parameter = self.resync_every is not None, self.coupling_parameter
+        allowed = allowed_difference(parameter, resyncs)
         monitor = solver_state.monitor.update(
-            d0, d1, info, control, self.coupling_parameter, made_jump, count, error
+            d0, d1, info, control, parameter, made_jump, count, error, allowed
         )
         asked = monitor.wants_resync & step.chooses_resyncs
         discards = asked | is_regular_resync(step.resync_every, count + 1)
@@ -215,8 +217,6 @@ class Reversible(SharingSolver, DelegatingSolver, diffrax.AbstractStratonovichSo
         num_resyncs = solver_state.num_resyncs + jnp.asarray(resync, count.dtype)
         new_state = CoupledState(z1, d1, monitor, num_resyncs, count + 1)
         if error is not None:
-            resyncs = self.resync_every is not None
-            allowed = allowed_difference(self.coupling_parameter, resyncs)
             error = with_difference(error, d0, d1, allowed)
         return y1, error, info, new_state, result
 

@@ -510,6 +510,31 @@ def test_adaptive_single_precision_does_not_end_with_copies_apart():
         assert sol.result == nodegrad.RESULTS.coupling_lost
 
 
+def test_a_solve_that_ends_at_max_steps_names_the_cause():
+    # Van der Pol's equation needs hundreds of steps with any solver. The decay needs
+    # less than a hundred where no coupling limits the steps.
+    def van_der_pol(t, y, args):
+        return jnp.stack([y[1], 3 * (1 - y[0] ** 2) * y[1] - y[0]])
+
+    def result(field, y0, **options):
+        return nodegrad.odesolve(
+            field,
+            nodegrad.Reversible(diffrax.Tsit5(), **options),
+            0.0,
+            20.0,
+            None,
+            y0,
+            stepsize_controller=diffrax.PIDController(1e-7, 1e-7),
+            max_steps=50,
+            throw=False,
+        ).result
+
+    few = nodegrad.RESULTS.max_steps_reached
+    assert result(van_der_pol, jnp.array([2.0, 0.0])) == few
+    lost = result(lambda t, y, args: -y, jnp.array(1.0), resync_every=None)
+    assert lost == nodegrad.RESULTS.coupling_lost
+
+
 def test_message_says_when_how_far_and_what_to_do():
     with pytest.raises(RuntimeError) as error:
         nodegrad.odesolve(
