@@ -34,10 +34,6 @@ from reproduce import (
 from reproduce.experiment import Claim, Experiment, Report, Setting, spread, Table
 
 
-# Those that compile for less than five seconds.
-CHEAP = ("image", "orders", "stability")
-
-
 def _reproduce(*arguments, folder=None):
     """`scripts/reproduce/run` without the creation of an environment."""
     environment = {**os.environ, "PYTHONPATH": str(SCRIPTS)}
@@ -48,15 +44,8 @@ def _reproduce(*arguments, folder=None):
     )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            n, marks=pytest.mark.slow if n in CHEAP else pytest.mark.exhaustive
-        )
-        for n in MODULES
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODULES)
 def test_every_experiment_has_a_smoke_run_without_data(name, tmp_path):
     found = _reproduce(name, "--smoke", "--output", str(tmp_path))
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]

@@ -101,13 +101,13 @@ class QuadraticSteps(NamedTuple):
             raise ValueError(_NO_MODEL)
         gradient, decay_state = self._decayed(updates, state.weight_decay, params)
 
-        objective = value_fn
+        objective, dtype = value_fn, value.dtype
         if self.decay is not None:
 
             def penalty(params: PyTree) -> Array:
                 zeros = zeros_like(params)
                 shrunk, _ = self._decayed(zeros, state.weight_decay, params)
-                return (inner(params, shrunk) / 2).astype(value.dtype)
+                return (inner(params, shrunk) / 2).astype(dtype)
 
             objective = lambda params: value_fn(params) + penalty(params)
             value = value + penalty(params)

@@ -51,7 +51,7 @@ def _as_matrix(x: Any) -> Any:
     return x.reshape(x.shape[0] if x.ndim else 1, -1)
 
 
-def _init(params: Any) -> _State:
+def _init(params: Any) -> Any:
     def of_leaf(x: Any) -> _Matrix:
         zeros = jnp.zeros_like(_as_matrix(x))
         rows, columns = (jnp.eye(n, dtype=x.dtype) for n in zeros.shape)
@@ -60,20 +60,19 @@ def _init(params: Any) -> _State:
     return _State(jnp.zeros((), jnp.int32), jax.tree.map(of_leaf, params))
 
 
-def _update(gradients: Any, state: _State, params: Any = None) -> Any:
+def _update(updates: Any, state: Any, params: Any = None) -> Any:
     del params
-    leaves, structure = jax.tree.flatten(gradients)
+    leaves, structure = jax.tree.flatten(updates)
     matrices = structure.flatten_up_to(state.matrices)
     pairs = [
         _update_matrix(_as_matrix(leaf), matrix, state.count)
         for leaf, matrix in zip(leaves, matrices, strict=True)
     ]
-    updates = [
-        update.reshape(leaf.shape)
-        for leaf, (update, _) in zip(leaves, pairs, strict=True)
+    steps = [
+        step.reshape(leaf.shape) for leaf, (step, _) in zip(leaves, pairs, strict=True)
     ]
     matrices = structure.unflatten([matrix for _, matrix in pairs])
-    return structure.unflatten(updates), _State(state.count + 1, matrices)
+    return structure.unflatten(steps), _State(state.count + 1, matrices)
 
 
 def _update_matrix(gradient: Any, old: _Matrix, count: Any) -> tuple[Any, _Matrix]:

@@ -79,11 +79,11 @@ def _report(results: Mapping[str, Result], setting: Setting) -> Report:
                 )
             )
     columns = ("data", "method", "state", "step", "refresh", "in all", "of Adam's")
-    table = Table("Megabytes, for a batch of the training experiment", columns, rows)
+    table = Table("Megabytes, for a batch of the training experiments", columns, rows)
     notes = (
         "Memory that the compiled programs allocate besides their arguments; in all: "
         "with the model, the state of the optimiser, and the larger of the two steps.",
-        "Networks and data of the training experiment, all smaller than the paper's.",
+        "Networks and data of the training experiments, all smaller than the paper's.",
     )
     return Report((table,), tuple(claims), {}, notes)
 

@@ -57,7 +57,7 @@ def trainer(
 ) -> _Trainer:
     """Everything that seeds and settings have in common.
 
-    `size` is that of the batches of images and series.
+    `size` is that of the batches of MNIST, SVHN and CIFAR-10.
     """
     # The programs of other tasks and methods will not be called any more.
     jax.clear_caches()

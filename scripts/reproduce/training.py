@@ -1,6 +1,9 @@
-"""SNOpt against Adam and SGD on the nine data sets of its paper."""
+"""SNOpt against Adam and SGD on the nine data sets of its paper.
 
-from collections.abc import Mapping
+The experiments `training_images` and `training_series` have some of them each.
+"""
+
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,10 +67,24 @@ def _train(
     return found
 
 
-def _tasks(setting: Setting) -> dict[str, Any]:
+def experiment(name: str, title: str, sets: Sequence[str], smoke: str) -> Experiment:
+    """The experiment with these data sets, and with the set `smoke` in smoke runs."""
+    return Experiment(
+        name=name,
+        title=f"SNOpt, Adam and SGD on {title}",
+        source="SNOpt, the table of results",
+        tasks=partial(_tasks, sets, smoke),
+        report=_report,
+        x64=False,
+    )
+
+
+def _tasks(sets: Sequence[str], smoke: str, setting: Setting) -> dict[str, Any]:
     sizes = _sizes(setting)
     methods = ("adam", "snopt") if setting.size == "smoke" else TRIALS
-    chosen = ("digits",) if setting.size == "smoke" else names(setting.data)
+    chosen = [name for name in sets if name in names(setting.data)]
+    if setting.size == "smoke":
+        chosen = [smoke]
     return {
         f"{task}-{method}-{number}-seed{seed}": partial(
             _train, task, method, tuple(trial.items()), sizes, setting.data, seed
@@ -80,8 +97,8 @@ def _tasks(setting: Setting) -> dict[str, Any]:
 
 
 def _sizes(setting: Setting) -> tuple[int, int]:
-    """How many iterations, and how many samples a batch of images or series has."""
-    return setting.pick((2, 128), (100, 32), (2000, 128))
+    """How many iterations, and how many images a batch of MNIST or CIFAR-10 has."""
+    return setting.pick((2, 128), (100, 64), (2000, 128))
 
 
 def _value(task: str, metric: float) -> float:
@@ -166,8 +183,8 @@ def _notes(setting: Setting) -> tuple[str, ...]:
     )
     return (
         f"{iterations} iterations for every run (the paper: 480 to 7800). Batches have "
-        f"{batch} images or series, 128 digits, words or rows, or 256 points of the "
-        "circles. Networks are smaller than the paper's.",
+        f"128 samples ({batch} of MNIST, SVHN or CIFAR-10, 256 points of the circles). "
+        "Networks are smaller than the paper's.",
         f"Adam, SGD with momentum 0.9, and the SNOpt of the paper: {rates}. `snopt()` "
         "has none.",
         "Time: of an iteration of `snopt()`, relative to Adam's.",
@@ -200,13 +217,3 @@ def _draw(runs: Mapping[str, list[Result]], axes: Axes) -> None:
         axes.plot(losses, label=method)
     axes.set(xlabel="iteration", ylabel="training loss")
     axes.legend(fontsize=7)
-
-
-EXPERIMENT = Experiment(
-    name="training",
-    title="SNOpt, Adam and SGD on nine data sets",
-    source="SNOpt, the table of results",
-    tasks=_tasks,
-    report=_report,
-    x64=False,
-)

@@ -110,7 +110,7 @@ def resampled(series: Any, count: int) -> Any:
 
 
 def _series(
-    name: str, classes: int, iterations: int, size: int, folder: Path | None
+    name: str, classes: int, iterations: int, _: int, folder: Path | None
 ) -> Task:
     loader = {"spoken": data.spoken_digits, "characters": data.characters}[name]
     series, labels = loader(folder)
@@ -121,7 +121,7 @@ def _series(
     arrays = (x - mean) / scale, (x_test - mean) / scale, y, y_test
     make = lambda key: ODERNN(key, x.shape[2], 32, classes)
     steps = lambda model, batch: model.run(batch[0])[1]
-    return _classification(name, make, arrays, steps, iterations, size)
+    return _classification(name, make, arrays, steps, iterations, 128)
 
 
 # Densities.
@@ -171,8 +171,7 @@ def _negative_mean(losses: Any, *batch: Any) -> Any:
     return -jnp.mean(losses)
 
 
-def _density(name: str, iterations: int, size: int, folder: Path | None) -> Task:
-    del size
+def _density(name: str, iterations: int, _: int, folder: Path | None) -> Task:
     load = {"vowels": data.vowel_frames, "miniboone": data.miniboone}[name]
     x = load(folder)
     # The order of the rows has no meaning; this is the same one every time.
@@ -197,7 +196,7 @@ def _density(name: str, iterations: int, size: int, folder: Path | None) -> Task
 
 
 #: What they are called, and how they are made from iterations, the size of a batch of
-#: images or series, and the folder.
+#: MNIST, SVHN or CIFAR-10, and the folder.
 TASKS: dict[str, tuple[str, Callable[..., Task]]] = {
     "mnist": ("MNIST", partial(_images, "mnist")),
     "digits": ("8 x 8 digits, for SVHN", lambda n, *_: digits(n)),
