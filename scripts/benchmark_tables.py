@@ -239,6 +239,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("loss", "loss", _significant(4)),
     ("final_loss", "training loss", _significant(3)),
     ("lower_on", "seeds below Adam", str),
+    ("diverged", "diverged", str),
     ("failed", "failed", str),
     ("to_train", "time to Adam's training loss", _ratio),
     ("best_test_loss", "best test loss", _significant(3)),

@@ -191,6 +191,24 @@ def test_archives_of_series_are_split(tmp_path):
         np.testing.assert_array_equal(np.concatenate(series), x)
 
 
+def test_spoken_arabic_digits_replace_their_stand_in(tmp_path, monkeypatch):
+    # Two and three frames of 13 channels, in the format of the archive.
+    series = [[f"{c}.5,{c + 1}" for c in range(13)], ["1,2,3"] * 13]
+    lines = [":".join([*one, label]) for one, label in zip(series, "83", strict=True)]
+    text = "\n".join(
+        ["# a comment", "@problemName SpokenArabicDigits", "@data", *lines]
+    )
+    for part in ("TRAIN", "TEST"):
+        (tmp_path / f"SpokenArabicDigits_{part}.ts").write_text(text)
+    with pytest.raises(archives.DamagedArchiveError, match="2 series.*expected 6599"):
+        data.spoken_digits(tmp_path)
+    monkeypatch.setattr(data, "_ARABIC_SERIES", {"TRAIN": 2, "TEST": 2})
+    found, labels = data.spoken_digits(tmp_path)
+    assert [one.shape for one in found] == [(2, 13), (3, 13)] * 2
+    np.testing.assert_array_equal(found[0][1], np.arange(1, 14))
+    assert labels.tolist() == [1, 0, 1, 0]
+
+
 def test_frames_of_vowels(tmp_path):
     series = [":".join(f"{c}.5,{c + 1},{c + 2}" for c in range(12)) + ":3"] * 2
     text = "\n".join(["# a comment", "@problemName x", "@data", *series])

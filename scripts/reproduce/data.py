@@ -61,12 +61,38 @@ def svhn(path: Path | None) -> dict[str, Any]:
     return archives.svhn(folder(path))
 
 
+# Series of training and test data. The archive publishes no checksum, but these.
+_ARABIC_SERIES = {"TRAIN": 6599, "TEST": 2199}
+
+
 def spoken_digits(path: Path | None) -> tuple[list[Any], Any]:
-    """Series `(frames, 13)` of spoken digits, and labels."""
+    """Series `(frames, 13)` of spoken digits, and labels.
+
+    They are those of SpokenArabicDigits where its two files are in the folder.
+    """
+    names = {part: f"SpokenArabicDigits_{part}.ts" for part in _ARABIC_SERIES}
+    if path is not None and all((path / name).exists() for name in names.values()):
+        return _arabic_digits({part: path / name for part, name in names.items()})
     origin = "the MFCC of the Free Spoken Digit Dataset as one NumPy archive"
     found = arrays(path, "free_spoken_digits_mfcc.npz", origin)
     series = np.split(found["X"], np.cumsum(found["lengths"])[:-1])
     return series, found["y"].astype(np.int32)
+
+
+def _arabic_digits(paths: dict[str, Path]) -> tuple[list[Any], Any]:
+    found: list[Any] = []
+    for part, path in paths.items():
+        series = read_series(path)
+        shapes = {one.shape[1] for one, _ in series}
+        if len(series) != _ARABIC_SERIES[part] or shapes != {13}:
+            msg = (
+                f"{path} is not the published file: {len(series)} series with "
+                f"{sorted(shapes)} channels, expected {_ARABIC_SERIES[part]} with 13"
+            )
+            raise archives.DamagedArchiveError(msg)
+        found += series
+    labels = np.unique([label for _, label in found], return_inverse=True)[1]
+    return [one for one, _ in found], labels.astype(np.int32)
 
 
 def characters(path: Path | None) -> tuple[list[Any], Any]:

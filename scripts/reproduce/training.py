@@ -197,9 +197,9 @@ def _notes(setting: Setting) -> tuple[str, ...]:
 def _stand_ins(folder: Path | None) -> list[str]:
     """What was used for data that are not at hand."""
     found = [
-        "The Free Spoken Digit Dataset stands in for SpokenArabicDigits, and the first "
-        "8 coefficients of the frames of JapaneseVowels for Gas, which is published as "
-        "a pickle."
+        "The Free Spoken Digit Dataset stands in for SpokenArabicDigits unless the two "
+        "files of that are in the folder of the data sets. The first 8 coefficients of "
+        "the frames of JapaneseVowels stand in for Gas, which is published as a pickle."
     ]
     if "digits" in names(folder):
         found.append("The digits of scikit-learn stand in for SVHN.")
