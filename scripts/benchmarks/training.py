@@ -329,6 +329,7 @@ def run(arguments: argparse.Namespace, clock: Clock, report: Report) -> None:
         tuned = _tuned_runs(trainers, seeds, iterations)
         _report_task(report, task, tuned, seconds)
         _plot(task, tuned, Path("results") / f"training_{name}.png")
+    _enter_median(report)
     complete = len(methods) == len(METHODS)
     if complete and not arguments.quick and "digits" in names:
         measure_terminal_time(report, *_lengths("digits", arguments))
@@ -471,6 +472,15 @@ def _report_task(
         enter(f"test metric, Adam's less that of {name}", behind, 0.0)
         higher = 1 - _lower(by_loss[name], by_loss[ADAM]) / len(by_loss[name])
         enter(f"share of seeds with a higher training loss, {name}", higher, 0.2)
+
+
+def _enter_median(report: Report) -> None:
+    """The median over the tasks of the time to Adam's training loss."""
+    what = f"time to train loss, {DEFAULT}"
+    times = [budget.measured for budget in report.budgets if budget.what == what]
+    if len(times) > 1:
+        case, median = f"{len(times)} tasks", statistics.median(times)
+        report.budgets.append(Budget(f"median {what}", case, ADAM, median, 0.4, 0.25))
 
 
 def _lower(runs: list[Run], others: list[Run]) -> int:
