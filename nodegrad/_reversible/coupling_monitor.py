@@ -51,8 +51,7 @@ _ALLOWED = 0.9
 _SHORT, _ROUNDING = 1e3, 1e3
 _MANY, _TIMES = 100, 10
 # Conditions 1 and 2 below need a difference of so many errors of the base method: a
-# smaller one matters less than these errors. A step whose difference grows by so many
-# errors is a half as long as that of the base method, or less (of order 5).
+# smaller one matters less than these errors.
 _ERRORS = 30.0
 
 # The copies have also diverged if one of four conditions holds after a step. Low
@@ -107,7 +106,7 @@ class CouplingMonitor(eqx.Module):
     - `largest_error`: the largest error estimate of the base method, relative to
       `scale`.
     - `num_short`: the number of steps that are short because of the coupling.
-    - `limited`: whether the last step is much shorter because the difference grew.
+    - `limited`: whether most of the last error estimate was growth of the difference.
     - `wants_resync`: whether the difference should be removed before the next step.
     - `lost`: whether the copies have diverged.
     """
@@ -247,14 +246,14 @@ def _wants_resync(
 def _shortened(
     before: Float[Array, ""], apart: Float[Array, ""], base: Float[Array, ""]
 ) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
-    """Returns whether a step is short, and whether its difference grew far too much.
+    """Returns whether a step is short, and whether growth limited its size.
 
     `before` is the allowed part of the difference before the step, `apart` that after.
     """
-    is_more = apart > _rounding(apart, _ROUNDING)
-    return (apart > _SHORT * base) & is_more, (
-        apart - before > _ERRORS * base
-    ) & is_more
+    is_short = (apart > _SHORT * base) & (apart > _rounding(apart, _ROUNDING))
+    # After a resync any difference is new: it has the size of an error, and is none.
+    has_grown = (before > 0) & (apart - before > base)
+    return is_short, has_grown & (apart > _rounding(apart, _RESYNC_ROUNDING))
 
 
 def _rounding(like: Array, units: float) -> float:
