@@ -175,8 +175,8 @@ class CouplingMonitor(eqx.Module):
             per_time = lambda k: jnp.where(step == 0, 0, k / jnp.asarray(step, k.dtype))
             slope = jax.tree.map(per_time, k1)
         apart, now = relative_size(d1, scale), relative_size(magnitudes(y0, y1), scale)
-        base = jnp.zeros_like(apart) if error is None else relative_size(error, scale)
         level = jnp.maximum(now, _FORGETTING * old.level)
+        base = jnp.zeros_like(apart) if error is None else relative_size(error, scale)
         largest_error = jnp.maximum(old.largest_error, base)
         wants_resync = _wants_resync(apart, level, growth, error is not None, base)
         # `<=` is false for NaN, so a difference of NaN counts as diverged.

@@ -160,7 +160,8 @@ def _train(
             loss, gradient = program.run(params, data)
             losses.append(float(loss))
         except Exception as error:
-            message = next(x for x in str(error).splitlines() if "Error: " in x)
+            lines = str(error).splitlines()
+            message = next((x for x in lines if "Error: " in x), lines[0])
             print(f"{name}, {method}, iteration {iteration}: {message[:200]}")
             last = losses[-1] if losses else math.nan
             first = losses[0] if losses else math.nan

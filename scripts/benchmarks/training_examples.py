@@ -3,7 +3,7 @@
 The models of the first three are those of `examples.py`, solved by `nodegrad.odesolve`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from sklearn.datasets import make_moons
 import nodegrad
 
 from .examples import LatentODE, NetworkField, NeuralCDE, spirals
-from .training_tasks import Batch, density, shuffled, Task
+from .training_tasks import Batch, density, negative_mean, shuffled, Task, whole
 
 
 def _solve(*args: Any, max_steps: int = 256, **kwargs: Any) -> diffrax.Solution:
@@ -27,13 +27,25 @@ def _solve(*args: Any, max_steps: int = 256, **kwargs: Any) -> diffrax.Solution:
     return nodegrad.odesolve(*args, max_steps=max_steps, throw=False, **kwargs)
 
 
-def _negative(losses: Any, *batch: Any) -> Any:
-    del batch
-    return -jnp.mean(losses)
+def _curves(
+    ts: Any, dt0: Any, rtol: float, field: Callable[..., Any], starts: Any
+) -> diffrax.Solution:
+    """The curves from many starts, each with its own steps, at the times `ts`."""
+    return _solve(
+        field,
+        diffrax.Tsit5(),
+        ts[0],
+        ts[-1],
+        dt0,
+        starts,
+        saveat=diffrax.SaveAt(ts=ts),
+        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=1e-6),
+        batched=True,
+    )
 
 
 def _negative_mean_square(outputs: Any, *batch: Any) -> Any:
-    return -jnp.mean(_mean_squares(outputs, *batch))
+    return negative_mean(_mean_squares(outputs, *batch))
 
 
 def _mean_squares(outputs: Any, *batch: Any) -> Any:
@@ -50,7 +62,7 @@ def _spirals(samples: int, times: int, end: float) -> tuple[np.ndarray, np.ndarr
     return np.asarray(ts, np.float32), np.asarray(curves, np.float32)
 
 
-def _halves(*arrays: Any) -> tuple[Batch, Batch]:
+def _split(*arrays: Any) -> tuple[Batch, Batch]:
     """The first three quarters of the samples, and the rest."""
     count = 3 * len(arrays[0]) // 4
     return tuple(x[:count] for x in arrays), tuple(x[count:] for x in arrays)
@@ -60,20 +72,9 @@ def spiral(iterations: int) -> Task:
     """A neural ODE for spirals, 32 at a time."""
     ts = jnp.linspace(0.0, 5.0, 50, dtype=jnp.float32)
     curves = np.asarray(spirals(ts, jr.key(0), 256), np.float32)
-    train, test = _halves(curves[:, 0], curves)
+    train, test = _split(curves[:, 0], curves)
 
-    def solution(field: Any, starts: Any) -> diffrax.Solution:
-        return _solve(
-            field,
-            diffrax.Tsit5(),
-            ts[0],
-            ts[-1],
-            ts[1] - ts[0],
-            starts,
-            saveat=diffrax.SaveAt(ts=ts),
-            stepsize_controller=diffrax.PIDController(rtol=1e-3, atol=1e-6),
-            batched=True,
-        )
+    solution = partial(_curves, ts, ts[1] - ts[0], 1e-3)
 
     def make(key: Any) -> NetworkField:
         network = eqx.nn.MLP(2, 2, 64, 2, activation=jax.nn.softplus, key=key)
@@ -96,7 +97,7 @@ def latent(iterations: int) -> Task:
     """A variational autoencoder of spirals seen at irregular times."""
     samples, hidden, code = 256, 16, 8
     noise = np.random.default_rng(0).normal(size=(samples, code)).astype(np.float32)
-    train, test = _halves(*_spirals(samples, 20, 3.0), noise)
+    train, test = _split(*_spirals(samples, 20, 3.0), noise)
 
     def of_sample(model: LatentODE, ts: Any, ys: Any, noise: Any) -> Any:
         mean, log_std = model.encode(ts, ys)
@@ -109,7 +110,7 @@ def latent(iterations: int) -> Task:
         make_model=partial(LatentODE, hidden, code, 16),
         loss=lambda model, *batch: jax.vmap(partial(of_sample, model))(*batch),
         predict=None,
-        metric=_negative,
+        metric=negative_mean,
         batches=shuffled(train, 32),
         test=test,
         # The steps are constant.
@@ -129,7 +130,7 @@ def control(iterations: int) -> Task:
     paths = jnp.concatenate([times, curves], axis=-1).astype(jnp.float32)
     interpolate = partial(diffrax.backward_hermite_coefficients, ts)
     coefficients = map(np.asarray, jax.jit(jax.vmap(interpolate))(paths))
-    train, test = _halves(*coefficients, is_left)
+    train, test = _split(*coefficients, is_left)
 
     def logits(model: NeuralCDE, *batch: Any) -> Any:
         return jax.vmap(lambda *c: model.logit(ts, c, _solve))(*batch[:-1])
@@ -184,18 +185,7 @@ def hybrid(iterations: int) -> Task:
     rng = np.random.default_rng(0)
     starts = rng.uniform(0.5, 2.5, (24, 2)).astype(np.float32)
 
-    def solution(field: Callable[..., Any], starts: Any) -> diffrax.Solution:
-        return _solve(
-            field,
-            diffrax.Tsit5(),
-            ts[0],
-            ts[-1],
-            None,
-            starts,
-            saveat=diffrax.SaveAt(ts=ts),
-            stepsize_controller=diffrax.PIDController(rtol=1e-4, atol=1e-6),
-            batched=True,
-        )
+    solution = partial(_curves, ts, None, 1e-4)
 
     def truth(t: Any, y: Any, args: Any) -> Any:
         del t, args
@@ -204,12 +194,7 @@ def hybrid(iterations: int) -> Task:
 
     curves = np.asarray(jax.jit(partial(solution, truth))(starts).ys)
     curves = curves * (1 + 0.01 * rng.normal(size=curves.shape))
-    train, test = _halves(starts, curves.astype(np.float32))
-
-    def batches(seed: int) -> Iterator[Batch]:
-        del seed
-        while True:
-            yield train
+    train, test = _split(starts, curves.astype(np.float32))
 
     return Task(
         name="hybrid",
@@ -217,7 +202,7 @@ def hybrid(iterations: int) -> Task:
         loss=_mean_squares,
         predict=lambda field, starts, _: solution(field, starts).ys,
         metric=_negative_mean_square,
-        batches=batches,
+        batches=whole(train),
         test=test,
         steps=lambda field, batch: solution(field, batch[0]).stats,
         iterations=iterations,

@@ -3,6 +3,7 @@
 Each task says how to make the model, its batches, and its losses; all in float32.
 """
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -82,6 +83,17 @@ def shuffled(arrays: Batch, size: int) -> Callable[[int], Iterator[Batch]]:
                 yield tuple(x[index] for x in arrays)
 
     return batches
+
+
+def whole(arrays: Batch) -> Callable[[int], Iterator[Batch]]:
+    """Endless batches that all are the whole training set."""
+    return lambda _: itertools.repeat(arrays)
+
+
+def negative_mean(losses: Any, *batch: Any) -> Any:
+    """The metric of tasks that have nothing but losses."""
+    del batch
+    return -jnp.mean(losses)
 
 
 def cross_entropy(outputs: Any, x: Any, labels: Any) -> Any:
@@ -279,11 +291,6 @@ class Flow(eqx.Module):
         return square + jnp.float32(np.log(2 * np.pi)) - trace[:, 0]
 
 
-def _log_likelihood(losses: Any, points: Any) -> Any:
-    del points
-    return -jnp.mean(losses)
-
-
 def circles(iterations: int) -> Task:
     """Two noisy circles, one inside the other."""
 
@@ -307,7 +314,7 @@ def density(name: str, draw: Callable[[int, int], Any], iterations: int) -> Task
         make_model=Flow,
         loss=lambda model, x: model(x),
         predict=None,
-        metric=_log_likelihood,
+        metric=negative_mean,
         batches=batches,
         test=(points(2048, 12345),),
         steps=lambda model, batch: model.solution(batch[0]).stats,
@@ -360,20 +367,13 @@ def discs(iterations: int) -> Task:
         x = np.random.default_rng(seed).normal(size=(count, 2)).astype(np.float32)
         return x, (np.sum(x**2, axis=1) < 1).astype(int)
 
-    train = draw(256, 0)
-
-    def batches(seed: int) -> Iterator[Batch]:
-        del seed
-        while True:
-            yield train
-
     return Task(
         name="discs",
         make_model=DiscNODE,
         loss=cross_entropy,
         predict=_logits,
         metric=accuracy,
-        batches=batches,
+        batches=whole(draw(256, 0)),
         test=draw(2048, 1),
         steps=lambda model, batch: model.solution(batch[0]).stats,
         iterations=iterations,

@@ -18,6 +18,7 @@ from benchmarks.training_tasks import (
     circles,
     cross_entropy,
     digits,
+    negative_mean,
     ODERNN,
     shuffled,
     Task,
@@ -166,11 +167,6 @@ class _Flow(eqx.Module):
         return square + jnp.float32(constant) - trace[:, 0]
 
 
-def _negative_mean(losses: Any, *batch: Any) -> Any:
-    del batch
-    return -jnp.mean(losses)
-
-
 def _density(name: str, iterations: int, _: int, folder: Path | None) -> Task:
     load = {"vowels": data.vowel_frames, "miniboone": data.miniboone}[name]
     x = load(folder)
@@ -187,7 +183,7 @@ def _density(name: str, iterations: int, _: int, folder: Path | None) -> Task:
         make_model=partial(_Flow, size=x.shape[1]),
         loss=lambda model, x, noise: model(x, noise),
         predict=None,
-        metric=_negative_mean,
+        metric=negative_mean,
         batches=shuffled((train.astype(np.float32), noise[0]), 128),
         test=(test.astype(np.float32), noise[1]),
         steps=lambda model, batch: model.solution(*batch).stats,
