@@ -38,7 +38,7 @@ class SNOptModelState(NamedTuple):
 
     - `preconditioner`: a `nodegrad.SNOptState`.
     - `previous`: the last update, a tree like the parameters.
-    - `damping`: $\lambda$, or a negative number before the first curvature.
+    - `damping`: $\lambda$, which is zero before the first curvature.
     - `lengths`: the last coefficients of the preconditioned gradient, of that in layers
       and of the rest.
     - `accepted`: whether the last step was taken. If not, it was zero.
@@ -59,7 +59,7 @@ class SNOptModelState(NamedTuple):
 class QuadraticSteps(NamedTuple):
     """The optimiser of `nodegrad.snopt` without a learning rate.
 
-    - `rule`, `chosen`: of the preconditioner; its damping is that of the state.
+    - `rule`, `chosen`: of the preconditioner.
     - `momentum`: the greatest coefficient of the last step, or `None` for none.
     - `decay`: `optax.add_decayed_weights`, or `None`.
     """
@@ -77,7 +77,7 @@ class QuadraticSteps(NamedTuple):
         return SNOptModelState(
             preconditioner=state,
             previous=zeros_like(params),
-            damping=jnp.full((), -1, dtype),
+            damping=jnp.zeros((), dtype),
             lengths=jnp.ones(len(_separated(params, self.chosen(params))), dtype),
             accepted=jnp.array(True),
             ratio=jnp.ones((), dtype),
@@ -124,8 +124,7 @@ class QuadraticSteps(NamedTuple):
             directions.append(state.previous)
         slopes = products(directions, [gradient])[:, 0]
         matrix = curvature_in(directions, slopes, objective, value, params)
-        model_damping = jnp.maximum(damping, 0)
-        step = best_step(directions, slopes, matrix, model_damping, self.momentum)
+        step = best_step(directions, slopes, matrix, damping, self.momentum)
 
         actual = objective(add(params, step.update)) - value
         predicted = step.predicted.astype(actual.dtype)
@@ -133,13 +132,13 @@ class QuadraticSteps(NamedTuple):
         accepted = jnp.isfinite(actual) & (actual <= noise)
         update = where(accepted, step.update, zeros_like(step.update))
         least = jnp.finfo(damping.dtype).eps * _mean_moment(preconditioner)
-        adapted = adapted_damping(model_damping, least, predicted, actual, accepted)
+        adapted = adapted_damping(damping, least, predicted, actual, accepted)
         growth = length_growth(step.coefficients, slopes, noise, accepted)
         ratio = actual / jnp.where(predicted < 0, predicted, 1)
         return update, SNOptModelState(
             preconditioner=preconditioner,
             previous=update,
-            damping=jnp.where(damping < 0, damping, adapted),
+            damping=jnp.where(_is_refreshed(preconditioner), adapted, damping),
             lengths=state.lengths * growth[: len(parts)].astype(state.lengths.dtype),
             accepted=accepted,
             ratio=jnp.where(predicted < 0, ratio, jnp.nan).astype(damping.dtype),
@@ -166,15 +165,13 @@ class QuadraticSteps(NamedTuple):
                 self.rule, self.chosen, gradient, preconditioner, curvature
             )
         # The first curvature sets the scale: at the start the model is trusted little.
-        start = jnp.where(
-            _num_refreshes(preconditioner) > 0, _mean_moment(preconditioner), -1
-        )
-        damping = jnp.where(state.damping < 0, start, state.damping)
-        rule = self.rule._replace(
-            damping=jnp.maximum(damping, 0), relative=False, kl_clip=float("inf")
+        damping = jnp.where(
+            _is_refreshed(preconditioner) & ~_is_refreshed(state.preconditioner),
+            _mean_moment(preconditioner),
+            state.damping,
         )
         direction, preconditioner = preconditioned(
-            rule, self.chosen, gradient, preconditioner
+            self.rule, self.chosen, gradient, preconditioner
         )
         return preconditioner, damping, _separated(direction, self.chosen(gradient))
 
@@ -226,6 +223,7 @@ def _mean_moment(state: Any) -> Float[Array, ""]:
     return total / max(sum(x.size for x in moments), 1)
 
 
-def _num_refreshes(state: Any) -> Array:
-    counts = [jnp.max(layer.num_refreshes) for layer in _states(state)]
-    return jnp.max(jnp.stack(counts)) if counts else jnp.zeros((), jnp.int32)
+def _is_refreshed(state: Any) -> Bool[Array, ""]:
+    """Returns whether a layer has a curvature."""
+    counts = [jnp.any(layer.num_refreshes > 0) for layer in _states(state)]
+    return jnp.any(jnp.stack(counts)) if counts else jnp.array(False)

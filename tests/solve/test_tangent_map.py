@@ -403,6 +403,12 @@ def _one_by_one(grad_of_one, nest, points, weights):
 
 
 def _check_ensemble(nest, door, method, controller):
+    # The XLA of JAX 0.10 ends the process: it gives the products of the evaluation
+    # before the first step a layout for which it has no code.
+    of_models = len(nest) > 1 and nest[0] == (0, None, None)
+    if jax.__version_info__ < (0, 11) and of_models:
+        if (method, controller) == ("heun", "constant"):
+            pytest.skip("XLA cannot compile this before JAX 0.11")
     adjoint, solver, tol = METHODS[method]
     chosen = CONTROLLERS[controller][0](tol, 0.0, 1.0, None)
     run = _single(DOORS[door], adjoint, solver, chosen)
