@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree, Real
 
-from .._internal.compat import buffer_at_set, while_loop
+from .._internal.batch import put
+from .._internal.compat import while_loop
 from .._internal.tree import as_arrays
 from .._trajectory.output import SaveState, write_dense, write_step
 from .._trajectory.recording import Inputs, moving_times, Outputs, Plan, Saved
@@ -206,8 +207,8 @@ def _make_step(
         dense_infos=dense_infos,
         event=None if state.event is None else (start, end, info),
         rows=rows,
-        ends=None if state.ends is None else _put_row(state.ends, index, end),
-        starts=None if state.starts is None else _put_row(state.starts, index, start),
+        ends=None if state.ends is None else put(state.ends, index, end),
+        starts=None if state.starts is None else put(state.starts, index, start),
         num_stored=num_stored,
     )
 
@@ -222,19 +223,12 @@ def _store(plan: Plan, state: _State, times: StepTimes) -> tuple[Any, Any]:
         return rows, number
     at = times.index, times.step_offset, times.made_jump, times.resync
     stores = states.is_stored(*at)
-    # As in the solve: what is written to a row that does not exist is dropped.
-    row = jnp.where(stores, states.row_to_write(number), states.rows)
     stored = states.to_store(state.y, state.replay_state)
     stored = eqx.filter(stored, eqx.is_inexact_array)
-    put = lambda x, buffer: _put_row(buffer, row, x)
-    rows = jax.tree.map(put, stored, rows)
+    if stores is True:
+        return put(rows, states.row_to_write(times.index, True), stored), number
+    rows = put(rows, states.row_to_write(number, stores), stored)
     return rows, number + jnp.asarray(stores, number.dtype)
-
-
-def _put_row(buffer: Any, row: Int[Array, ""], x: Array) -> Any:
-    # A buffer is an array, or an object of a private class of Equinox's loops. Writes
-    # through `buffer_at_set` are done in place, also under `jax.vmap`.
-    return buffer_at_set(buffer, row, x, pred=True)
 
 
 def _push_saves(

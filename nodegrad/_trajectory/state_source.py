@@ -165,8 +165,13 @@ class AbstractStateSource(StoresStates):
         """The number of rows of stored states to allocate; 0 for none."""
 
     @abc.abstractmethod
-    def row_to_write(self, number: Int[Array, ""]) -> Int[Array, ""]:
-        """Returns the row for stored state `number`, or one that is not read."""
+    def row_to_write(
+        self, number: Int[Array, ""], stores: Bool[Array, ""] | bool
+    ) -> Int[Array, ""]:
+        """Returns the row for stored state `number`, or one that is not read.
+
+        It is one that is not read where not `stores`.
+        """
 
     @abc.abstractmethod
     def is_stored(
@@ -180,7 +185,7 @@ class AbstractStateSource(StoresStates):
 
         `step_offset` is the number of steps made before this solve, `made_jump` whether
         the step starts just after a jump, and `resync` whether the solver decided to
-        resync before it.
+        resync before it. The literal `True` means that all are.
         """
 
     @property
