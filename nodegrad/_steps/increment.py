@@ -259,10 +259,13 @@ class StagedIncrement:
             )
             return new, ct_state
 
-        def pull(ct: tuple[PyTree, PyTree]) -> tuple[list[Any], tuple[PyTree, ...]]:
+        def pull(
+            ct: tuple[PyTree, PyTree], total: list[Any] | None = None
+        ) -> tuple[list[Any], tuple[PyTree, ...]]:
             # Cotangents of what is not differentiated are `None`.
-            zero = _Cotangents(
-                constants=zeros_like(eqx.filter(consts, wrt)),
+            start = zeros_like(eqx.filter(consts, wrt)) if total is None else total
+            init = _Cotangents(
+                constants=start,
                 control=zeros_like(eqx.filter(control, wrt_control)),
                 t0=jnp.zeros_like(t0),
                 t1=jnp.zeros_like(t1),
@@ -270,7 +273,7 @@ class StagedIncrement:
             pull_all = (
                 self._pull_tableau if self.registers is None else self._pull_registers
             )
-            sums, ct_y0 = pull_all(batch, pull_stage, zero, states, ct)
+            sums, ct_y0 = pull_all(batch, pull_stage, init, states, ct)
             ct_t0, ct_t1 = sums.t0 if wrt_t0 else None, sums.t1 if wrt_t1 else None
             return sums.constants, (ct_t0, ct_t1, sums.control, ct_y0)
 
@@ -280,16 +283,16 @@ class StagedIncrement:
         self,
         batch: Batch,
         pull_stage: Callable,
-        zero: _Cotangents,
+        init: _Cotangents,
         states: PyTree[Array],
         ct: tuple[PyTree, PyTree],
     ) -> tuple[_Cotangents, PyTree[Array]]:
-        """Pulls all stages back: returns the sums, which start as `zero`, and `ct_y0`.
+        """Pulls all stages back: returns the sums, which start as `init`, and `ct_y0`.
 
         The scan carries the cotangents of all $Y_i$, `(stages, *batch, *y)`; zero for
         those that it has not reached.
         """
-        num, dtype = self.increment.num_stages, zero.t0.dtype
+        num, dtype = self.increment.num_stages, init.t0.dtype
         a, c = coefficients(self.increment.tableau, num, dtype)
         b = jnp.asarray(self.increment.weights, dtype)
 
@@ -308,8 +311,8 @@ class StagedIncrement:
         # the states of later stages.
         rows = self._rows(batch, ct[1])
         inputs = np.arange(num), states, rows, a.T, b, c
-        init = zeros_like(states), zero
-        (ct_states, sums), _ = jax.lax.scan(stage, init, inputs, reverse=True)
+        carry = zeros_like(states), init
+        (ct_states, sums), _ = jax.lax.scan(stage, carry, inputs, reverse=True)
         # `y0` enters every state with weight one.
         return sums, ft.reduce(add, unstacked(ct_states, num))
 
@@ -317,13 +320,13 @@ class StagedIncrement:
         self,
         batch: Batch,
         pull_stage: Callable,
-        zero: _Cotangents,
+        init: _Cotangents,
         states: PyTree[Array],
         ct: tuple[PyTree, PyTree],
     ) -> tuple[_Cotangents, PyTree[Array]]:
         """Does the same as `_pull_tableau`, by the recursion for two registers."""
         assert self.registers is not None
-        num, dtype = self.increment.num_stages, zero.t0.dtype
+        num, dtype = self.increment.num_stages, init.t0.dtype
         _, c = coefficients(self.increment.tableau, num, dtype)
         a, b = (jnp.asarray(x, dtype) for x in self.registers)
         ct_increment, ct_returned = ct
@@ -343,7 +346,7 @@ class StagedIncrement:
         rows = self._rows(batch, ct_returned)
         inputs = np.arange(num), states, rows, a, b, c
         (_, ct_y0, sums), _ = jax.lax.scan(
-            stage, (none, none, zero), inputs, reverse=True
+            stage, (none, none, init), inputs, reverse=True
         )
         return sums, ct_y0
 

@@ -43,7 +43,8 @@ class BackwardStep(NamedTuple):
     - `y`, `replay_state`: the state before the step, with the batch axes first.
     - `linearize`: returns `((y1, replay_state1, dense_info), pull)`. `pull` takes
       cotangents of these results to those of the constants and of `(start, end, y,
-      replay_state)`. The step is linearised when `linearize` is called, not before.
+      replay_state)`. If it is also passed totals, it adds those of the constants to
+      them. The step is linearised when `linearize` is called, not before.
     """
 
     index: Int[Array, ""]
