@@ -92,7 +92,10 @@ SIGNATURES = {
         "discrete_terminating_event"
     ),
     "diffrax._term.WrapTerm": "term direction",
-    "equinox.internal.buffer_at_set": "buffer item x pred kwargs",
+    "equinox.internal._loop.common._Buffer._op": (
+        "self pred item x op kwargs makes_false_steps"
+    ),
+    "equinox.internal._loop.common._select_if_vmap": "pred x y makes_false_steps",
     "equinox.internal.nondifferentiable": "x name msg",
     "equinox.internal.nondifferentiable_backward": "x name msg symbolic",
     "equinox.internal.prevbefore": "x",
@@ -107,13 +110,16 @@ SIGNATURES = {
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_private_functions_take_what_they_took(name):
-    module, _, attribute = name.rpartition(".")
-    function = getattr(importlib.import_module(module), attribute)
+    module, *attributes = re.split(r"\.(?=\w+$|_Buffer)", name)
+    function = importlib.import_module(module)
+    for attribute in attributes:
+        function = getattr(function, attribute)
     parameters = inspect.signature(function).parameters
     assert " ".join(parameters) == SIGNATURES[name], f"changed in {VERSIONS}"
 
 
-# The layout of the state of Diffrax's loop, which `recorded_loop` reads.
+# The layout of the state of Diffrax's loop, which `recorded_loop` reads, and of the
+# buffers of Equinox's loop, which `put_row` writes.
 FIELDS = {
     "State": (
         "y tprev tnext made_jump solver_state controller_state progress_meter_state "
@@ -122,12 +128,16 @@ FIELDS = {
         "event_values event_mask"
     ),
     "SaveState": "saveat_ts_index ts ys save_index",
+    "_Buffer": "_array _pred _tag _makes_false_steps",
 }
 
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_states_of_loops_have_the_fields_they_had(name):
-    cls = getattr(importlib.import_module("diffrax._integrate"), name)
+    loops = (
+        "equinox.internal._loop.common" if name == "_Buffer" else "diffrax._integrate"
+    )
+    cls = getattr(importlib.import_module(loops), name)
     fields = [field.name for field in dataclasses.fields(cls)]
     assert " ".join(fields) == FIELDS[name], f"changed in {VERSIONS}"
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree
 
 from .batch import Axes, Batch
 from .compat import eval_jaxpr, Jaxpr
+from .tree import add
 
 
 def _is_dynamic(x: Any) -> bool:
@@ -104,7 +105,8 @@ def pullback(
     """Returns `fn(consts, *args)` for every solve of a batch, and its pullback.
 
     Only inexact arrays are returned. The pullback takes their cotangents to those of
-    `(consts, args)`, with `None` for what `wrt` and `spec` do not mark.
+    `(consts, args)`, with `None` for what `wrt` and `spec` do not mark. A second
+    argument is a total to which it adds those of `consts`.
     """
     wanted, fixed = eqx.partition(consts, wrt)
     args, fixed_args = eqx.partition(args, spec)
@@ -123,7 +125,13 @@ def pullback(
         shared, shared_axes = (wanted, fixed), (wanted_axes, fixed_axes)
         return batch.map_shared(one, shared, shared_axes)(args, fixed_args)
 
-    return jax.vjp(all_of_them, wanted, args)
+    value, pull = jax.vjp(all_of_them, wanted, args)
+
+    def pull_and_add(ct: PyTree, total: Any = None) -> tuple[PyTree, PyTree]:
+        ct_consts, ct_args = pull(ct)
+        return ct_consts if total is None else add(total, ct_consts), ct_args
+
+    return value, pull_and_add
 
 
 def as_struct(tree: PyTree) -> PyTree:

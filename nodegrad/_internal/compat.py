@@ -21,7 +21,8 @@ JAX:
 Equinox:
 
 - `while_loop`: a loop whose buffers are written in place, also under `jax.vmap`.
-- `buffer_at_set`: such a write, where a predicate holds.
+- `Buffer`, `select_if_vmap`: such a buffer, and how a write to it leaves solves of a
+  batch alone whose loop has ended. `put_row` is that write.
 - `nondifferentiable`, `nondifferentiable_backward`: the identity, which raises with a
   given message if it is differentiated at all, or in reverse mode.
 - `prevbefore`: the floating point number before another one, as Diffrax computes it.
@@ -48,7 +49,7 @@ Diffrax:
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -60,12 +61,15 @@ from diffrax._integrate import (
 from diffrax._root_finder import use_stepsize_tol as use_stepsize_tol
 from diffrax._term import WrapTerm as WrapTerm
 from equinox.internal import (
-    buffer_at_set as buffer_at_set,
     nondifferentiable as nondifferentiable,
     nondifferentiable_backward as nondifferentiable_backward,
     prevbefore as prevbefore,
     while_loop as while_loop,
     ω as ω,
+)
+from equinox.internal._loop.common import (
+    _Buffer as Buffer,
+    _select_if_vmap as select_if_vmap,
 )
 from jax._src.config import _check_vma as checks_vma
 from jax._src.core import NamedAxisEffect as NamedAxisEffect
@@ -98,7 +102,6 @@ __all__ = [
     "ad",
     "assert_term_compatible",
     "batching",
-    "buffer_at_set",
     "callback_logger",
     "checks_vma",
     "default_floating_dtype",
@@ -110,6 +113,8 @@ __all__ = [
     "nondifferentiable",
     "nondifferentiable_backward",
     "prevbefore",
+    "put_row",
+    "row_of",
     "running_adjoints",
     "solver_loop",
     "use_stepsize_tol",
@@ -136,6 +141,39 @@ def with_varying_axes(aval: ShapedArray, axes: tuple[str, ...]) -> ShapedArray:
         sharding = NamedSharding(mesh, PartitionSpec(*spec))
     manual = aval.manual_axis_type.update(varying=frozenset(axes))
     return aval.update(sharding=sharding, manual_axis_type=manual)
+
+
+def row_of(buffer: Any, row: Any) -> Any:
+    """Reads row `row`, which is not negative, of an array or of a buffer of a loop."""
+    while isinstance(buffer, Buffer):
+        buffer = buffer._array
+    return jax.lax.dynamic_index_in_dim(
+        buffer, row, keepdims=False, allow_negative_indices=False
+    )
+
+
+def put_row(
+    buffer: Any, row: Any, x: Any, pred: Any, set_row: Callable[[Any, Any, Any], Any]
+) -> Any:
+    """Writes `x` to a row of an array, or of a buffer of a loop, where `pred` holds.
+
+    `set_row(array, row, x)` is the write to an array. That of Equinox,
+    `buffer.at[row].set(x)`, checks that the row exists, which takes XLA two kernels.
+    """
+
+    def write(
+        running: Any, array: Any, x: Any, row: Any, *, makes_false_steps: bool, **_: Any
+    ) -> Any:
+        if pred is not True:
+            x = jax.numpy.where(pred, x, row_of(array, row))
+        if running is not True:
+            x = select_if_vmap(running, x, row_of(array, row), makes_false_steps)
+        return set_row(array, row, x)
+
+    x = jax.numpy.asarray(x, buffer.dtype)
+    if isinstance(buffer, Buffer):
+        return buffer._op(True, row, x, write, {}, buffer._makes_false_steps)
+    return write(True, buffer, x, row, makes_false_steps=False)
 
 
 def running_adjoints() -> Iterator[Any]:

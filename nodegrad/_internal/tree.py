@@ -1,4 +1,4 @@
-"""Elementwise arithmetic, rows, flattening and dtypes of pytrees of arrays."""
+"""Elementwise arithmetic, flattening and dtypes of pytrees of arrays."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .compat import Tracer
 
@@ -83,35 +83,6 @@ def all_finite(tree: PyTree) -> Array:
 def is_traced(x: Any) -> bool:
     """Whether `x` is a tracer, whose value is not known during tracing."""
     return isinstance(x, Tracer)
-
-
-def is_buffer(x: Any) -> bool:
-    """Whether `x` is an array or a buffer of an Equinox loop."""
-    # A buffer is a pytree, and must not be flattened into the array inside it.
-    return hasattr(x, "at")
-
-
-def take(tree: PyTree, row: Int[Array, ""]) -> PyTree:
-    """Reads row `row` along the first axis of every array of `tree`."""
-    return jax.tree.map(lambda x: x[row], tree, is_leaf=is_buffer)
-
-
-def put(tree: PyTree, row: Int[Array, ""], values: PyTree) -> PyTree:
-    """Writes `values` to row `row` along the first axis of the arrays of `tree`."""
-    set_row = lambda buffer, x: buffer.at[row].set(x)
-    return jax.tree.map(set_row, tree, values, is_leaf=is_buffer)
-
-
-def set_row(
-    tree: PyTree, row: int | Int[Array, ""], values: PyTree, axis: int = 0
-) -> PyTree:
-    """Writes `values` to row `row` along `axis`. The row must exist.
-
-    `put` drops a write to a row that does not exist. The check for that costs time, and
-    is left out here.
-    """
-    write = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, row, axis)
-    return jax.tree.map(write, tree, values)
 
 
 def inexact_spec(tree: PyTree) -> PyTree[bool]:

@@ -6,22 +6,25 @@ from typing import Any
 from .._internal.compat import Jaxpr, jaxprs_in_params
 
 
-# Linear algebra and Fourier transforms. Their work is taken to be infinite, as that of
-# products: like products they are not fused with elementwise operations.
+# Linear algebra and Fourier transforms. Like products they are not fused with
+# elementwise operations, and for each number they compute a sum over about one axis.
 _EXPENSIVE = frozenset(
-    "cholesky custom_linear_solve eig eigh fft householder_product lu qr schur svd "
-    "triangular_solve tridiagonal_solve".split()
+    "cholesky eig eigh fft householder_product lu qr schur svd triangular_solve "
+    "tridiagonal_solve".split()
 )
 
 
 def products_dominate(jaxpr: Jaxpr) -> bool:
-    """Whether most of the work is multiplications inside matrix products."""
+    """Whether most of the work is in matrix products and decompositions."""
     in_products, others = _work(jaxpr)
     return in_products > others
 
 
 def _work(jaxpr: Jaxpr) -> tuple[float, float]:
-    """Counts multiplications inside products, and numbers computed otherwise."""
+    """Counts multiplications inside products, and numbers computed otherwise.
+
+    Decompositions and transforms count as products.
+    """
     in_products, others = 0.0, 0.0
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
@@ -29,7 +32,7 @@ def _work(jaxpr: Jaxpr) -> tuple[float, float]:
         # Parameters hold jaxprs either open or closed.
         inner = [getattr(x, "jaxpr", x) for x in jaxprs_in_params(eqn.params)]
         if name in _EXPENSIVE:
-            in_products = math.inf
+            in_products += size * max(_shape(eqn.invars[0].aval))
         elif name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             # Every number of the result is a sum over the contracted axes.

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree, Real
 
 from .._internal.batch import Axes
-from .._internal.tree import add, filled_like, where, with_fields, zeros_like
+from .._internal.tree import filled_like, where, with_fields, zeros_like
 from .._trajectory.recording import Inputs, none_like, Outputs, Recording
 from .._trajectory.state_source import BackwardStep
 from .._trajectory.step_times import pull_back_times
@@ -122,16 +122,15 @@ class GradientVisitor(eqx.Module):
         # of theirs, and zero cotangents, so they add zeros to shared constants.
         cts = batch.mask_inactive(step.active, cts)
         ct_state1 = batch.mask_inactive(step.active, carry.replay_state)
-        ct_consts, ct_args = pull((cts.y1, ct_state1, cts.info))
+        ct_results = cts.y1, ct_state1, cts.info
+        constants, ct_args = pull(ct_results, carry.constants)
         ct_start, ct_end, ct_y, ct_state = ct_args
         new = replace(
             carry,
             y=ct_y,
             replay_state=ct_state,
             saves=saves,
-            # A part that only the inverse of a step calls has no cotangents.
-            constants=carry.constants
-            | {part: add(carry.constants[part], ct) for part, ct in ct_consts.items()},
+            constants=constants,
         )
         # The times of the step depend on the previous step, and on the anchors.
         if recording.wrt_times:

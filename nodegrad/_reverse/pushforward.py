@@ -6,6 +6,7 @@ is the tangent map of the solve: step sizes are constant, and the times of steps
 on the inputs as described in `step_times.py`.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
@@ -13,10 +14,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree, Real
 
-from .._internal.compat import buffer_at_set, while_loop
-from .._internal.tree import as_arrays
+from .._internal.batch import put
+from .._internal.compat import while_loop
+from .._internal.tree import as_arrays, filled_like, zeros_like
 from .._trajectory.output import SaveState, write_dense, write_step
-from .._trajectory.recording import Inputs, moving_times, Outputs, Plan, Saved
+from .._trajectory.recording import (
+    Inputs,
+    moving_times,
+    none_like,
+    Outputs,
+    Plan,
+    Saved,
+)
 from .._trajectory.step_times import moving_end, StepTimes
 from .._trajectory.trajectory import refuse, Trajectory
 
@@ -64,14 +73,33 @@ def push_forward(
     `plan.throw` this is an error.
     """
     perturbed = jax.tree.map(lambda _, t: t is not None, inputs, tangents)
-    wanted, fixed = eqx.partition(inputs, perturbed)
     moves = moving_times(perturbed)
+    # The steps give tangents to the state and to what is written of it. Explicit zeros
+    # say so in advance. Otherwise JAX differentiates the loop several times, until it
+    # has found out what gets a tangent.
+    blank = zeros_like(struct)
+    t_blank = none_like(struct)
+    if moves or any(jax.tree.leaves(replace(perturbed, save_constants=[], ts=[]))):
+        tangents = replace(
+            tangents,
+            y=filled_like(tangents.y, inputs.y),
+            replay_state=filled_like(tangents.replay_state, inputs.replay_state),
+        )
+        t_blank = replace(
+            blank,
+            saved=[Saved(none_like(save.ts), save.ys) for save in blank.saved],
+            dense_ts=none_like(blank.dense_ts),
+        )
+    perturbed = jax.tree.map(
+        lambda _, t: t is not None, (inputs, blank), (tangents, t_blank)
+    )
+    wanted, fixed = eqx.partition((inputs, blank), perturbed)
 
-    def fn(wanted: Inputs) -> Outputs:
-        inputs = eqx.combine(wanted, fixed)
-        return replay(plan, inputs, trajectory, struct, moves)
+    def fn(wanted: tuple[Inputs, Outputs]) -> Outputs:
+        inputs, blank = eqx.combine(wanted, fixed)
+        return replay(plan, inputs, trajectory, blank, moves)
 
-    _, out = jax.jvp(fn, (wanted,), (eqx.filter(tangents, perturbed),))
+    _, out = jax.jvp(fn, (wanted,), (eqx.filter((tangents, t_blank), perturbed),))
     # Steps that were not recorded could not be made again: there is no derivative.
     failed = refuse(trajectory.is_cut, plan.throw)
     if plan.throw and not plan.event:
@@ -84,10 +112,13 @@ def replay(
     plan: Plan,
     inputs: Inputs,
     trajectory: Trajectory,
-    struct: Outputs,
+    blank: Outputs,
     moves: bool,
 ) -> Outputs:
-    """Returns the outputs of the solve. Times of steps have tangents if `moves`."""
+    """Returns the outputs of the solve, written to `blank`.
+
+    Times of steps have tangents if `moves`.
+    """
     # Recorded arrays are constants: everything is computed from the inputs again.
     trajectory = jax.lax.stop_gradient(trajectory)
     grid = jax.lax.stop_gradient(inputs.grid)
@@ -103,11 +134,12 @@ def replay(
             end = moving_end(inputs.grid, times, start, state.previous_size)
         return _make_step(plan, inputs, state, times, start, end)
 
-    # Only forward mode differentiates this loop, so `kind="lax"` is enough.
+    # Rows that no step writes stay zero, and not infinite as in the solve: so do their
+    # tangents. Only forward mode differentiates this loop, so `kind="lax"` is enough.
     final = while_loop(
         lambda state: state.index < trajectory.num_steps,
         body,
-        _first_state(plan, inputs, trajectory, struct),
+        _first_state(plan, inputs, trajectory, blank),
         buffers=_buffers,
         kind="lax",
     )
@@ -131,11 +163,9 @@ def replay(
 
 
 def _first_state(
-    plan: Plan, inputs: Inputs, trajectory: Trajectory, struct: Outputs
+    plan: Plan, inputs: Inputs, trajectory: Trajectory, blank: Outputs
 ) -> _State:
-    """Returns the state before the first step, with outputs of zeros."""
-    # Zeros, and not infinities as in the solve: rows not written have zero tangents.
-    empty = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+    """Returns the state before the first step; its outputs are `blank`."""
     return _State(
         index=jnp.zeros_like(trajectory.num_steps),
         y=inputs.y,
@@ -145,18 +175,16 @@ def _first_state(
         # A save may have written the row of `t0` before the loop.
         saved=[
             SaveState(cursor.ts_index, ys.ts, ys.ys, cursor.row)
-            for cursor, ys in zip(
-                trajectory.first_cursors, empty(struct.saved), strict=True
-            )
+            for cursor, ys in zip(trajectory.first_cursors, blank.saved, strict=True)
         ],
-        dense_ts=empty(struct.dense_ts),
-        dense_infos=empty(struct.dense_infos),
+        dense_ts=blank.dense_ts,
+        dense_infos=blank.dense_infos,
         event=None
         if not plan.event
-        else empty((struct.event_start, struct.event_end, struct.event_info)),
-        rows=empty(struct.rows),
-        ends=empty(struct.ends),
-        starts=empty(struct.starts),
+        else (blank.event_start, blank.event_end, blank.event_info),
+        rows=blank.rows,
+        ends=blank.ends,
+        starts=blank.starts,
         num_stored=jnp.zeros_like(trajectory.num_steps),
     )
 
@@ -206,8 +234,8 @@ def _make_step(
         dense_infos=dense_infos,
         event=None if state.event is None else (start, end, info),
         rows=rows,
-        ends=None if state.ends is None else _put_row(state.ends, index, end),
-        starts=None if state.starts is None else _put_row(state.starts, index, start),
+        ends=None if state.ends is None else put(state.ends, index, end),
+        starts=None if state.starts is None else put(state.starts, index, start),
         num_stored=num_stored,
     )
 
@@ -222,19 +250,12 @@ def _store(plan: Plan, state: _State, times: StepTimes) -> tuple[Any, Any]:
         return rows, number
     at = times.index, times.step_offset, times.made_jump, times.resync
     stores = states.is_stored(*at)
-    # As in the solve: what is written to a row that does not exist is dropped.
-    row = jnp.where(stores, states.row_to_write(number), states.rows)
     stored = states.to_store(state.y, state.replay_state)
     stored = eqx.filter(stored, eqx.is_inexact_array)
-    put = lambda x, buffer: _put_row(buffer, row, x)
-    rows = jax.tree.map(put, stored, rows)
+    if stores is True:
+        return put(rows, states.row_to_write(times.index, True), stored), number
+    rows = put(rows, states.row_to_write(number, stores), stored)
     return rows, number + jnp.asarray(stores, number.dtype)
-
-
-def _put_row(buffer: Any, row: Int[Array, ""], x: Array) -> Any:
-    # A buffer is an array, or an object of a private class of Equinox's loops. Writes
-    # through `buffer_at_set` are done in place, also under `jax.vmap`.
-    return buffer_at_set(buffer, row, x, pred=True)
 
 
 def _push_saves(

@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._internal.batch import Batch, with_common_axes
+from .._internal.batch import Batch, put, with_common_axes
 from .._internal.closure_convert import closure_convert, Pure
 from .._internal.compat import while_loop
 from .._internal.devices import hidden_axes, keep_on_devices
-from .._internal.tree import as_arrays, only_arrays, put, with_fields
+from .._internal.tree import as_arrays, only_arrays, with_fields
 from .._reversible.reconstruction import reconstruction_error
 from .._steps.step import SolverStep
 from .._trajectory.recording import (
@@ -49,8 +49,9 @@ class Written(eqx.Module):
 
     - `rows`: the stored states, with one leading axis of size `states.rows`; `None` if
       no state is stored.
-    - `num_stored`: the number of states that were stored.
-    - `log`: times of the accepted steps, with one leading axis of `log_size`.
+    - `num_stored`: the number of states that were stored; 0 if all are.
+    - `log`: times of the accepted steps, with one leading axis of
+      `log_size` rows and a last one.
     - `at_end`: whether the solve reached its `t1`.
     """
 
@@ -201,8 +202,8 @@ def run_recording(
     if states.rows:
         empty_rows = lambda x: jnp.zeros((states.rows, *x.shape), x.dtype)
         rows = jax.tree.map(empty_rows, _to_store(states, init_state))
-    # Further steps are not recorded; `Trajectory.is_cut` then makes a derivative fail.
-    size = solve.log_size
+    # Further steps share a last row; `Trajectory.is_cut` then makes a derivative fail.
+    size = solve.log_size + 1
     empty = jnp.zeros(size, init_state.tprev.dtype)
     log = StepLog(
         ends=empty if solve.stores_times else None,
@@ -221,15 +222,16 @@ def run_recording(
         new_state = body_fun(state)
         accepted = new_state.num_accepted_steps != index
         if rows is not None:
+            at = index, step_offset, state.made_jump, resync_of(state)
+            stores = states.is_stored(*at)
             # Only states before accepted steps are stored: one before a step that the
             # solve never takes could replace a state that the backward pass needs.
-            # There is no row `states.rows`, and `put` drops what is written to it.
-            stores = accepted & states.is_stored(
-                index, step_offset, state.made_jump, resync_of(state)
-            )
-            row = jnp.where(stores, states.row_to_write(num_stored), states.rows)
-            rows = put(rows, row, _to_store(states, state))
-            num_stored = num_stored + stores.astype(num_stored.dtype)
+            number, now = index, accepted
+            if stores is not True:
+                number, now = num_stored, accepted & stores
+                num_stored = num_stored + now.astype(num_stored.dtype)
+            stored = _to_store(states, state)
+            rows = put(rows, states.row_to_write(number, now), stored)
         if logs_origin:
             origin = grid.origin(new_state.tprev, new_state.tnext, origin, accepted)
         return new_state, rows, num_stored, log, origin

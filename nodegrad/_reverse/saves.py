@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree, Real
 
-from .._internal.batch import Axes
-from .._internal.tree import add, filled_like, inexact_spec, take, where, zeros_like
+from .._internal.batch import Axes, take
+from .._internal.tree import add, filled_like, inexact_spec, where, zeros_like
 from .._trajectory.recording import Outputs, Recording
 from .._trajectory.state_source import BackwardStep
 from .._trajectory.trajectory import Cursor

@@ -111,8 +111,10 @@ class ReconstructedStates(AbstractStateSource):
     def from_store(self, row: PyTree[Array]) -> tuple[PyTree[Array], PyTree[Array]]:
         return self.invertible_step.from_store(row)
 
-    def row_to_write(self, number: Int[Array, ""]) -> Int[Array, ""]:
-        return self.restarts.row_to_write(number)
+    def row_to_write(
+        self, number: Int[Array, ""], stores: Bool[Array, ""] | bool
+    ) -> Int[Array, ""]:
+        return self.restarts.row_to_write(number, stores)
 
     def is_stored(
         self,

@@ -17,7 +17,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree
 
-from .._internal.tree import only_arrays, put, take, where
+from .._internal.batch import put, take
+from .._internal.tree import only_arrays, where
 from .._trajectory.checkpoints import Checkpoints
 from .._trajectory.state_source import AbstractStateSource, RecordedSteps
 from .._trajectory.step_times import StepTimes
@@ -71,7 +72,10 @@ class Restarts(eqx.Module):
     @property
     def rows(self) -> int:
         """The number of rows to allocate; 0 if there are no restarts."""
-        return min(_KEPT, self.limit) + (_AGAIN if self.are_thinned else 0)
+        if self.limit == 0:
+            return 0
+        # One row more: `row_to_write` needs it for what is not stored.
+        return min(_KEPT, self.limit) + (_AGAIN if self.are_thinned else 1)
 
     def is_restart(
         self, index: _Ints, step_offset: _Ints, made_jump: _Bools, resync: _Bools
@@ -92,9 +96,12 @@ class Restarts(eqx.Module):
             times.index, times.step_offset, times.made_jump, times.resync
         )
 
-    def row_to_write(self, number: _Ints) -> _Ints:
-        """Returns the row for restart `number`, or one that is not read."""
-        return self.checkpoints.row_to_write(number)
+    def row_to_write(self, number: _Ints, stores: _Bools | bool) -> _Ints:
+        """Returns the row for restart `number`, or one that is not read.
+
+        It is one that is not read where not `stores`.
+        """
+        return self.checkpoints.row_to_write(number, stores)
 
 
 class RestartRows(eqx.Module):
@@ -190,9 +197,7 @@ class RestartRows(eqx.Module):
         chosen: _Bools,
     ) -> PyTree[Array]:
         """Writes `values` to the row of restart `number`, for some of the solves."""
-        # `put` drops what is written to a row that does not exist.
-        row = jnp.where(chosen, _KEPT + number % _AGAIN, _KEPT + _AGAIN)
-        return steps.batch.map(put)(rows, row, values)
+        return steps.batch.map(put)(rows, _KEPT + number % _AGAIN, values, chosen)
 
 
 def _step_of(

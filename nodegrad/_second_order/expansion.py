@@ -16,6 +16,7 @@ state of the solver, and the parameters are the floating point arrays of `args`,
 flattened to a vector.
 """
 
+import functools as ft
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -25,11 +26,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Real
 
-from .._internal.tree import flatten
+from .._internal.batch import Axes
+from .._internal.closure_convert import as_struct
+from .._internal.tree import filled_like, flatten, inexact_spec
 from .._reverse.plan import Solve
 from .._steps.increment import closure_convert_part
+from .._trajectory.linearized_calls import LinearizedCalls
 from .._trajectory.recording import Recording
-from .._trajectory.state_source import BackwardStep
+from .._trajectory.state_source import BackwardStep, closure_convert_parts
 from .._trajectory.step_times import StepTimes
 from .._trajectory.trajectory import refuse
 
@@ -80,13 +84,18 @@ def pull_back(
     s: Float[Array, " s"],
     u: Float[Array, " u"],
     curved: bool,
+    linearize: Callable[[Array, Array], tuple[Array, Callable]] | None = None,
 ) -> Expansion:
     """Returns the expansion before the map `s1 = fn(s, u)`, from the one after it.
 
-    The second derivatives of `fn` are included if `curved`.
+    The second derivatives of `fn` are included if `curved`. `linearize(s, u)` returns
+    the value of `fn` and its pullback; `jax.vjp` does so by default.
     """
-    out = _pull_back_curved if curved else _pull_back_flat
-    before = out(after, fn, s, u)
+    if curved:
+        linearize = ft.partial(jax.vjp, fn) if linearize is None else linearize
+        before = _pull_back_curved(after, linearize, s, u)
+    else:
+        before = _pull_back_flat(after, fn, s, u)
     # The loss also depends on `u` directly. The derivative of `u` by itself is the
     # identity, so these blocks are added without any product of matrices.
     return eqx.tree_at(
@@ -96,21 +105,43 @@ def pull_back(
 
 def _pull_back_curved(
     after: Expansion,
-    fn: Callable[[Array, Array], Array],
+    linearize: Callable[[Array, Array], tuple[Array, Callable]],
     s: Float[Array, " s"],
     u: Float[Array, " u"],
 ) -> Expansion:
-    """Returns the blocks through `fn`, with its second derivatives."""
-    s1 = fn(s, u)
+    """Returns the blocks through a map, with its second derivatives."""
+    size = len(s)
 
-    def model(x: Float[Array, " s"], v: Float[Array, " u"]) -> Float[Array, ""]:
-        # A quadratic function with the derivatives of the loss at `(s1, u)`, without
-        # those by `u` alone. Its value is not that of the loss, and is not used.
-        x1 = fn(x, v)
-        ds, du = x1 - s1, v - u
-        return after.s @ x1 + ds @ (0.5 * (after.ss @ ds) + after.su @ du)
+    def gradient(z: Float[Array, " z"]) -> tuple[Array, Array]:
+        # Of a quadratic function with the derivatives of the loss after the map,
+        # without those by `u` alone.
+        x, v = z[:size], z[size:]
+        x1, pull = linearize(x, v)
+        ds, du = _change(x1), v - u
+        by_s, by_u = pull(after.s + after.ss @ ds + after.su @ du)
+        out = jnp.concatenate([by_s, by_u + ds @ after.su])
+        # Twice: `jacfwd` differentiates the first, and returns the second as it is.
+        return out, out
 
-    return expand(model, s, u)
+    h, g = jax.jacfwd(gradient, has_aux=True)(jnp.concatenate([s, u]))
+    return Expansion(
+        g[:size], g[size:], h[:size, :size], h[:size, size:], h[size:, size:]
+    )
+
+
+@jax.custom_jvp
+def _change(x: Array) -> Array:
+    """Returns `x` minus its value: zero, with the derivative of `x`.
+
+    That is so in the innermost derivative. In one around it the result is constant, as
+    the value moves with `x`.
+    """
+    return jnp.zeros_like(x)
+
+
+@_change.defjvp
+def _jvp_change(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return jnp.zeros_like(primals[0]), tangents[0]
 
 
 def _pull_back_flat(
@@ -273,7 +304,8 @@ class ExpansionVisitor(eqx.Module):
         """Returns the expansion before a step, from the one after it."""
         s, unravel = flatten((step.y, step.replay_state), self.u.dtype)
         again = lambda s, u: self._step(step.times, unravel(s), u)
-        expansion = pull_back(carry.expansion, again, s, self.u, self.curved)
+        linearize = lambda s, u: self._linearize(step.times, unravel, s, u)
+        expansion = pull_back(carry.expansion, again, s, self.u, self.curved, linearize)
         rows = carry.rows
         if rows is not None:
             rows = rows.write(step.index, expansion, s)
@@ -298,6 +330,51 @@ class ExpansionVisitor(eqx.Module):
             evaluate, times, times.start, times.end, y, replay_state
         )
         return flatten((y1, replay_state1), u.dtype)[0]
+
+    def _linearize(
+        self,
+        times: StepTimes,
+        unravel: Callable[[Array], PyTree],
+        s: Float[Array, " s"],
+        u: Float[Array, " u"],
+    ) -> tuple[Float[Array, " s"], Callable]:
+        """Returns the state after a step and its pullback, as `jax.vjp` of `_step`.
+
+        The pullback of the increment is the one that a gradient uses. That of JAX would
+        store the intermediate values of all stages.
+        """
+        states, parts = self.solve_at(u).states, {}
+        y, replay_state = unravel(s)
+        shapes = as_struct((times.start, y, replay_state))
+
+        def constants(u: Float[Array, " u"]) -> tuple[PyTree[Array], PyTree[Array]]:
+            nonlocal parts
+            source = self.solve_at(u).states
+            consts, parts, _ = closure_convert_parts(source, *shapes)
+            return eqx.partition(consts, eqx.is_inexact_array)
+
+        moving, pull_constants, fixed = jax.vjp(constants, u, has_aux=True)
+        steps = replace(
+            self.recording.steps,
+            parts=parts,
+            constants=eqx.combine(moving, fixed),
+            axes=jax.tree.map(lambda _: Axes(()), eqx.combine(moving, fixed)),
+            wrt=inexact_spec(eqx.combine(moving, fixed)),
+        )
+
+        def step(evaluate: Callable, *args: Any) -> tuple[PyTree, PyTree]:
+            return states.step(evaluate, times, *args)[:2]
+
+        args = times.start, times.end, y, replay_state
+        after, pull = LinearizedCalls(steps, times).linearize(step, args)
+        s1, flat = flatten(after, u.dtype)
+
+        def pull_back(ct: Float[Array, " s"]) -> tuple[Array, Array]:
+            ct_constants, ct_args = pull(eqx.filter(flat(ct), eqx.is_inexact_array))
+            (ct_u,) = pull_constants(filled_like(ct_constants, moving))
+            return flatten(ct_args[2:], u.dtype)[0], ct_u
+
+        return s1, pull_back
 
     def _start(
         self, y0: Float[Array, " y"], u: Float[Array, " u"]

@@ -16,7 +16,7 @@ from jaxtyping import Array, ArrayLike, Float, PyTree, Real
 from .._internal.compat import while_loop
 from .._internal.devices import on_each_device
 from .._internal.results import RESULTS
-from .._internal.tree import is_traced
+from .._internal.tree import is_traced, where
 from .._reverse.recorded_loop import recorded_loop
 from .aca_adjoint import ACAAdjoint
 from .arguments import (
@@ -214,6 +214,10 @@ def _raised(*args: Any) -> diffrax.Solution:
     return raised(_odesolve(*args))
 
 
+# So many numbers are copied in a microsecond.
+_FEW = 1000
+
+
 def raised(sol: diffrax.Solution) -> diffrax.Solution:
     """Returns `sol` if it is successful; otherwise raises an error.
 
@@ -226,8 +230,13 @@ def raised(sol: diffrax.Solution) -> diffrax.Solution:
         # it returns on one device: a scalar, on which the solution then depends.
         missing = sol.result.error_if(jnp.array(False), failed)
         arrays, others = eqx.partition(sol, eqx.is_array)
-        # A branch, and not a selection, which would copy the solution.
-        arrays = jax.lax.cond(missing, _garbled, lambda x: x, arrays)
+        size = sum(x.size for x in jax.tree.leaves(arrays))
+        if size <= _FEW:
+            # Without code for a branch, and for its derivatives.
+            arrays = where(missing, _garbled(arrays), arrays)
+        else:
+            # A selection would copy the solution.
+            arrays = jax.lax.cond(missing, _garbled, lambda x: x, arrays)
         return eqx.combine(arrays, others)
     if not failed.any():
         return sol

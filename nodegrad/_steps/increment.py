@@ -32,9 +32,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, PyTree, Real
 
-from .._internal.batch import Axes, Batch
+from .._internal.batch import Axes, Batch, set_row
 from .._internal.closure_convert import as_struct, closure_convert, pullback, Pure
-from .._internal.tree import add, set_row, zeros_like
+from .._internal.tree import add, zeros_like
 from .tableau import (
     add_weighted,
     coefficients,
@@ -259,10 +259,13 @@ class StagedIncrement:
             )
             return new, ct_state
 
-        def pull(ct: tuple[PyTree, PyTree]) -> tuple[list[Any], tuple[PyTree, ...]]:
+        def pull(
+            ct: tuple[PyTree, PyTree], total: list[Any] | None = None
+        ) -> tuple[list[Any], tuple[PyTree, ...]]:
             # Cotangents of what is not differentiated are `None`.
-            zero = _Cotangents(
-                constants=zeros_like(eqx.filter(consts, wrt)),
+            start = zeros_like(eqx.filter(consts, wrt)) if total is None else total
+            init = _Cotangents(
+                constants=start,
                 control=zeros_like(eqx.filter(control, wrt_control)),
                 t0=jnp.zeros_like(t0),
                 t1=jnp.zeros_like(t1),
@@ -270,7 +273,7 @@ class StagedIncrement:
             pull_all = (
                 self._pull_tableau if self.registers is None else self._pull_registers
             )
-            sums, ct_y0 = pull_all(batch, pull_stage, zero, states, ct)
+            sums, ct_y0 = pull_all(batch, pull_stage, init, states, ct)
             ct_t0, ct_t1 = sums.t0 if wrt_t0 else None, sums.t1 if wrt_t1 else None
             return sums.constants, (ct_t0, ct_t1, sums.control, ct_y0)
 
@@ -280,33 +283,36 @@ class StagedIncrement:
         self,
         batch: Batch,
         pull_stage: Callable,
-        zero: _Cotangents,
+        init: _Cotangents,
         states: PyTree[Array],
         ct: tuple[PyTree, PyTree],
     ) -> tuple[_Cotangents, PyTree[Array]]:
-        """Pulls all stages back: returns the sums, which start as `zero`, and `ct_y0`.
+        """Pulls all stages back: returns the sums, which start as `init`, and `ct_y0`.
 
         The scan carries the cotangents of all $Y_i$, `(stages, *batch, *y)`; zero for
         those that it has not reached.
         """
-        num, dtype = self.increment.num_stages, zero.t0.dtype
+        num, dtype = self.increment.num_stages, init.t0.dtype
         a, c = coefficients(self.increment.tableau, num, dtype)
+        b = jnp.asarray(self.increment.weights, dtype)
 
         def stage(carry: tuple[PyTree, _Cotangents], inputs: tuple):
             # `a` is a column of the matrix, `(stages,)`. Stages before this one have
             # weight 0 in it, and their `ct_states` are zero as well.
             ct_states, sums = carry
-            index, state, ct_k, a, c = inputs
+            index, state, row, a, b, c = inputs
+            ct_k = jax.tree.map(lambda ct: b.astype(ct.dtype) * ct, ct[0])
+            ct_k = self._with_returned(ct_k, index, row, ct[1])
             ct_k = jax.tree.map(ft.partial(add_weighted, a), ct_k, ct_states)
             sums, ct_state = pull_stage(sums, c, state, ct_k)
             return (set_row(ct_states, index, ct_state), sums), None
 
         # Column `i` of the matrix, row `i` of `a.T`, has the weights of `k_i` in
         # the states of later stages.
-        ct_ks = self._cotangents_of_stages(batch, *ct)
-        inputs = jnp.arange(num), states, ct_ks, a.T, c
-        init = zeros_like(states), zero
-        (ct_states, sums), _ = jax.lax.scan(stage, init, inputs, reverse=True)
+        rows = self._rows(batch, ct[1])
+        inputs = np.arange(num), states, rows, a.T, b, c
+        carry = zeros_like(states), init
+        (ct_states, sums), _ = jax.lax.scan(stage, carry, inputs, reverse=True)
         # `y0` enters every state with weight one.
         return sums, ft.reduce(add, unstacked(ct_states, num))
 
@@ -314,18 +320,16 @@ class StagedIncrement:
         self,
         batch: Batch,
         pull_stage: Callable,
-        zero: _Cotangents,
+        init: _Cotangents,
         states: PyTree[Array],
         ct: tuple[PyTree, PyTree],
     ) -> tuple[_Cotangents, PyTree[Array]]:
         """Does the same as `_pull_tableau`, by the recursion for two registers."""
         assert self.registers is not None
-        num, dtype = self.increment.num_stages, zero.t0.dtype
+        num, dtype = self.increment.num_stages, init.t0.dtype
         _, c = coefficients(self.increment.tableau, num, dtype)
         a, b = (jnp.asarray(x, dtype) for x in self.registers)
         ct_increment, ct_returned = ct
-        returns = self.increment.returns
-        rows = _stages_first(batch, ct_returned) if returns == "all" else None
 
         def stage(carry: tuple[PyTree, PyTree, _Cotangents], inputs: tuple):
             # `ct_d` is $A_{i+1} \delta_{i+1}$, `ct_y0` the sum of the $\mu_j$ so far.
@@ -333,45 +337,42 @@ class StagedIncrement:
             index, state, row, a, b, c = inputs
             ct_w = add(ct_increment, ct_y0)
             ct_d = jax.tree.map(ft.partial(scale_and_add, b), ct_w, ct_d)
-            ct_k = ct_d
-            if returns == "all":
-                ct_k = add(ct_d, row)
-            elif returns == "first":
-                first = lambda ct_d, ct: ct_d + jnp.where(index == 0, ct, 0)
-                ct_k = jax.tree.map(first, ct_d, ct_returned)
+            ct_k = self._with_returned(ct_d, index, row, ct_returned)
             sums, ct_state = pull_stage(sums, c, state, ct_k)
             ct_d = jax.tree.map(lambda ct: a.astype(ct.dtype) * ct, ct_d)
             return (ct_d, add(ct_y0, ct_state), sums), None
 
         none = zeros_like(ct_increment)
-        inputs = jnp.arange(num), states, rows, a, b, c
+        rows = self._rows(batch, ct_returned)
+        inputs = np.arange(num), states, rows, a, b, c
         (_, ct_y0, sums), _ = jax.lax.scan(
-            stage, (none, none, zero), inputs, reverse=True
+            stage, (none, none, init), inputs, reverse=True
         )
         return sums, ct_y0
 
-    def _cotangents_of_stages(
-        self, batch: Batch, ct_increment: PyTree, ct_returned: PyTree
-    ) -> PyTree[Array]:
-        r"""Returns the part of $\lambda_{k_i}$ that does not depend on later stages.
+    def _rows(self, batch: Batch, ct_returned: PyTree) -> PyTree[Array]:
+        """Returns the cotangents of the stages, if all of them were returned.
 
-        An array `(stages, *batch, *y)`: $b_i \lambda$, plus the cotangents of the
-        stages that were returned.
+        The axis of stages comes first, as the loop over them needs it.
         """
-        b = self.increment.weights
-        weigh = lambda ct: jnp.multiply.outer(jnp.asarray(b, ct.dtype), ct)
-        ct_ks = jax.tree.map(weigh, ct_increment)
+        if self.increment.returns != "all":
+            return None
+        axis = len(batch.sizes)
+        return jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), ct_returned)
+
+    def _with_returned(
+        self, ct_k: PyTree, index: Array, row: PyTree, ct_returned: PyTree
+    ) -> PyTree[Array]:
+        """Adds the cotangent of stage `index` as one that was returned to `ct_k`.
+
+        `row` is that of `_rows`.
+        """
+        if self.increment.returns == "all":
+            return add(ct_k, row)
         if self.increment.returns == "none":
-            return ct_ks
-        if self.increment.returns == "first":
-            return jax.tree.map(lambda x, ct: x.at[0].add(ct), ct_ks, ct_returned)
-        return add(ct_ks, _stages_first(batch, ct_returned))
-
-
-def _stages_first(batch: Batch, returned: PyTree[Array]) -> PyTree[Array]:
-    """Returns arrays `(*batch, stages, *y)` as `(stages, *batch, *y)`."""
-    axis = len(batch.sizes)
-    return jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), returned)
+            return ct_k
+        first = lambda ct_k, ct: ct_k + jnp.where(index == 0, ct, 0)
+        return jax.tree.map(first, ct_k, ct_returned)
 
 
 def closure_convert_part(

@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree, Real
 
+from .._internal.batch import set_row
 from .._internal.compat import is_sde
-from .._internal.tree import flatten, set_row
+from .._internal.tree import flatten
 from .tableau import add_weighted, stage_time
 
 

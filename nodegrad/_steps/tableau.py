@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, Real
 
+from .._internal.batch import set_row
 from .._internal.compat import Jaxpr
-from .._internal.tree import set_row
 from .._layers.work import products_dominate
 from .explicit_methods import RK4
 
@@ -134,7 +134,7 @@ def scanned_stages(
 
     # `ks` has zeros for stages to come, and their weights in `a` are zero too.
     def stage(
-        ks: PyTree[Array], inputs: tuple[Array, Array, Array]
+        ks: PyTree[Array], inputs: tuple[Any, Array, Array]
     ) -> tuple[PyTree[Array], PyTree[Array]]:
         index, a, c = inputs
         state = jax.tree.map(functools.partial(add_weighted, a), y0, ks)
@@ -143,7 +143,8 @@ def scanned_stages(
     ks = jax.tree.map(lambda y: jnp.zeros((num, *y.shape), y.dtype), y0)
     if k0 is not None:
         ks = set_row(ks, 0, k0)
-    inputs = jnp.arange(first, num), a[first:], c[first:]
+    # An array of NumPy is a constant. XLA compiles a kernel for one of JAX.
+    inputs = np.arange(first, num), a[first:], c[first:]
     return jax.lax.scan(stage, ks, inputs)
 
 

@@ -24,7 +24,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree, Real
 
-from .._internal.tree import only_arrays, take
+from .._internal.batch import take
+from .._internal.tree import only_arrays
 from .._steps.step import AbstractStep
 from .linearized_calls import LinearizedCalls
 from .state_source import (
@@ -38,6 +39,7 @@ from .step_times import StepTimes
 
 # Of one solve or of several.
 _Ints = Int[Array, "..."]
+_Bools = Bool[Array, "..."]
 
 
 C = TypeVar("C")
@@ -89,17 +91,23 @@ class Checkpoints(eqx.Module):
         if bits == 0:
             # One slot holds step 0. Shifts by `turn` would need `level % 0`.
             return jnp.zeros_like(step)
-        index, turn = step >> level, level % bits
+        # Most often the level is less than `bits`, and XLA need not divide.
+        turn = level if self.max_level < bits else level % bits
+        index = step >> level
         return ((index << turn) | (index >> (bits - turn))) & (self.slots - 1)
 
-    def row_to_write(self, step: _Ints) -> _Ints:
-        """Where the forward pass puts `step`: its slot, or a row that is not read."""
+    def row_to_write(self, step: _Ints, stores: _Bools | bool = True) -> _Ints:
+        """Where the forward pass puts `step`: its slot, or a row that is not read.
+
+        It is one of the latter where not `stores`. (If every step has a slot, that is
+        the slot of `step`: what is not stored is not read, or is written again.)
+        """
         if self.max_level == 0:
             return step
         level = self.level(step)
         # Row `slots` is the first one of the segment, which the backward pass
         # overwrites before it reads it.
-        kept = (step & ((1 << level) - 1)) == 0
+        kept = stores & ((step & ((1 << level) - 1)) == 0)
         return jnp.where(kept, self.slot(step, level), self.slots)
 
 
@@ -137,8 +145,10 @@ class CheckpointedStates(AbstractStateSource):
     def rows(self) -> int:
         return self.checkpoints.rows
 
-    def row_to_write(self, number: Int[Array, ""]) -> Int[Array, ""]:
-        return self.checkpoints.row_to_write(number)
+    def row_to_write(
+        self, number: Int[Array, ""], stores: Bool[Array, ""] | bool
+    ) -> Int[Array, ""]:
+        return self.checkpoints.row_to_write(number, stores)
 
     def is_stored(
         self,

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, PyTree
 
-from .._internal.tree import add, inexact_spec, zeros_like
+from .._internal.tree import inexact_spec, zeros_like
 from .state_source import RecordedSteps
 from .step_times import StepTimes
 
@@ -63,7 +63,8 @@ class LinearizedCalls:
         """Returns `step(evaluate, *args)` and its pullback.
 
         `args` are `(start, end, y, replay_state)`. The pullback takes cotangents of the
-        results to `(cotangents of the constants by part, cotangents of args)`.
+        results to `(cotangents of the constants by part, cotangents of args)`. A second
+        argument of it has totals to which it adds the former.
 
         The cached calls already have pullbacks. Only the arithmetic between them is
         differentiated here, as a function from call results to call arguments.
@@ -98,22 +99,19 @@ class LinearizedCalls:
         (outputs, call_args), pull_arithmetic = jax.vjp(arithmetic, wanted, values)
 
         def pull(
-            cts: PyTree[Array],
+            cts: PyTree[Array], totals: dict[str, PyTree[Array]] | None = None
         ) -> tuple[dict[str, PyTree[Array]], PyTree[Array]]:
             # Invariant: `ct_args` holds the cotangents of the arguments of all later
             # calls. By invariant 3 the result of this call reaches `cts` through those
             # arguments and the results of the step only, so the zeros that stand for
             # earlier calls do not change `ct_values[part, key]`. The rest of the
             # pullback is not used, and the compiler removes it.
-            ct_args, ct_consts = zeros_like(call_args), {}
+            ct_args, ct_consts = zeros_like(call_args), dict(totals or {})
             for part, key in reversed(order):
                 _, ct_values = pull_arithmetic((cts, ct_args))
-                ct_part, ct_args[part, key] = self.made[part, key].pull(
-                    ct_values[part, key]
-                )
                 # A part that was called with several keys has one set of constants.
-                ct_consts[part] = (
-                    add(ct_consts[part], ct_part) if part in ct_consts else ct_part
+                ct_consts[part], ct_args[part, key] = self.made[part, key].pull(
+                    ct_values[part, key], ct_consts.get(part)
                 )
             ct_wanted, _ = pull_arithmetic((cts, ct_args))
             return ct_consts, ct_wanted

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree, Real, Shaped
 
-from .._internal.compat import buffer_at_set, while_loop
+from .._internal.batch import put
+from .._internal.compat import while_loop
 from .._internal.tree import where
 
 
@@ -75,9 +76,7 @@ def write(
     `pred` is a boolean or a scalar array. Equinox annotates it as `bool` only.
     """
     row = state.save_index
-    set_row = lambda buffer, x: buffer_at_set(buffer, row, x, pred=pred)
-    ys = jax.tree.map(lambda x, buffer: set_row(buffer, x), value, state.ys)
-    ts = set_row(state.ts, t)
+    ts, ys = put((state.ts, state.ys), row, (t, value), pred)
     return SaveState(state.saveat_ts_index, ts, ys, row + jnp.where(pred, 1, 0))
 
 
@@ -210,10 +209,5 @@ def write_dense(
     `ts` and the leaves of `infos` are arrays, or buffers of a loop. `accepted` is a
     boolean or a scalar array, as `pred` of `write`.
     """
-
     # Row 0 of `ts` is `t0`, so the end of step `index` is row `index + 1`.
-    def set_row(buffer: Any, x: Array, row: Int[Array, ""]) -> Any:
-        return buffer_at_set(buffer, row, x, pred=accepted)
-
-    infos = jax.tree.map(lambda x, buffer: set_row(buffer, x, index), info, infos)
-    return set_row(ts, t, index + 1), infos
+    return put(ts, index + 1, t, accepted), put(infos, index, info, accepted)

@@ -43,7 +43,8 @@ class BackwardStep(NamedTuple):
     - `y`, `replay_state`: the state before the step, with the batch axes first.
     - `linearize`: returns `((y1, replay_state1, dense_info), pull)`. `pull` takes
       cotangents of these results to those of the constants and of `(start, end, y,
-      replay_state)`. The step is linearised when `linearize` is called, not before.
+      replay_state)`. If it is also passed totals, it adds those of the constants to
+      them. The step is linearised when `linearize` is called, not before.
     """
 
     index: Int[Array, ""]
@@ -165,8 +166,13 @@ class AbstractStateSource(StoresStates):
         """The number of rows of stored states to allocate; 0 for none."""
 
     @abc.abstractmethod
-    def row_to_write(self, number: Int[Array, ""]) -> Int[Array, ""]:
-        """Returns the row for stored state `number`, or one that is not read."""
+    def row_to_write(
+        self, number: Int[Array, ""], stores: Bool[Array, ""] | bool
+    ) -> Int[Array, ""]:
+        """Returns the row for stored state `number`, or one that is not read.
+
+        It is one that is not read where not `stores`.
+        """
 
     @abc.abstractmethod
     def is_stored(
@@ -180,7 +186,7 @@ class AbstractStateSource(StoresStates):
 
         `step_offset` is the number of steps made before this solve, `made_jump` whether
         the step starts just after a jump, and `resync` whether the solver decided to
-        resync before it.
+        resync before it. The literal `True` means that all are.
         """
 
     @property

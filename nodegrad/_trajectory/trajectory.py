@@ -44,7 +44,8 @@ def refuse(cut: Bool[Array, "..."], throw: bool) -> Bool[Array, "..."]:
 class StepLog(eqx.Module):
     """The times of the accepted steps; each array has one row for every step.
 
-    The shape is `(*batch, steps)`, and that of a scalar in the log of a single step.
+    In the record of a solve there is one row more, for all steps that have no row. The
+    shape is `(*batch, steps + 1)`, and that of a scalar in the log of a single step.
 
     A field is `None` where the solve does not need it:
 
@@ -77,7 +78,8 @@ class Trajectory(eqx.Module):
 
     - `rows`: the stored states `(y, replay_state)`, with an axis of rows; `None` if the
       state source stores none. `AbstractStateSource.row_to_write` numbers the rows.
-    - `num_stored`: the number of states that were stored, overwritten ones included.
+    - `num_stored`: the number of states that were stored, overwritten ones included; 0
+      if the state source stores all.
     - `log`: the times of the accepted steps.
     - `first_start`, `first_end`: the times of the first attempted step.
     - `made_jump0`: whether the first step starts just after a jump.
@@ -107,12 +109,13 @@ class Trajectory(eqx.Module):
 
     @property
     def is_cut(self) -> Bool[Array, ""]:
-        """Whether there were more accepted steps than the log has rows."""
+        """Whether there were more accepted steps than the log has rows for them."""
         logged = jax.tree.leaves(self.log)
         if not logged:
             # All times can be computed, for any number of steps.
             return jnp.zeros_like(self.at_end)
-        return self.num_steps > len(logged[0])
+        # The last row is for steps that have no row of their own.
+        return self.num_steps >= len(logged[0])
 
     def end(self, grid: AbstractGrid, index: Int[Array, ""]) -> Real[Array, ""]:
         """Returns where step `index` ended; for -1, where the solve starts."""
