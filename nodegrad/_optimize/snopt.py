@@ -40,17 +40,18 @@ def snopt(
     r"""The SNOpt optimiser: preconditioned gradients, and steps of the right length.
 
     *Without a learning rate* every step minimises a quadratic model of the loss of its
-    batch. The step is a combination of the preconditioned gradient $\Delta W$ of
+    batch. The step is a combination of the direction $\Delta W$ of
     `nodegrad.scale_by_snopt` and of the step before,
 
     $$\delta = -\alpha\, \Delta W + \mu\, \delta_{\mathrm{before}}, \qquad
       \min_{\alpha,\, 0 \le \mu \le \mu_{\max}} \langle g, \delta \rangle
       + \tfrac{1}{2} \langle \delta, (C + \lambda)\, \delta \rangle.$$
 
-    $C$ is the curvature of the loss of the batch along these two directions, from its
-    values at their ends. The damping $\lambda$ starts at the mean eigenvalue of the
-    curvature. It falls where the model predicts the loss well, and grows where it does
-    not (Levenberg and Marquardt).
+    $\Delta W$ is that of a running mean of gradients, over about three steps. $C$ is
+    the curvature of the loss of the batch along these two directions, from its values
+    at their ends. The damping $\lambda$ starts at the mean eigenvalue of the curvature.
+    It falls where the model predicts the loss well, and grows where it does not
+    (Levenberg and Marquardt).
     A step that raises the loss of its batch by more than a hundredth, or makes it NaN,
     is not taken. Nothing is left to tune. (If a solve in the loss may fail at other
     parameters, pass `throw=False` to it, and let the loss be NaN where `result` is not
