@@ -255,6 +255,14 @@ def _update_slice(x: Array, y: Array, row: Int[Array, ""], *, axis: int) -> Arra
     )
 
 
+def _abstract_set_row(x: Any, y: Any, row: Any, *, axis: int) -> Any:
+    expected = x.shape[:axis] + x.shape[axis + 1 :], x.dtype, ()
+    if (y.shape, y.dtype, row.shape) != expected:
+        msg = f"A row of {x} must have shape and dtype {expected[:2]}; got {y}."
+        raise ValueError(msg)
+    return x
+
+
 def _jvp_set_row(
     primals: Sequence[Array], tangents: Sequence[Any], *, axis: int
 ) -> tuple[Array, Any]:
@@ -293,7 +301,7 @@ def _batch_set_row(
 
 
 _set_row_p.def_impl(_update_slice)
-_set_row_p.def_abstract_eval(lambda x, *_, **__: x)
+_set_row_p.def_abstract_eval(_abstract_set_row)
 mlir.register_lowering(
     _set_row_p, mlir.lower_fun(_update_slice, multiple_results=False)
 )

@@ -32,7 +32,9 @@ def _work(jaxpr: Jaxpr) -> tuple[float, float]:
         # Parameters hold jaxprs either open or closed.
         inner = [getattr(x, "jaxpr", x) for x in jaxprs_in_params(eqn.params)]
         if name in _EXPENSIVE:
-            in_products += size * max(_shape(eqn.invars[0].aval))
+            # Axes before these are those of a batch.
+            axes = len(eqn.params["fft_lengths"]) if name == "fft" else 2
+            in_products += size * max(_shape(eqn.invars[0].aval)[-axes:])
         elif name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             # Every number of the result is a sum over the contracted axes.

@@ -159,10 +159,11 @@ def precondition(
     power = jnp.where(never_refreshed, -0.5, _as(rule.power, dtype)).astype(dtype)
     if mean is not None:
         rotated = _rotated(state.output_basis, mean.astype(dtype), state.input_basis)
-    # The floor avoids 0 ** -1. If the moment and the damping are both zero, the
-    # gradient is zero as well.
-    floor = jnp.finfo(dtype).tiny
-    scaled = rotated * (moment + damping + floor) ** power
+    # Where the moment and the damping are both zero, all gradients were zero, or are
+    # forgotten.
+    size = moment + damping
+    known = size > 0
+    scaled = jnp.where(known, rotated * jnp.where(known, size, 1) ** power, 0)
     out = _rotated_back(state.output_basis, scaled, state.input_basis)
     return out, state._replace(second_moment=moment)
 

@@ -1,8 +1,8 @@
 r"""The length of a step from a quadratic model of the loss: no learning rate.
 
-A step is a combination $\delta = \sum_i c_i d_i$ of few directions: the preconditioned
-gradient, and the step before. With the gradient $g$ and the curvature $C$ of the batch,
-the coefficients minimise
+A step is a combination $\delta = \sum_i c_i d_i$ of few directions: a preconditioned
+mean of gradients, and the step before. With the gradient $g$ and the curvature $C$ of
+the batch, the coefficients minimise
 
 $$m(c) = b^\top c + \tfrac{1}{2} c^\top (Q + \lambda N)\, c, \quad
   b_i = \langle d_i, g \rangle, \quad Q_{ij} = d_i^\top C\, d_j, \quad
@@ -185,7 +185,9 @@ def length_growth(
     `slopes` along a direction is less than the `noise` of the loss.
     """
     least, most = _LENGTH_CHANGE
-    growth = jnp.clip(coefficients, least, most)
+    # The mean of gradients need not descend for this batch: then its coefficient is
+    # negative, and as long.
+    growth = jnp.clip(jnp.abs(coefficients), least, most)
     growth = jnp.where(accepted, growth, _SHORTEN_AFTER_FAILURE)
     steepness = jnp.abs(slopes).astype(growth.dtype)
     needed = noise.astype(growth.dtype) / jnp.where(steepness > 0, steepness, jnp.inf)

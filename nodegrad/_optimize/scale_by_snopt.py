@@ -246,7 +246,8 @@ def preconditioned(
 ) -> tuple[PyTree, Any]:
     """Returns the preconditioned `updates`, and `state` with the new moments.
 
-    If there are `means` of updates, they are preconditioned instead.
+    If there are `means` of updates, they are preconditioned instead. The moments are
+    still those of `updates`.
     """
     out = updates if means is None else means
     # A state made from no parameters at all: there is no layer.

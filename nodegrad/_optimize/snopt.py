@@ -51,11 +51,11 @@ def snopt(
     the curvature of the loss of the batch along these two directions, from its values
     at their ends. The damping $\lambda$ starts at the mean eigenvalue of the curvature.
     It falls where the model predicts the loss well, and grows where it does not
-    (Levenberg and Marquardt).
-    A step that raises the loss of its batch by more than a hundredth, or makes it NaN,
-    is not taken. Nothing is left to tune. (If a solve in the loss may fail at other
-    parameters, pass `throw=False` to it, and let the loss be NaN where `result` is not
-    successful. Otherwise an evaluation at the end of a direction may raise.)
+    (Levenberg and Marquardt). A step that raises the loss of its batch by more than a
+    hundredth, or makes it NaN, is not taken. With the preset `"robust"` nothing is left
+    to tune. (If a solve in the loss may fail at other parameters, pass `throw=False` to
+    it, and let the loss be NaN where `result` is not successful. Otherwise an
+    evaluation at the end of a direction may raise.)
 
     *With a learning rate* $\eta$ the optimiser is the chain
     `scale_by_snopt`, weight decay, momentum, learning rate:
@@ -105,7 +105,7 @@ def snopt(
     **Cost:** with a learning rate that of `nodegrad.scale_by_snopt`, and of SGD.
     Without one also four evaluations of the loss (seven for a model with parameters
     outside of layers), three of them at once: a step takes about twice as long as one
-    of Adam.
+    of Adam. Its state has two more copies of the parameters.
 
     **When not to use it:** as `nodegrad.scale_by_snopt`. Without a learning rate: with
     batches of fewer samples than the loss needs to be told from noise (about a

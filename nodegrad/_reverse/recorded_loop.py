@@ -50,8 +50,8 @@ class Written(eqx.Module):
     - `rows`: the stored states, with one leading axis of size `states.rows`; `None` if
       no state is stored.
     - `num_stored`: the number of states that were stored; 0 if all are.
-    - `log`: times of the accepted steps, with one leading axis of
-      `log_size` rows and a last one.
+    - `log`: times of the accepted steps, with one leading axis of `log_size + 1` rows;
+      the last one is for all further steps.
     - `at_end`: whether the solve reached its `t1`.
     """
 

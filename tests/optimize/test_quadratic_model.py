@@ -245,6 +245,25 @@ def test_training_goes_on_where_the_loss_jumps():
     assert np.all(state.lengths > 0)
 
 
+@pytest.mark.parametrize("at", ["refresh", "step"])
+def test_a_batch_without_a_gradient_is_left_out(at):
+    optim, model = nodegrad.snopt(), _net()
+    step, refresh = _steps(optim, "ggn")
+    state = _init(optim, model)
+    for i in range(4):
+        run = refresh if i == 0 else step
+        model, state, _ = run(model, state, X, Y, key=jr.PRNGKey(i))
+    run, old = refresh if at == "refresh" else step, state
+    same, state, value = run(model, state, X, Y * jnp.nan, key=jr.PRNGKey(4))
+    assert jnp.isnan(value)
+    assert not state.accepted
+    assert eqx.tree_equal(same, model)
+    assert eqx.tree_equal(state._replace(accepted=old.accepted), old)
+    model, state, value = step(model, state, X, Y)
+    assert state.accepted
+    assert jnp.mean(_loss(model, X, Y)) < value
+
+
 def test_a_step_into_nan_is_not_taken_and_the_next_one_is_shorter():
     # The loss is not defined beyond a wall, and its gradient points there.
     def loss(model, x):
