@@ -205,8 +205,8 @@ def precondition_layers(
         )
         raise ValueError(msg)
     states, steps = dict(states), []
-    means = [None] * len(layers) if means is None else means
-    for layer, gradient, mean in zip(layers, gradients, means, strict=True):
+    followed = [None] * len(layers) if means is None else means
+    for layer, gradient, mean in zip(layers, gradients, followed, strict=True):
         step, states[layer.key] = precondition(rule, states[layer.key], gradient, mean)
         steps.append(step)
     return clip(rule, steps, gradients), states
