@@ -45,7 +45,7 @@ def make_steps(
     model, optim = eqx.nn.Linear(1, 1, key=jax.random.PRNGKey(0)), nodegrad.snopt()
     step, refresh = nodegrad.make_steps(optim, loss, moments=True)
     opt_state = optim.init(eqx.filter(model, eqx.is_inexact_array))
-    for i in range(20):
+    for i in range(50):
         run = refresh if i % 10 == 0 else step
         model, opt_state, value = run(model, opt_state, x, key=jax.random.PRNGKey(i))
     print(value < 1e-6)  # True
