@@ -354,12 +354,13 @@ class ExpansionVisitor(eqx.Module):
             return eqx.partition(consts, eqx.is_inexact_array)
 
         moving, pull_constants, fixed = jax.vjp(constants, u, has_aux=True)
+        consts = eqx.combine(moving, fixed)
         steps = replace(
             self.recording.steps,
             parts=parts,
-            constants=eqx.combine(moving, fixed),
-            axes=jax.tree.map(lambda _: Axes(()), eqx.combine(moving, fixed)),
-            wrt=inexact_spec(eqx.combine(moving, fixed)),
+            constants=consts,
+            axes=jax.tree.map(lambda _: Axes(()), consts),
+            wrt=inexact_spec(consts),
         )
 
         def step(evaluate: Callable, *args: Any) -> tuple[PyTree, PyTree]:

@@ -91,9 +91,7 @@ class Checkpoints(eqx.Module):
         if bits == 0:
             # One slot holds step 0. Shifts by `turn` would need `level % 0`.
             return jnp.zeros_like(step)
-        # Most often the level is less than `bits`, and XLA need not divide.
-        turn = level if self.max_level < bits else level % bits
-        index = step >> level
+        index, turn = step >> level, level % bits
         return ((index << turn) | (index >> (bits - turn))) & (self.slots - 1)
 
     def row_to_write(self, step: _Ints, stores: _Bools | bool = True) -> _Ints:
