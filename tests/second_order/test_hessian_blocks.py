@@ -774,10 +774,10 @@ def test_memory_does_not_grow_with_the_number_of_steps():
 # Low rank.
 
 
-def _low_rank(columns, **kwargs):
+def _low_rank(columns, dt0=None, **kwargs):
     kwargs = dict(stepsize_controller=PID, max_steps=128) | kwargs
     return nodegrad.low_rank_blocks(
-        network, diffrax.Tsit5(), 0.0, 1.0, None, Y0, NETWORK, columns=columns, **kwargs
+        network, diffrax.Tsit5(), 0.0, 1.0, dt0, Y0, NETWORK, columns=columns, **kwargs
     )
 
 
@@ -796,11 +796,13 @@ def test_low_rank_blocks_sum_up_to_gauss_newton():
 
 @pytest.mark.slow
 def test_one_column_of_the_gradient_gives_the_gradient():
-    low_rank = _low_rank(lambda y: jax.grad(terminal_cost)(y)[None])
-    blocks = _blocks(terminal_cost=terminal_cost)
+    # Two programs round an error estimate differently, which would move adaptive steps.
+    constant = dict(dt0=1 / 16, stepsize_controller=CONSTANT)
+    low_rank = _low_rank(lambda y: jax.grad(terminal_cost)(y)[None], **constant)
+    blocks = _blocks(terminal_cost=terminal_cost, **constant)
     first = jax.tree.map(lambda x: x[0], (low_rank.q, low_rank.p))
-    assert relative_error(first, (blocks.grad_y, blocks.grad_args)) < 1e-12
-    assert relative_error(terminal_cost(low_rank.y1), blocks.value) < 1e-12
+    assert relative_error(first, (blocks.grad_y, blocks.grad_args)) < 1e-13
+    assert relative_error(terminal_cost(low_rank.y1), blocks.value) < 1e-13
 
 
 # Misuse.
