@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._internal.norms import dot
 from .._internal.tree import at_least_float32
@@ -44,6 +44,14 @@ _LENGTH_CHANGE = 0.1, 10.0
 NOISE = 0.01
 # Eigenvalues below this share of the largest one count as zero.
 _RANK = 1e-6
+# The share of slopes that is trusted is a running mean over about ten steps, and of
+# all steps at the beginning.
+_RATE = 0.1
+# A single ratio says little: the noise of a batch may be larger than the slope.
+_RATIOS = -1.0, 2.0
+# With 0.05 the latent ODE of docs/training.md ends at a test loss of 0.065, and not
+# 0.055. With 0.35 CIFAR-10 in batches of 64 is classified less well, 41 % and not 45 %.
+_LEAST = 0.25
 
 
 class Step(NamedTuple):
@@ -51,12 +59,41 @@ class Step(NamedTuple):
 
     - `update`: the combination, a tree like the parameters.
     - `coefficients`: those of the directions.
-    - `predicted`: the change of the loss in the model, at most zero.
+    - `predicted`: the change of the loss of the batch in the model.
     """
 
     update: PyTree[Array]
     coefficients: Float[Array, " k"]
     predicted: Float[Array, ""]
+
+
+class Agreement(NamedTuple):
+    r"""How much of its slopes the next batch confirms. All leaves are arrays.
+
+    A direction $d$ comes from the gradient $g$ of a batch. So the slope $b$ along it is
+    steeper than that of the whole loss: both have the noise of this batch. The length
+    that is best for this batch is too long for all others. The next batch, with the
+    gradient $g'$, does not know this noise. With the change $q$ of the slope over the
+    step, in the model of the first batch,
+
+    $$r = \frac{\langle d, g' \rangle - q}{b}$$
+
+    estimates the share of $b$ that is not noise, for one inner product. If all batches
+    are the same and the loss is quadratic, it is one. With the slopes times $r$ the
+    expected loss falls most in this step, but less in many: momentum averages noise as
+    well. So a slope keeps at least a quarter.
+
+    - `direction`: the directions of the last step, a tree like the parameters; each of
+      the `parts` has its own leaves.
+    - `slopes`: the slopes of the last batch along its parts, before the step.
+    - `changes`: by how much the step changed them, in the model of that batch.
+    - `share`: the running mean of $r$.
+    """
+
+    direction: PyTree[Array]
+    slopes: Float[Array, " parts"]
+    changes: Float[Array, " parts"]
+    share: Float[Array, " parts"]
 
 
 def inner(left: PyTree[Array], right: PyTree[Array]) -> Float[Array, ""]:
@@ -120,26 +157,29 @@ def combined(
 def best_step(
     directions: Sequence[PyTree[Array]],
     slopes: Float[Array, " k"],
+    trust: Float[Array, " k"],
     curvature: Float[Array, "k k"],
     damping: Float[Array, ""],
     momentum: Scalar | None,
 ) -> Step:
     r"""Returns the combination of `directions` that minimises the quadratic model.
 
-    `slopes` is $b$, `curvature` is $Q$ and `damping` $\lambda$. If `momentum` is a
-    number, the last direction is the step before, and its coefficient is kept in
-    `[0, momentum]`: without a bound a model of one mini-batch takes any combination
-    that fits this batch.
+    `slopes` is $b$, `curvature` is $Q$ and `damping` $\lambda$. The minimum is that of
+    the model with the slopes times `trust`, see `Agreement`. The predicted change is
+    that with the slopes themselves. If `momentum` is a number, the last direction is
+    the step before, and its coefficient is kept in `[0, momentum]`: without a bound a
+    model of one mini-batch takes any combination that fits this batch.
     """
     dtype = slopes.dtype
     overlaps = products(directions, directions)
     matrix = curvature.astype(dtype) + damping.astype(dtype) * overlaps
     # A direction of negative curvature is followed as far as one of positive curvature.
     matrix = _absolute(matrix)
-    coefficients = -_solve(matrix, slopes)
+    steady = slopes * trust.astype(dtype)
+    coefficients = -_solve(matrix, steady)
     if momentum is not None:
         last = jnp.clip(coefficients[-1], 0, jnp.asarray(momentum).astype(dtype))
-        rest = -_solve(matrix[:-1, :-1], slopes[:-1] + matrix[:-1, -1] * last)
+        rest = -_solve(matrix[:-1, :-1], steady[:-1] + matrix[:-1, -1] * last)
         coefficients = jnp.append(rest, last)
     predicted = coefficients @ (slopes + matrix @ coefficients / 2)
 
@@ -159,7 +199,8 @@ def adapted_damping(
     It falls where the loss fell by more than 3/4 of what the model `predicted`, faster
     where by more than 5/4, and grows where it fell by less than 1/4.
     """
-    # Both changes are negative.
+    # Usually both changes are negative. A model with shares of the slopes need not
+    # predict a decrease for this batch; then there is nothing to compare with.
     factor = jnp.select(
         [
             actual < 1.25 * predicted,
@@ -169,6 +210,7 @@ def adapted_damping(
         [_SHRINK_FAST, _SHRINK, 1 / _SHRINK],
         1.0,
     )
+    factor = jnp.where(predicted < 0, factor, 1.0)
     factor = jnp.where(accepted, factor, _GROW_AFTER_FAILURE)
     return jnp.maximum(damping * factor.astype(damping.dtype), least)
 
@@ -193,6 +235,50 @@ def length_growth(
     needed = noise.astype(growth.dtype) / jnp.where(steepness > 0, steepness, jnp.inf)
     too_short = (steepness > 0) & (needed > 1)
     return jnp.where(too_short, jnp.maximum(growth, jnp.minimum(needed, most)), growth)
+
+
+def updated_share(
+    state: Agreement, slopes: Float[Array, " parts"], count: Int[Array, ""]
+) -> Float[Array, " parts"]:
+    """Returns the running mean of the share after one more batch.
+
+    `slopes` are those of the new batch along the parts of `state.direction`, after the
+    step, and `count` is the number of steps so far.
+    """
+    # A mean of gradients need not descend; then there is no slope to confirm. The loss
+    # may be NaN at the end of a direction; then there is no model of it.
+    known = (state.slopes < 0) & jnp.isfinite(state.changes)
+    confirmed = slopes.astype(state.changes.dtype) - state.changes
+    ratio = confirmed / jnp.where(known, state.slopes, 1)
+    ratio = jnp.where(known, jnp.clip(ratio, *_RATIOS), state.share)
+    rate = jnp.maximum(_RATE, 1 / (1 + count)).astype(ratio.dtype)
+    return state.share + rate * (ratio - state.share)
+
+
+def trusted(share: Float[Array, " parts"]) -> Float[Array, " parts"]:
+    """Returns the factors of the slopes."""
+    return jnp.clip(share, _LEAST, 1)
+
+
+def after_step(
+    directions: Sequence[PyTree[Array]],
+    slopes: Float[Array, " k"],
+    changes: Float[Array, " k"],
+    share: Float[Array, " parts"],
+    accepted: Bool[Array, ""],
+) -> Agreement:
+    """Returns the next state. A step that was not taken changed no slope.
+
+    `slopes` and `changes` may have more entries than there are `directions`: the first
+    ones are theirs.
+    """
+    dtype, parts = share.dtype, len(directions)
+    return Agreement(
+        direction=jax.tree.map(lambda *leaves: sum(leaves), *directions),
+        slopes=slopes[:parts].astype(dtype),
+        changes=jnp.where(accepted, changes[:parts], 0).astype(dtype),
+        share=share,
+    )
 
 
 def _scaled(matrix: Float[Array, "k k"]) -> tuple[Array, Array]:

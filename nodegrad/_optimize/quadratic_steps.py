@@ -14,6 +14,8 @@ from .._layers.layers import Layer
 from .preconditioner import LayerState, Rule, Scalar
 from .quadratic_model import (
     adapted_damping,
+    after_step,
+    Agreement,
     best_step,
     combined,
     curvature_in,
@@ -21,6 +23,8 @@ from .quadratic_model import (
     length_growth,
     NOISE,
     products,
+    trusted,
+    updated_share,
 )
 from .scale_by_snopt import (
     Chosen,
@@ -49,6 +53,8 @@ class SNOptModelState(NamedTuple):
     - `damping`: $\lambda$, which is zero before the first curvature.
     - `lengths`: the last coefficients of the preconditioned mean, of its part in layers
       and of the rest.
+    - `agreement`: its `share` is the share of the slopes that the next batch confirms,
+      in layers and in the rest.
     - `accepted`: whether the last step was taken. If not, it was zero. If its loss or
       its gradient was not finite, nothing else changed.
     - `ratio`: the last change of the loss, divided by that which the model predicted;
@@ -61,6 +67,7 @@ class SNOptModelState(NamedTuple):
     mean: PyTree[Array]
     damping: Float[Array, ""]
     lengths: Float[Array, " parts"]
+    agreement: Agreement
     accepted: Bool[Array, ""]
     ratio: Float[Array, ""]
     weight_decay: Any
@@ -84,12 +91,15 @@ class QuadraticSteps(NamedTuple):
         """Returns the state before the first step."""
         state = initial_snopt_state(self.rule, self.chosen, params)
         dtype = _damping_dtype(state)
+        ones = jnp.ones(len(_separated(params, self.chosen(params))), dtype)
+        zeros = jnp.zeros_like(ones)
         return SNOptModelState(
             preconditioner=state,
             previous=zeros_like(params),
             mean=zeros_like(params),
             damping=jnp.zeros((), dtype),
-            lengths=jnp.ones(len(_separated(params, self.chosen(params))), dtype),
+            lengths=ones,
+            agreement=Agreement(zeros_like(params), zeros, zeros, ones),
             accepted=jnp.array(True),
             ratio=jnp.ones((), dtype),
             weight_decay=None if self.decay is None else self.decay.init(params),
@@ -121,17 +131,11 @@ class QuadraticSteps(NamedTuple):
         preconditioner, damping, parts = self._preconditioned(
             gradient, mean, state, curvature
         )
-        # The model is fitted at the ends of the directions. So these should be about as
-        # long as the step will be.
-        directions = [
-            combined(-length[None], [part])
-            for length, part in zip(state.lengths, parts, strict=True)
-        ]
-        if self.momentum is not None:
-            directions.append(state.previous)
+        share = self._share(gradient, state)
+        directions, trust = self._directions(parts, share, state)
         slopes = products(directions, [gradient])[:, 0]
         matrix = curvature_in(directions, slopes, objective, value, params)
-        step = best_step(directions, slopes, matrix, damping, self.momentum)
+        step = best_step(directions, slopes, trust, matrix, damping, self.momentum)
 
         finite = all_finite(step.update)
         update = where(finite, step.update, zeros_like(step.update))
@@ -144,17 +148,41 @@ class QuadraticSteps(NamedTuple):
         adapted = adapted_damping(damping, least, predicted, actual, accepted)
         growth = length_growth(step.coefficients, slopes, noise, accepted)
         ratio = actual / jnp.where(predicted < 0, predicted, 1)
+        own = directions[: len(parts)]
+        changes = matrix.astype(slopes.dtype) @ step.coefficients
         new = SNOptModelState(
             preconditioner=preconditioner,
             previous=update,
             mean=mean,
             damping=jnp.where(_is_refreshed(preconditioner), adapted, damping),
             lengths=state.lengths * growth[: len(parts)].astype(state.lengths.dtype),
+            agreement=after_step(own, slopes, changes, share, accepted),
             accepted=accepted,
             ratio=jnp.where(predicted < 0, ratio, jnp.nan).astype(damping.dtype),
             weight_decay=decay_state,
         )
         return update, where(usable, new, state._replace(accepted=accepted))
+
+    def _directions(
+        self, parts: list[PyTree], share: Float[Array, " parts"], state: Any
+    ) -> tuple[list[PyTree], Float[Array, " k"]]:
+        """Returns the directions of the model, and the factors of their slopes."""
+        # The model is fitted at the ends of the directions. So these should be about as
+        # long as the step will be.
+        directions = [
+            combined(-length[None], [part])
+            for length, part in zip(state.lengths, parts, strict=True)
+        ]
+        if self.momentum is None:
+            return directions, trusted(share)
+        # The step before has none of the noise of this batch.
+        return [*directions, state.previous], jnp.append(trusted(share), 1)
+
+    def _share(self, gradient: PyTree, state: Any) -> Float[Array, " parts"]:
+        """Returns the share of the slopes that the batch of `gradient` confirms."""
+        last = _separated(state.agreement.direction, self.chosen(gradient))
+        slopes = products(last, [gradient])[:, 0]
+        return updated_share(state.agreement, slopes, state.preconditioner.count)
 
     def _penalised(
         self,

@@ -47,7 +47,9 @@ def snopt(
       \min_{\alpha,\, 0 \le \mu \le \mu_{\max}} \langle g, \delta \rangle
       + \tfrac{1}{2} \langle \delta, (C + \lambda)\, \delta \rangle.$$
 
-    $\Delta W$ is that of a running mean of gradients, over about three steps. $C$ is
+    $\Delta W$ is that of a running mean of gradients, over about three steps. Its slope
+    $\langle g, \Delta W \rangle$ in the model is multiplied with the share of it, at
+    least 1/4, that the next batches confirm: the rest is noise of a batch. $C$ is
     the curvature of the loss of the batch along these two directions, from its values
     at their ends. The damping $\lambda$ starts at the mean eigenvalue of the curvature.
     It falls where the model predicts the loss well, and grows where it does not
@@ -105,7 +107,7 @@ def snopt(
     **Cost:** with a learning rate that of `nodegrad.scale_by_snopt`, and of SGD.
     Without one also four evaluations of the loss (seven for a model with parameters
     outside of layers), three of them at once: a step takes about twice as long as one
-    of Adam. Its state has two more copies of the parameters.
+    of Adam. Its state has three more copies of the parameters.
 
     **When not to use it:** as `nodegrad.scale_by_snopt`. Without a learning rate: with
     batches of fewer samples than the loss needs to be told from noise (about a
