@@ -176,7 +176,9 @@ class QuadraticSteps(NamedTuple):
         if self.momentum is None:
             return directions, trusted(share)
         # The step before has none of the noise of this batch.
-        return [*directions, state.previous], jnp.append(trusted(share), 1)
+        return [*directions, state.previous], jnp.append(
+            trusted(share), jnp.ones_like(share[:1])
+        )
 
     def _share(self, gradient: PyTree, state: Any) -> Float[Array, " parts"]:
         """Returns the share of the slopes that the batch of `gradient` confirms."""
