@@ -110,11 +110,12 @@ def snopt(
     of Adam. Its state has three more copies of the parameters.
 
     **When not to use it:** as `nodegrad.scale_by_snopt`. Without a learning rate: with
-    batches of fewer samples than the loss needs to be told from noise (about a
-    hundred); as a part of `optax.partition`, because the model is one of all
-    parameters; in `optax.MultiSteps`. With a learning rate: for parameters outside of
-    layers, which get plain gradient steps; use a separate optimiser for them with
-    `optax.partition`. (Without one their step has a length of its own.)
+    batches of a few dozen samples, whose noise asks for steps shorter than a quarter of
+    the best one for the batch (64 were tried); as a part of `optax.partition`, because
+    the model is one of all parameters; in `optax.MultiSteps`. With a learning rate: for
+    parameters outside of layers, which get plain gradient steps; use a separate
+    optimiser for them with `optax.partition`. (Without one their step has a length of
+    its own.)
 
     ??? cite "Reference"
 
