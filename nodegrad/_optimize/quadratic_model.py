@@ -8,6 +8,9 @@ $$m(c) = b^\top c + \tfrac{1}{2} c^\top (Q + \lambda N)\, c, \quad
   b_i = \langle d_i, g \rangle, \quad Q_{ij} = d_i^\top C\, d_j, \quad
   N_{ij} = \langle d_i, d_j \rangle.$$
 
+The slope of the mean of gradients counts as far as it is not noise of the batch, see
+`Agreement`.
+
 $Q$ comes from values of the loss at the ends of the directions, and $\lambda$ from how
 well the model predicted the loss. Martens and Grosse (2015, sections 6 and 7;
 arXiv:1503.05671) take the Gauss-Newton matrix for $C$. The loss has some advantages:
@@ -16,6 +19,7 @@ tasks in `docs/training.md` the steps were as good or better.
 """
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._internal.norms import dot
-from .._internal.tree import at_least_float32
+from .._internal.tree import add, at_least_float32
 from .preconditioner import eigh, Scalar
 
 
@@ -157,7 +161,7 @@ def combined(
 def best_step(
     directions: Sequence[PyTree[Array]],
     slopes: Float[Array, " k"],
-    trust: Float[Array, " k"],
+    trust: Float[Array, " parts"],
     curvature: Float[Array, "k k"],
     damping: Float[Array, ""],
     momentum: Scalar | None,
@@ -165,8 +169,9 @@ def best_step(
     r"""Returns the combination of `directions` that minimises the quadratic model.
 
     `slopes` is $b$, `curvature` is $Q$ and `damping` $\lambda$. The minimum is that of
-    the model with the slopes times `trust`, see `Agreement`. The predicted change is
-    that with the slopes themselves. If `momentum` is a number, the last direction is
+    the model with the first slopes times `trust`, see `Agreement`. (The step before has
+    none of the noise of this batch.) The predicted change is that with the slopes
+    themselves. If `momentum` is a number, the last direction is
     the step before, and its coefficient is kept in `[0, momentum]`: without a bound a
     model of one mini-batch takes any combination that fits this batch.
     """
@@ -175,7 +180,7 @@ def best_step(
     matrix = curvature.astype(dtype) + damping.astype(dtype) * overlaps
     # A direction of negative curvature is followed as far as one of positive curvature.
     matrix = _absolute(matrix)
-    steady = slopes * trust.astype(dtype)
+    steady = slopes.at[: trust.size].multiply(trust.astype(dtype))
     coefficients = -_solve(matrix, steady)
     if momentum is not None:
         last = jnp.clip(coefficients[-1], 0, jnp.asarray(momentum).astype(dtype))
@@ -190,27 +195,22 @@ def best_step(
 def adapted_damping(
     damping: Float[Array, ""],
     least: Float[Array, ""],
-    predicted: Float[Array, ""],
-    actual: Float[Array, ""],
+    ratio: Float[Array, ""],
     accepted: Bool[Array, ""],
 ) -> Float[Array, ""]:
     """Returns the damping of the next step, at least `least`.
 
-    It falls where the loss fell by more than 3/4 of what the model `predicted`, faster
-    where by more than 5/4, and grows where it fell by less than 1/4.
+    It falls where the loss fell by more than 3/4 of what the model predicted, faster
+    where by more than 5/4, and grows where it fell by less than 1/4. `ratio` is the
+    change of the loss over its prediction, NaN if no decrease was predicted; then the
+    damping stays.
     """
-    # Usually both changes are negative. A model with shares of the slopes need not
-    # predict a decrease for this batch; then there is nothing to compare with.
+    # All comparisons with NaN are false.
     factor = jnp.select(
-        [
-            actual < 1.25 * predicted,
-            actual < 0.75 * predicted,
-            actual > 0.25 * predicted,
-        ],
+        [ratio > 1.25, ratio > 0.75, ratio < 0.25],
         [_SHRINK_FAST, _SHRINK, 1 / _SHRINK],
         1.0,
     )
-    factor = jnp.where(predicted < 0, factor, 1.0)
     factor = jnp.where(accepted, factor, _GROW_AFTER_FAILURE)
     return jnp.maximum(damping * factor.astype(damping.dtype), least)
 
@@ -274,7 +274,7 @@ def after_step(
     """
     dtype, parts = share.dtype, len(directions)
     return Agreement(
-        direction=jax.tree.map(lambda *leaves: sum(leaves), *directions),
+        direction=reduce(add, directions),
         slopes=slopes[:parts].astype(dtype),
         changes=jnp.where(accepted, changes[:parts], 0).astype(dtype),
         share=share,

@@ -132,10 +132,12 @@ class QuadraticSteps(NamedTuple):
             gradient, mean, state, curvature
         )
         share = self._share(gradient, state)
-        directions, trust = self._directions(parts, share, state)
+        directions = self._directions(parts, state)
         slopes = products(directions, [gradient])[:, 0]
         matrix = curvature_in(directions, slopes, objective, value, params)
-        step = best_step(directions, slopes, trust, matrix, damping, self.momentum)
+        step = best_step(
+            directions, slopes, trusted(share), matrix, damping, self.momentum
+        )
 
         finite = all_finite(step.update)
         update = where(finite, step.update, zeros_like(step.update))
@@ -145,9 +147,9 @@ class QuadraticSteps(NamedTuple):
         accepted = usable & finite & jnp.isfinite(actual) & (actual <= noise)
         update = where(accepted, update, zeros_like(update))
         least = jnp.finfo(damping.dtype).eps * _mean_moment(preconditioner)
-        adapted = adapted_damping(damping, least, predicted, actual, accepted)
+        ratio = actual / jnp.where(predicted < 0, predicted, jnp.nan)
+        adapted = adapted_damping(damping, least, ratio, accepted)
         growth = length_growth(step.coefficients, slopes, noise, accepted)
-        ratio = actual / jnp.where(predicted < 0, predicted, 1)
         own = directions[: len(parts)]
         changes = matrix.astype(slopes.dtype) @ step.coefficients
         new = SNOptModelState(
@@ -158,27 +160,20 @@ class QuadraticSteps(NamedTuple):
             lengths=state.lengths * growth[: len(parts)].astype(state.lengths.dtype),
             agreement=after_step(own, slopes, changes, share, accepted),
             accepted=accepted,
-            ratio=jnp.where(predicted < 0, ratio, jnp.nan).astype(damping.dtype),
+            ratio=ratio.astype(damping.dtype),
             weight_decay=decay_state,
         )
         return update, where(usable, new, state._replace(accepted=accepted))
 
-    def _directions(
-        self, parts: list[PyTree], share: Float[Array, " parts"], state: Any
-    ) -> tuple[list[PyTree], Float[Array, " k"]]:
-        """Returns the directions of the model, and the factors of their slopes."""
+    def _directions(self, parts: list[PyTree], state: Any) -> list[PyTree]:
+        """Returns the directions of the model, the step before as the last one."""
         # The model is fitted at the ends of the directions. So these should be about as
         # long as the step will be.
         directions = [
             combined(-length[None], [part])
             for length, part in zip(state.lengths, parts, strict=True)
         ]
-        if self.momentum is None:
-            return directions, trusted(share)
-        # The step before has none of the noise of this batch.
-        return [*directions, state.previous], jnp.append(
-            trusted(share), jnp.ones_like(share[:1])
-        )
+        return directions if self.momentum is None else [*directions, state.previous]
 
     def _share(self, gradient: PyTree, state: Any) -> Float[Array, " parts"]:
         """Returns the share of the slopes that the batch of `gradient` confirms."""
