@@ -248,6 +248,10 @@ def _set_row(x: Array, row: int | Int[Array, ""], y: Array, axis: int = 0) -> Ar
 _set_row_p = Primitive("nodegrad_set_row")
 
 
+# In the rules of a primitive, operands may be Python numbers: literals of a traced
+# function. So their type is `Any`.
+
+
 def _update_slice(x: Array, y: Array, row: Int[Array, ""], *, axis: int) -> Array:
     starts = [row if i == axis else jnp.zeros_like(row) for i in range(x.ndim)]
     return jax.lax.dynamic_update_slice(
@@ -264,7 +268,7 @@ def _abstract_set_row(x: Any, y: Any, row: Any, *, axis: int) -> Any:
 
 
 def _jvp_set_row(
-    primals: Sequence[Array], tangents: Sequence[Any], *, axis: int
+    primals: Sequence[Any], tangents: Sequence[Any], *, axis: int
 ) -> tuple[Array, Any]:
     *_, row = primals
     *tangents, _ = tangents
@@ -275,9 +279,7 @@ def _jvp_set_row(
     return out, _set_row_p.bind(*tangents, row, axis=axis)
 
 
-def _transpose_set_row(
-    ct: Any, x: Any, y: Any, row: Int[Array, ""], *, axis: int
-) -> list[Any]:
+def _transpose_set_row(ct: Any, x: Any, y: Any, row: Any, *, axis: int) -> list[Any]:
     if type(ct) is ad.Zero:
         return [None, None, None]
     linear = ad.is_undefined_primal(x), ad.is_undefined_primal(y)
@@ -289,7 +291,7 @@ def _transpose_set_row(
 
 
 def _batch_set_row(
-    operands: Sequence[Array], dims: Sequence[int | None], *, axis: int
+    operands: Sequence[Any], dims: Sequence[int | None], *, axis: int
 ) -> tuple[Array, int]:
     x, y, row = operands
     if dims[2] is not None:
@@ -347,7 +349,7 @@ def _first(*operands: Any, num_out: int) -> list[Any]:
 
 
 def _jvp_common_axes(
-    primals: Sequence[Array], tangents: Sequence[Any], *, num_out: int
+    primals: Sequence[Any], tangents: Sequence[Any], *, num_out: int
 ) -> tuple[list[Array], list[Any]]:
     return _common_axes_p.bind(*primals, num_out=num_out), list(tangents[:num_out])
 

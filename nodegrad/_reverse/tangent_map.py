@@ -295,7 +295,7 @@ def _perturbed_leaves(
 
 
 def _jvp(
-    primals: Sequence[Array],
+    primals: Sequence[Any],
     tangents: Sequence[Any],
     *,
     static: _Static,

@@ -173,9 +173,9 @@ def _error(tree, reference):
     return max(map(float, errors))
 
 
-# Where an error estimate chooses the steps, rounding of the estimate moves them, and
-# most of all where a step was cut short and the estimate is a small difference.
-_TOLERANCES = {"constant": 1e-11, "step_to": 1e-11, "pid": 3e-10, "clip": 1e-9}
+# Rounding does not move the steps that an error estimate chooses: see `_coarse_norm` in
+# tests/tangents.py. ALF, which takes most steps, has 4e-11 where these are clipped.
+_TOLERANCES = {"constant": 1e-11, "step_to": 1e-11, "pid": 1e-11, "clip": 1e-10}
 
 
 def _check(row):
