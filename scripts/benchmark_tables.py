@@ -243,6 +243,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("failed", "failed", str),
     ("to_train", "time to Adam's training loss", _ratio),
     ("best_test_loss", "best test loss", _significant(3)),
+    ("last_test_loss", "without the mean", _significant(3)),
     ("metric", "test metric", lambda x: f"{x:.3f}"),
     ("to_test", "time to Adam's test loss", _ratio),
     ("per_iteration", "ordinary iteration", _ratio),

@@ -14,8 +14,8 @@ from .._layers.layers import Layer
 from .preconditioner import LayerState, Rule, Scalar
 from .quadratic_model import (
     adapted_damping,
+    after_batch,
     after_step,
-    Agreement,
     best_step,
     combined,
     curvature_in,
@@ -23,8 +23,8 @@ from .quadratic_model import (
     length_growth,
     NOISE,
     products,
-    trusted,
-    updated_share,
+    Progress,
+    trust,
 )
 from .scale_by_snopt import (
     Chosen,
@@ -53,8 +53,8 @@ class SNOptModelState(NamedTuple):
     - `damping`: $\lambda$, which is zero before the first curvature.
     - `lengths`: the last coefficients of the preconditioned mean, of its part in layers
       and of the rest.
-    - `agreement`: its `share` is the share of the slopes that the next batch confirms,
-      in layers and in the rest.
+    - `progress`: how far the loss fell, and how far the parameters scatter around their
+      running mean. The mean is `progress.average`, and mostly has the lower test loss.
     - `accepted`: whether the last step was taken. If not, it was zero. If its loss or
       its gradient was not finite, nothing else changed.
     - `ratio`: the last change of the loss, divided by that which the model predicted;
@@ -67,7 +67,7 @@ class SNOptModelState(NamedTuple):
     mean: PyTree[Array]
     damping: Float[Array, ""]
     lengths: Float[Array, " parts"]
-    agreement: Agreement
+    progress: Progress
     accepted: Bool[Array, ""]
     ratio: Float[Array, ""]
     weight_decay: Any
@@ -91,15 +91,16 @@ class QuadraticSteps(NamedTuple):
         """Returns the state before the first step."""
         state = initial_snopt_state(self.rule, self.chosen, params)
         dtype = _damping_dtype(state)
-        ones = jnp.ones(len(_separated(params, self.chosen(params))), dtype)
-        zeros = jnp.zeros_like(ones)
+        zero = jnp.zeros((), dtype)
+        # A copy, so that buffers of the parameters may be donated.
+        average = jax.tree.map(jnp.copy, params)
         return SNOptModelState(
             preconditioner=state,
             previous=zeros_like(params),
             mean=zeros_like(params),
-            damping=jnp.zeros((), dtype),
-            lengths=ones,
-            agreement=Agreement(zeros_like(params), zeros, zeros, ones),
+            damping=zero,
+            lengths=jnp.ones(len(_separated(params, self.chosen(params))), dtype),
+            progress=Progress(average, zero, zero, zero),
             accepted=jnp.array(True),
             ratio=jnp.ones((), dtype),
             weight_decay=None if self.decay is None else self.decay.init(params),
@@ -131,12 +132,13 @@ class QuadraticSteps(NamedTuple):
         preconditioner, damping, parts = self._preconditioned(
             gradient, mean, state, curvature
         )
-        share = self._share(gradient, state)
+        count = state.preconditioner.count
+        progress = after_batch(state.progress, params, gradient, value, count)
         directions = self._directions(parts, state)
         slopes = products(directions, [gradient])[:, 0]
         matrix = curvature_in(directions, slopes, objective, value, params)
         step = best_step(
-            directions, slopes, trusted(share), matrix, damping, self.momentum
+            directions, slopes, trust(progress), matrix, damping, self.momentum
         )
 
         finite = all_finite(step.update)
@@ -146,19 +148,17 @@ class QuadraticSteps(NamedTuple):
         noise = NOISE * jnp.abs(value)
         accepted = usable & finite & jnp.isfinite(actual) & (actual <= noise)
         update = where(accepted, update, zeros_like(update))
-        least = jnp.finfo(damping.dtype).eps * _mean_moment(preconditioner)
         ratio = actual / jnp.where(predicted < 0, predicted, jnp.nan)
-        adapted = adapted_damping(damping, least, ratio, accepted)
+        scale = _mean_moment(preconditioner)
+        adapted = adapted_damping(damping, scale, ratio, accepted)
         growth = length_growth(step.coefficients, slopes, noise, accepted)
-        own = directions[: len(parts)]
-        changes = matrix.astype(slopes.dtype) @ step.coefficients
         new = SNOptModelState(
             preconditioner=preconditioner,
             previous=update,
             mean=mean,
             damping=jnp.where(_is_refreshed(preconditioner), adapted, damping),
             lengths=state.lengths * growth[: len(parts)].astype(state.lengths.dtype),
-            agreement=after_step(own, slopes, changes, share, accepted),
+            progress=after_step(progress, add(params, update), count),
             accepted=accepted,
             ratio=ratio.astype(damping.dtype),
             weight_decay=decay_state,
@@ -174,12 +174,6 @@ class QuadraticSteps(NamedTuple):
             for length, part in zip(state.lengths, parts, strict=True)
         ]
         return directions if self.momentum is None else [*directions, state.previous]
-
-    def _share(self, gradient: PyTree, state: Any) -> Float[Array, " parts"]:
-        """Returns the share of the slopes that the batch of `gradient` confirms."""
-        last = _separated(state.agreement.direction, self.chosen(gradient))
-        slopes = products(last, [gradient])[:, 0]
-        return updated_share(state.agreement, slopes, state.preconditioner.count)
 
     def _penalised(
         self,

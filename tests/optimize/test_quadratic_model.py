@@ -233,16 +233,23 @@ def test_training_goes_on_where_the_loss_jumps():
         ).ys
         return jnp.mean((ys - data) ** 2, axis=(1, 2))
 
-    model = eqx.nn.MLP(2, 2, 32, 2, jnp.tanh, dtype=jnp.float32, key=jr.PRNGKey(1))
     optim = nodegrad.snopt()
     step, refresh = nodegrad.make_steps(optim, loss, moments=True)
-    state, values = optim.init(eqx.filter(model, eqx.is_inexact_array)), []
-    for i in range(300):
-        run = refresh if i % 10 == 0 else step
-        model, state, value = run(model, state, y0, data, key=jr.PRNGKey(i))
-        values.append(float(value))
-    assert np.mean(values[-20:]) < np.mean(values[140:160]) / 2
-    assert np.all(state.lengths > 0)
+
+    def ratio(seed):
+        """The mean loss at the end over that in the middle."""
+        key = jr.PRNGKey(seed)
+        model = eqx.nn.MLP(2, 2, 32, 2, jnp.tanh, dtype=jnp.float32, key=key)
+        state, values = optim.init(eqx.filter(model, eqx.is_inexact_array)), []
+        for i in range(300):
+            run = refresh if i % 10 == 0 else step
+            model, state, value = run(model, state, y0, data, key=jr.PRNGKey(i))
+            values.append(float(value))
+        assert np.all(state.lengths > 0)
+        return np.mean(values[-20:]) / np.mean(values[140:160])
+
+    # Rounding decides where a jump is.
+    assert np.median([ratio(seed) for seed in (1, 2, 3)]) < 0.5
 
 
 @pytest.mark.parametrize("at", ["refresh", "step"])
