@@ -186,7 +186,7 @@ def _notes(setting: Setting) -> tuple[str, ...]:
         f"128 samples ({batch} of MNIST, SVHN or CIFAR-10, 256 points of the circles). "
         "Networks are smaller than the paper's.",
         f"Adam, SGD with momentum 0.9, and the SNOpt of the paper: {rates}. `snopt()` "
-        "has none.",
+        "has none. It is tested with its running mean of the parameters.",
         "Time: of an iteration of `snopt()`, relative to Adam's.",
         *_stand_ins(setting.data),
         "Time series are sampled at 12 times. Images and densities are tested on at "
