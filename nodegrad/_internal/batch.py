@@ -245,11 +245,9 @@ def _set_row(x: Array, row: int | Int[Array, ""], y: Array, axis: int = 0) -> Ar
 # JAX's `dynamic_update_slice` becomes a scatter under `vmap`, also where all elements
 # write the same row, as the tangents of a solve do. XLA makes several kernels of a
 # scatter, and one of this: forward over reverse mode compiles in 0.9 of the time.
-_set_row_p = Primitive("nodegrad_set_row")
-
-
 # In the rules of a primitive, operands may be Python numbers: literals of a traced
 # function. So their type is `Any`.
+_set_row_p = Primitive("nodegrad_set_row")
 
 
 def _update_slice(x: Array, y: Array, row: Int[Array, ""], *, axis: int) -> Array:

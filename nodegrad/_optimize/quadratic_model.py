@@ -256,15 +256,12 @@ def after_batch(
 
     `count` is the number of batches before it. The average is not changed.
     """
-    dtype, rate = progress.excess.dtype, _rate(count)
+    rate = _rate(count)
     excess = inner(gradient, jax.tree.map(jnp.subtract, params, progress.average)) / 2
-    value = value.astype(dtype)
-    toward = lambda mean, x, rate: mean + rate.astype(dtype) * (x.astype(dtype) - mean)
-    started = toward(progress.start, value, 1 / (1 + count))
-    return Progress(
-        average=progress.average,
-        excess=toward(progress.excess, excess, rate),
-        level=toward(progress.level, value, rate),
+    started = _toward(progress.start, value, 1 / (1 + count))
+    return progress._replace(
+        excess=_toward(progress.excess, excess, rate),
+        level=_toward(progress.level, value, rate),
         start=jnp.where(count < _FIRST, started, progress.start),
     )
 
@@ -274,8 +271,13 @@ def after_step(
 ) -> Progress:
     """Returns the progress with the average moved to `params`, those after a step."""
     rate = _rate(count)
-    move = lambda mean, x: mean + rate.astype(mean.dtype) * (x - mean)
+    move = lambda mean, x: _toward(mean, x, rate)
     return progress._replace(average=jax.tree.map(move, progress.average, params))
+
+
+def _toward(mean: Array, x: Array, rate: Float[Array, ""]) -> Array:
+    """Moves a running mean, in its dtype."""
+    return mean + rate.astype(mean.dtype) * (x.astype(mean.dtype) - mean)
 
 
 def _rate(count: Int[Array, ""]) -> Float[Array, ""]:

@@ -257,6 +257,18 @@ class Trainer:
                 model, state, _ = step(model, state, *batch, key=key)
         return lambda: self._steps.step(model, state, *batch, key=key)[2]
 
+    def test(
+        self, model: Any, state: Any
+    ) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Test loss and metric of `averaged(model, state)`, and of `model` itself."""
+
+        def evaluate(model: Any) -> tuple[float, float]:
+            loss, metric = self._evaluate(model)
+            return float(loss), float(metric)
+
+        last, mean = evaluate(model), averaged(model, state)
+        return last if mean is model else evaluate(mean), last
+
     def run(self, settings: dict[str, float], seed: int, every: int) -> Run:
         """Trains, and evaluates `every` so many iterations."""
         out = Run(self.method.name, settings, seed)
@@ -274,11 +286,11 @@ class Trainer:
             if not np.isfinite(out.train[-1]):
                 break
             if (index + 1) % every == 0:
-                loss, metric = map(float, self._evaluate(averaged(model, state)))
+                (loss, metric), (last_loss, _) = self.test(model, state)
                 out.tested_at.append(index + 1)
                 out.test_loss.append(loss)
                 out.test_metric.append(metric)
-                out.last_test_loss.append(float(self._evaluate(model)[0]))
+                out.last_test_loss.append(last_loss)
         stats = eqx.filter_jit(self.task.steps)(model, next(self.task.batches(seed)))
         out.solver_steps = float(jnp.mean(stats["num_steps"]))
         return out

@@ -53,14 +53,17 @@ class _Trainer(Trainer):
             if not np.isfinite(losses[-1]):
                 break
         # The running mean of the parameters is part of `snopt()`.
-        last_loss, last_metric = map(float, self._evaluate(model))
-        model = averaged(model, state)
-        loss, metric = map(float, self._evaluate(model))
+        (loss, metric), (last_loss, last_metric) = self.test(model, state)
         # The first steps of both kinds are compiled when they are called.
         rest = seconds[len(seconds) // 3 :]
-        found = {"losses": losses, "test_loss": loss, "metric": metric}
-        last = {"last_test_loss": last_loss, "last_metric": last_metric}
-        return model, {**found, **last, "seconds": float(np.mean(rest))}
+        return averaged(model, state), {
+            "losses": losses,
+            "test_loss": loss,
+            "metric": metric,
+            "last_test_loss": last_loss,
+            "last_metric": last_metric,
+            "seconds": float(np.mean(rest)),
+        }
 
 
 @lru_cache
