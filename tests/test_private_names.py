@@ -99,6 +99,7 @@ SIGNATURES = {
     "equinox.internal.nondifferentiable": "x name msg",
     "equinox.internal.nondifferentiable_backward": "x name msg symbolic",
     "equinox.internal.prevbefore": "x",
+    "equinox.internal.unvmap_any": "x",
     "equinox.internal.while_loop": (
         "cond_fun body_fun init_val max_steps buffers kind checkpoints base"
     ),

@@ -11,7 +11,7 @@ These come first in its shape, in the order of the levels.
 they are slices and not gathers or scatters, where all elements have the same row.
 """
 
-import functools
+import functools as ft
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,17 +47,19 @@ class Batch(eqx.Module):
     sizes: tuple[int, ...] = eqx.field(static=True, default=())
 
     def map(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """Maps `fn`: its arguments and results then have all batch axes."""
-        for _ in self.sizes:
-            fn = jax.vmap(fn)
-        return fn
+        """Maps `fn`: its arguments and results then have all batch axes.
+
+        An argument that is a scalar is one that all solves share.
+        """
+        return self.map_shared(lambda _, *args: fn(*args), (), ())
 
     def map_shared(
         self, fn: Callable[..., Any], shared: PyTree[Array], axes: PyTree[Axes]
     ) -> Callable[..., Any]:
         """Maps `fn(shared, *args)`; returns a function of `args` with all batch axes.
 
-        `axes` has an `Axes` for every leaf of `shared`, in the same order.
+        `axes` has an `Axes` for every leaf of `shared`, in the same order. Scalars
+        among `args` are shared as well.
         """
         leaves, structure = jax.tree.flatten(shared)
         levels_of = jax.tree.leaves(axes)
@@ -65,11 +67,16 @@ class Batch(eqx.Module):
         def from_leaves(leaves: list[Array], args: tuple[PyTree, ...]) -> Any:
             return fn(jax.tree.unflatten(structure, leaves), *args)
 
-        # The innermost level is mapped first: its axis is the last one of every array.
-        for level in reversed(range(len(self.sizes))):
-            in_axes = [0 if a.batched[level] else None for a in levels_of]
-            from_leaves = jax.vmap(from_leaves, in_axes=(in_axes, 0))
-        return lambda *args: from_leaves(leaves, args)
+        def mapped(*args: PyTree) -> Any:
+            of_args = jax.tree.map(lambda x: 0 if jnp.ndim(x) else None, args)
+            # The innermost level is mapped first: its axis is the last one of arrays.
+            out = from_leaves
+            for level in reversed(range(len(self.sizes))):
+                in_axes = [0 if a.batched[level] else None for a in levels_of], of_args
+                out = jax.vmap(out, in_axes=in_axes, axis_size=self.sizes[level])
+            return out(leaves, args)
+
+        return mapped if self.sizes else ft.partial(fn, shared)
 
     def expand(self, x: Array, axes: Axes, to: Axes) -> Array:
         """Broadcasts `x` from `axes` to `to`, which includes all of `axes`."""
@@ -293,7 +300,7 @@ def _batch_set_row(
 ) -> tuple[Array, int]:
     x, y, row = operands
     if dims[2] is not None:
-        update = functools.partial(_update_slice, axis=axis)
+        update = ft.partial(_update_slice, axis=axis)
         return jax.vmap(update, in_axes=tuple(dims))(x, y, row), 0
     size = mapped_size(operands, dims)
     x, y = in_front(x, dims[0], size), in_front(y, dims[1], size)

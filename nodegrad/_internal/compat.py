@@ -26,6 +26,7 @@ Equinox:
 - `nondifferentiable`, `nondifferentiable_backward`: the identity, which raises with a
   given message if it is differentiated at all, or in reverse mode.
 - `prevbefore`: the floating point number before another one, as Diffrax computes it.
+- `unvmap_any`: whether a boolean is true for any element of all `vmap`s around it.
 - `ω`: arithmetic on pytrees.
 
 Lineax:
@@ -64,6 +65,7 @@ from equinox.internal import (
     nondifferentiable as nondifferentiable,
     nondifferentiable_backward as nondifferentiable_backward,
     prevbefore as prevbefore,
+    unvmap_any as unvmap_any,
     while_loop as while_loop,
     ω as ω,
 )
@@ -117,6 +119,7 @@ __all__ = [
     "row_of",
     "running_adjoints",
     "solver_loop",
+    "unvmap_any",
     "use_stepsize_tol",
     "varying_axes",
     "while_loop",

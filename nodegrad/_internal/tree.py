@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from .compat import Tracer
 
@@ -77,6 +77,14 @@ def all_finite(tree: PyTree) -> Array:
     out = jnp.array(True)
     for x in leaves:
         out = out & jnp.all(jnp.isfinite(x))
+    return out
+
+
+def has_nan(tree: PyTree[Array]) -> Bool[Array, ""]:
+    """Returns whether there is a NaN in any leaf of `tree`."""
+    out = jnp.array(False)
+    for x in jax.tree.leaves(tree):
+        out = out | jnp.any(jnp.isnan(x))
     return out
 
 

@@ -71,7 +71,7 @@ class GradientVisitor(eqx.Module):
         """Returns the cotangents after the last step."""
         recording, ct = self.recording, self.ct
         inputs, trajectory = recording.inputs, recording.trajectory
-        zero = jnp.zeros_like(trajectory.first_start)
+        zero = jnp.zeros(trajectory.num_steps.shape, inputs.first_start.dtype)
         # A separate cotangent for every solve, also where solves share the array: in a
         # step they add to different positions of it. `finish` sums over the solves.
         each = lambda x, axes: recording.batch.expand(
@@ -215,7 +215,10 @@ class GradientVisitor(eqx.Module):
         first_start, first_end = None, None
         if recording.wrt_times:
             # The first size is `first_end - first_start`.
-            first_start, first_end = carry.start - carry.size, carry.size
+            first_start, first_end = batch.total_over_batch(
+                (carry.start - carry.size, carry.size),
+                (axes.first_start, axes.first_end),
+            )
             anchors = batch.total_over_batch(carry.anchors, axes.grid.anchors)
             ct_grid = with_fields(ct_grid, anchors=anchors)
         ct_ts = [

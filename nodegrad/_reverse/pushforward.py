@@ -121,10 +121,10 @@ def replay(
     """
     # Recorded arrays are constants: everything is computed from the inputs again.
     trajectory = jax.lax.stop_gradient(trajectory)
-    grid = jax.lax.stop_gradient(inputs.grid)
+    clock = jax.lax.stop_gradient(inputs.clock)
 
     def body(state: _State) -> _State:
-        times = trajectory.times(grid, state.index)
+        times = trajectory.times(clock, state.index)
         start, end = times.start, times.end
         if moves:
             # The values stay those recorded, to the last bit. Only tangents are added:

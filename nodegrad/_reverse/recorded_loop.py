@@ -163,8 +163,6 @@ def make_trajectory(
         rows=written.rows,
         num_stored=written.num_stored,
         log=written.log,
-        first_start=init_state.tprev,
-        first_end=init_state.tnext,
         made_jump0=init_state.made_jump,
         num_steps=final_state.num_accepted_steps,
         at_end=written.at_end,

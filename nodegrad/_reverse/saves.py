@@ -199,7 +199,7 @@ class _Rows(eqx.Module):
         """Returns the cotangent of the time in `row` of `Solution.ts`, or zero."""
         ct_ts = self.ct.saved[self.which].ts
         if ct_ts is None:
-            return jnp.zeros_like(self.recording.trajectory.first_start)
+            return jnp.zeros(active.shape, self.recording.inputs.first_start.dtype)
         ct = self.recording.batch.map(take)(ct_ts, jnp.maximum(row, 0))
         return jnp.where(active, ct, 0)
 

@@ -111,7 +111,7 @@ def _split(inputs: Inputs) -> tuple[tuple, tuple]:
     """Splits the fields into those of one solve and those that solves may share."""
     # The order of the fields of `Inputs` is part of the layout of the operands.
     fields = [getattr(inputs, name) for name in inputs.__dataclass_fields__]
-    return tuple(fields[:4]), tuple(fields[4:])
+    return tuple(fields[:2]), tuple(fields[2:])
 
 
 def tangent_map(

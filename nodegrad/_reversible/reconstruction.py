@@ -246,11 +246,12 @@ class ReconstructedStates(AbstractStateSource):
         # steps undoes its last step repeatedly, and the result is dropped.
         active = index < steps.trajectory.num_steps
         times = batch.where_active(active, steps.times(index), last_times)
+        shared = steps.at_shared_times(times, index)
         peak = magnitudes(walk.peak, _constant(walk.y))
         # Linearised calls keep the pullbacks of the inverse for `linearize`.
-        evaluate = LinearizedCalls(steps, times) if linearizes else steps.evaluate
-        y, state, error = self._undo(steps, evaluate, times, walk, peak, stored)
-        linearize = self._linearize(evaluate, times, y, state)
+        evaluate = LinearizedCalls(steps, shared) if linearizes else steps.evaluate
+        y, state, error = self._undo(steps, evaluate, shared, walk, peak, stored)
+        linearize = self._linearize(evaluate, shared, y, state)
         carry = visit(carry, BackwardStep(index, times, active, y, state, linearize))
         error = jnp.maximum(walk.error, jnp.where(active, error, 0))
         y, state = batch.where_active(active, (y, state), (walk.y, walk.replay_state))

@@ -256,7 +256,8 @@ class _LeapfrogMidpoint(AbstractInvertibleStep):
         control = evaluate("control", "control", before, t1)
         f0 = evaluate("product", "product", t0, y0, control)
         y1 = (y_before**ω + f0**ω).ω
-        return y1, (t0, y0), dict(y0=y0, y1=y1)
+        # Solves of a batch may share `t0`, but a replay state is that of each solve.
+        return y1, (jnp.broadcast_to(t0, before.shape), y0), dict(y0=y0, y1=y1)
 
     def backward(
         self,
@@ -268,9 +269,10 @@ class _LeapfrogMidpoint(AbstractInvertibleStep):
         state1: PyTree[Array],
     ) -> tuple[PyTree[Array], PyTree[Array]]:
         # The replay state has `y0` already. Only the state before it is reconstructed.
-        _, y0 = state1
+        last, y0 = state1
         control = evaluate("control", "control", before, t1)
         f0 = evaluate("product", "product", t0, y0, control)
+        before = jnp.broadcast_to(before, last.shape)
         return y0, (before, (y1**ω - f0**ω).ω)
 
 

@@ -74,7 +74,7 @@ def differentiate_steps(
         _check_one_step(solve, init_state)
     final_state, written = run_recording(
         solve,
-        problem.is_running,
+        problem.goes_on,
         problem.attempt_step,
         init_state,
         max_steps,

@@ -275,14 +275,14 @@ class ExpansionVisitor(eqx.Module):
         `terminal` is the loss as a function of the final `y`.
         """
         # Expand the loss at the end of the solve.
-        trajectory, grid = self.recording.trajectory, self.recording.inputs.grid
+        trajectory, clock = self.recording.trajectory, self.recording.inputs.clock
         state = trajectory.y, trajectory.replay_state
         s, unravel = flatten(state, self.u.dtype)
         expansion = expand(lambda s, _: terminal(unravel(s)[0]), s, self.u)
         rows = None
         if ts is not None:
             last = trajectory.num_steps
-            end = jax.vmap(lambda index: trajectory.end(grid, index))
+            end = jax.vmap(lambda index: trajectory.end(clock, index))
             # Step -1 ends at the start of the solve, which is node 0.
             times = end(jnp.arange(self.max_steps + 1) - 1)
             rows = Rows.init(ts, times, last, expansion, s).write(last, expansion, s)

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree, Real
 
+from .._internal.compat import unvmap_any
 from .._internal.results import (
     comparable,
     promoted,
     RESULTS as _RESULTS,
     with_coupling_lost,
 )
-from .._internal.tree import all_finite, check_unchanged, where
+from .._internal.tree import all_finite, check_unchanged, has_nan, where
 from .._reverse.saves import Save
 from .._steps.step import AbstractStep
 from .._trajectory.output import (
@@ -40,7 +41,8 @@ class State(eqx.Module):
     """What the loop carries. `recorded_loop.py` reads it, so the names are Diffrax's.
 
     - `y`: the state at `tprev`, after the last accepted step.
-    - `tprev`, `tnext`: the start and end of the next attempt.
+    - `tprev`, `tnext`: the time reached, and the end of the next attempt.
+    - `start`: the start of the next attempt if that is another time, see `one_clock`.
     - `made_jump`: whether the vector field jumps at `tprev`.
     - `result`: an item of `RESULTS`; the loop ends when it is not `successful`.
     - `num_steps`, `num_accepted_steps`: of all attempts, and of those accepted.
@@ -56,6 +58,7 @@ class State(eqx.Module):
     y: PyTree[Array]
     tprev: Real[Array, ""]
     tnext: Real[Array, ""]
+    start: Any
     made_jump: bool | Bool[Array, ""]
     solver_state: PyTree
     controller_state: PyTree
@@ -70,6 +73,11 @@ class State(eqx.Module):
     dense_ts: Any
     dense_infos: PyTree[Array]
 
+    @property
+    def attempt_start(self) -> Real[Array, ""]:
+        """The start of the next attempt."""
+        return self.tprev if self.start is None else self.start
+
 
 class Problem(eqx.Module):
     """A differential equation whose time runs forwards, and how to solve it.
@@ -79,6 +87,8 @@ class Problem(eqx.Module):
     - `dt0`: the first step size; `None` if the controller chooses it.
     - `subs`, `saves`: what to save, and the part of it that is saved during the loop.
     - `jumps`: whether the controller may report jumps of the vector field.
+    - `one_clock`: whether times depend on no state. A solve that fails then goes on in
+      time, without steps. So the solves of a batch share their times.
     - `max_steps`: a bound on the number of attempts, or `None`.
     """
 
@@ -94,6 +104,7 @@ class Problem(eqx.Module):
     saves: list[Save]
     dense: bool = eqx.field(static=True)
     jumps: bool = eqx.field(static=True)
+    one_clock: bool = eqx.field(static=True)
     max_steps: int | None = eqx.field(static=True)
 
     @property
@@ -132,6 +143,7 @@ class Problem(eqx.Module):
             y=y0,
             tprev=self.t0,
             tnext=tnext,
+            start=self.t0 if self.one_clock else None,
             made_jump=False,
             solver_state=solver_state,
             controller_state=controller_state,
@@ -152,15 +164,23 @@ class Problem(eqx.Module):
         return state
 
     def is_running(self, state: State) -> Bool[Array, ""]:
-        """Returns the condition of the loop: before `t1`, and without a failure."""
+        """Returns whether the solve is before `t1`, and has not failed."""
         return (state.tprev < self.t1) & (state.result == RESULTS.successful)
+
+    def goes_on(self, state: State) -> Bool[Array, ""]:
+        """Returns the condition of the loop."""
+        if state.start is None:
+            return self.is_running(state)
+        # The same for all solves of a batch. Otherwise `vmap` makes times of their own.
+        return (state.start < self.t1) & unvmap_any(self.is_running(state))
 
     def attempt_step(self, state: State) -> State:
         """Attempts one step, and accepts or rejects it. The body of the loop."""
+        running = state.start is None or self.is_running(state)
         # Make the numerical step. If there are no jumps, the literal `False` says so at
         # trace time, and the step has no code for them.
         y, y_error, dense_info, solver_state, step_result = self.step.advance(
-            state.tprev,
+            state.attempt_start,
             state.tnext,
             state.y,
             state.solver_state,
@@ -168,27 +188,25 @@ class Problem(eqx.Module):
         )
         check_unchanged(state.y, y)
         # An infinite error estimate alone is no sign of a NaN: it may be an overflow.
-        no_nan = all_finite(y) & (y_error is None or ~_has_nan(y_error))
+        no_nan = all_finite(y) & (y_error is None or ~has_nan(y_error))
 
         # Let the controller decide, and choose the next attempt.
         keep, tprev, tnext, made_jump, controller_state, control_result = self._control(
             state, y, y_error
         )
         # `ConstantStepSize` and `StepTo` keep every step, also one that is not finite.
-        # Then the time does not advance, so `y` and the saved rows stay finite.
-        accepted = keep & all_finite(y)
-        tprev = jnp.where(keep & ~accepted, state.tprev, jnp.minimum(tprev, self.t1))
-        tnext = self._clip_to_end(tprev, tnext, accepted)
+        # Then the time reached does not change, so `y` and saved rows stay finite.
+        diverged = keep & ~all_finite(y)
+        accepted = keep & ~diverged & running
+        next_start, tnext = self._clip_to_end(tprev, tnext, keep)
+        tprev = jnp.where(keep & ~accepted, state.tprev, next_start)
 
-        # Look for failures. A failure inside of a rejected step does not count: the
-        # next attempt is smaller and may succeed.
         result = _result_of_attempt(
-            diverged=keep & ~accepted,
+            accepted=accepted,
+            diverged=diverged,
             no_nan=no_nan,
-            too_small=(tprev < self.t1) & _is_too_small(tprev, tnext, keep),
-            step_result=RESULTS.where(
-                accepted, promoted(step_result), RESULTS.successful
-            ),
+            too_small=(next_start < self.t1) & _is_too_small(next_start, tnext, keep),
+            step_result=promoted(step_result),
             control_result=promoted(control_result),
         )
 
@@ -202,14 +220,15 @@ class Problem(eqx.Module):
             y=where(accepted, y, state.y),
             tprev=tprev,
             tnext=tnext,
+            start=None if state.start is None else next_start,
             made_jump=jnp.where(accepted, made_jump, state.made_jump),
             solver_state=where(accepted, solver_state, state.solver_state),
             controller_state=controller_state,
-            result=result,
-            num_steps=state.num_steps + 1,
+            result=RESULTS.where(running, result, state.result),
+            num_steps=state.num_steps + jnp.where(running, 1, 0),
             num_accepted_steps=count,
-            num_evaluations=self._count_evaluations(state),
-            last_finite=no_nan,
+            num_evaluations=self._count_evaluations(state, running),
+            last_finite=jnp.where(running, no_nan, state.last_finite),
             save_state=save_state,
             dense_ts=dense_ts,
             dense_infos=dense_infos,
@@ -230,7 +249,7 @@ class Problem(eqx.Module):
         step; `count`, `tprev`, `y` and `dense_info` are those after it.
         """
         interpolation = self.solver.interpolation_cls(
-            t0=state.tprev, t1=state.tnext, **dense_info
+            t0=state.attempt_start, t1=state.tnext, **dense_info
         )
         save_state = [
             self._save_step(save, old, accepted, count, interpolation, tprev, y)
@@ -260,14 +279,17 @@ class Problem(eqx.Module):
             old, save.ts, save.steps, at_end, inside, accepted, count, interpolation.t1
         )
 
-    def _count_evaluations(self, state: State) -> Int[Array, ""] | None:
+    def _count_evaluations(
+        self, state: State, running: bool | Bool[Array, ""]
+    ) -> Int[Array, ""] | None:
         """Returns the number of evaluations after one more attempt, if it is known."""
         if self.step.evaluations is None:
             return None
         first, each_attempt = self.step.evaluations
         # After a jump the first stage is evaluated again.
         again = jnp.where(state.made_jump, first, 0) if self.jumps else 0
-        return state.num_evaluations + each_attempt + again
+        made = jnp.where(running, each_attempt + again, 0)
+        return state.num_evaluations + made
 
     def _control(
         self, state: State, y: PyTree[Array], y_error: PyTree[Array] | None
@@ -286,7 +308,7 @@ class Problem(eqx.Module):
         y0, y1, y_error = jax.lax.stop_gradient((state.y, y, y_error))
         order: Any = self.solver.error_order(self.terms)
         keep, *rest = self.controller.adapt_step_size(
-            state.tprev,
+            state.attempt_start,
             state.tnext,
             y0,
             y1,
@@ -301,15 +323,16 @@ class Problem(eqx.Module):
         self,
         tprev: Real[Array, ""],
         tnext: Real[Array, ""],
-        accepted: Bool[Array, ""],
-    ) -> Real[Array, ""]:
-        """Returns the end of the next attempt: `tnext`, or what replaces it near `t1`.
+        keep: Bool[Array, ""],
+    ) -> tuple[Real[Array, ""], Real[Array, ""]]:
+        """Returns the next attempt: `tprev` and `tnext`, or what replaces them at `t1`.
 
-        After a rejected attempt that is the middle between `tprev` and `t1`: otherwise
-        an attempt that ended at `t1` could be repeated.
+        After a rejected attempt it ends in the middle between `tprev` and `t1`:
+        otherwise an attempt that ended at `t1` could be repeated.
         """
-        clipped = jnp.where(accepted, self.t1, tprev + 0.5 * (self.t1 - tprev))
-        return jnp.where(tnext > self.nearly_t1, clipped, tnext)
+        tprev = jnp.minimum(tprev, self.t1)
+        clipped = jnp.where(keep, self.t1, tprev + 0.5 * (self.t1 - tprev))
+        return tprev, jnp.where(tnext > self.nearly_t1, clipped, tnext)
 
     def result(self, state: State) -> Any:
         """Returns how the solve ended, given the state after the loop."""
@@ -335,25 +358,6 @@ def loop_buffers(state: State) -> PyTree:
     return saved, state.dense_ts, state.dense_infos
 
 
-def nearly(t1: Real[Array, ""]) -> Real[Array, ""]:
-    """Returns the floating point number 100 ulp before `t1`.
-
-    A step that would end after it ends at `t1`, as in Diffrax: an interval of a few ulp
-    would spoil dense output by rounding.
-    """
-    # Diffrax calls `prevbefore` 100 times. The bits of positive floats, read as signed
-    # integers, count the floats: 100 ulp are 100 integers. Those of negative floats
-    # descend, so `in_order` mirrors them; it is its own inverse.
-    integer = jnp.dtype(f"int{8 * t1.dtype.itemsize}")
-    lowest = jnp.iinfo(integer).min
-    in_order = lambda bits: jnp.where(bits < 0, lowest - bits, bits)
-    bits = in_order(jax.lax.bitcast_convert_type(t1, integer)) - 100
-    before = jax.lax.bitcast_convert_type(in_order(bits), t1.dtype)
-    # Around zero these are denormals, which XLA may flush to zero: then at least 100 of
-    # the smallest normal number.
-    return jnp.minimum(before, t1 - 100 * jnp.finfo(t1.dtype).tiny)
-
-
 def _is_too_small(
     tprev: Real[Array, ""], tnext: Real[Array, ""], keep: Bool[Array, ""]
 ) -> Bool[Array, ""]:
@@ -370,6 +374,7 @@ def _is_too_small(
 
 def _result_of_attempt(
     *,
+    accepted: Bool[Array, ""],
     diverged: Bool[Array, ""],
     no_nan: Bool[Array, ""],
     too_small: Bool[Array, ""],
@@ -386,13 +391,8 @@ def _result_of_attempt(
     small_or_nan = RESULTS.where(
         no_nan | (small == RESULTS.successful), small, RESULTS.vector_field_not_finite
     )
-    out = RESULTS.where(step_result == RESULTS.successful, small_or_nan, step_result)
+    # A failure inside of a rejected step does not count: the next, smaller attempt may
+    # succeed.
+    no_failure = ~accepted | (step_result == RESULTS.successful)
+    out = RESULTS.where(no_failure, small_or_nan, step_result)
     return RESULTS.where(diverged, RESULTS.vector_field_not_finite, out)
-
-
-def _has_nan(tree: PyTree[Array]) -> Bool[Array, ""]:
-    """Returns whether there is a NaN in any leaf of `tree`."""
-    out = jnp.array(False)
-    for x in jax.tree.leaves(tree):
-        out = out | jnp.any(jnp.isnan(x))
-    return out

@@ -191,7 +191,7 @@ def _run(
     # Without a bound there is no memory to record into. A `lax` loop has forward mode.
     if problem.max_steps is None:
         final_state = while_loop(
-            problem.is_running,
+            problem.goes_on,
             problem.attempt_step,
             state,
             buffers=loop_buffers,
@@ -200,7 +200,7 @@ def _run(
         return without_gradient(final_state), None
     return recorded_loop(
         solve_of(problem, adjoint, throw),
-        problem.is_running,
+        problem.goes_on,
         problem.attempt_step,
         state,
         max_steps=problem.max_steps,

@@ -17,7 +17,7 @@ from .._steps.step import make_step
 from .._trajectory.output import write_final
 from .._trajectory.step_times import may_jump, without_derivatives
 from .arguments import check_instance, check_vector_field, forwards, with_tolerances
-from .loop import nearly, Problem, State
+from .loop import Problem, State
 from .recorded_adjoint import (
     AbstractRecordedAdjoint,
     check_max_steps,
@@ -80,8 +80,28 @@ def make_problem(
         saves=saves_of(subs),
         dense=saveat.dense,
         jumps=jumps,
+        one_clock=isinstance(controller, diffrax.StepTo | diffrax.ConstantStepSize),
         max_steps=max_steps,
     )
+
+
+def nearly(t1: Real[Array, ""]) -> Real[Array, ""]:
+    """Returns the floating point number 100 ulp before `t1`.
+
+    A step that would end after it ends at `t1`, as in Diffrax: an interval of a few ulp
+    would spoil dense output by rounding.
+    """
+    # Diffrax calls `prevbefore` 100 times. The bits of positive floats, read as signed
+    # integers, count the floats: 100 ulp are 100 integers. Those of negative floats
+    # descend, so `in_order` mirrors them; it is its own inverse.
+    integer = jnp.dtype(f"int{8 * t1.dtype.itemsize}")
+    lowest = jnp.iinfo(integer).min
+    in_order = lambda bits: jnp.where(bits < 0, lowest - bits, bits)
+    bits = in_order(jax.lax.bitcast_convert_type(t1, integer)) - 100
+    before = jax.lax.bitcast_convert_type(in_order(bits), t1.dtype)
+    # Around zero these are denormals, which XLA may flush to zero: then at least 100 of
+    # the smallest normal number.
+    return jnp.minimum(before, t1 - 100 * jnp.finfo(t1.dtype).tiny)
 
 
 def _is_single_term(x: object) -> bool:

@@ -284,6 +284,7 @@ class _Walk(NamedTuple):
             # Invariant: the states before steps `start, ..., index` are in the segment.
             index, rows = index__rows
             _, times, y, state = self._at(index, rows, segment + index - start)
+            times = self.steps.at_shared_times(times, index)
             y1, state1, _ = self.source.step(
                 self.steps.evaluate, times, times.start, times.end, y, state
             )
@@ -319,7 +320,8 @@ class _Walk(NamedTuple):
             row = jnp.where(level == 0, index, segment + index - start)
             active, times, y, state = self._at(index, rows, row)
             state = self.source.stepper.replay_state_at(state, times.made_jump)
-            linearize = ft.partial(self.source.linearize, self.steps, times, y, state)
+            at = self.steps.at_shared_times(times, index), y, state
+            linearize = ft.partial(self.source.linearize, self.steps, *at)
             step = BackwardStep(index, times, active, y, state, linearize)
             return index - 1, visit(carry, step)
 

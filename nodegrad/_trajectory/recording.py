@@ -9,7 +9,7 @@ from jaxtyping import Array, PyTree
 from .._internal.batch import Axes, Batch
 from .._internal.closure_convert import Pure
 from .state_source import AbstractStateSource, Part, RecordedSteps
-from .trajectory import Trajectory
+from .trajectory import Clock, Trajectory
 
 
 class PureSave(NamedTuple):
@@ -55,10 +55,10 @@ class Inputs(eqx.Module):
     Each solve of a batch has its own:
 
     - `y`, `replay_state`: the state before the first step.
-    - `first_start`, `first_end`: the times of the first attempted step.
 
     Solves of a batch may share:
 
+    - `first_start`, `first_end`: the times of the first attempted step.
     - `constants`: the arrays that every part of a step depends on, by part.
     - `save_constants`: for every save, the arrays that its two functions depend on.
     - `grid`: the grid of step times.
@@ -78,6 +78,11 @@ class Inputs(eqx.Module):
     grid: Any
     ts: list[Any]
     statistics: Any
+
+    @property
+    def clock(self) -> Clock:
+        """What the times of the steps depend on."""
+        return Clock(self.grid, self.first_start, self.first_end)
 
 
 class Saved(eqx.Module):
@@ -140,10 +145,13 @@ class Recording(eqx.Module):
     @property
     def steps(self) -> RecordedSteps:
         """The part of this that a state source needs."""
+        # After an event solves end apart, see `RecordedSteps.at_shared_times`.
+        moves = self.wrt_times or self.plan.event
         return RecordedSteps(
             trajectory=self.trajectory,
-            grid=self.inputs.grid,
-            grid_axes=self.axes.grid,
+            clock=self.inputs.clock,
+            clock_axes=self.axes.clock,
+            shares_times=not moves and self._have_one_clock(),
             parts=self.plan.parts,
             constants=self.inputs.constants,
             axes=self.axes.constants,
@@ -153,6 +161,14 @@ class Recording(eqx.Module):
             replay_state0=self.inputs.replay_state,
             batch=self.batch,
         )
+
+    def _have_one_clock(self) -> bool:
+        """Whether all solves of the batch make their steps at the same times."""
+        separate = any(any(a.batched) for a in jax.tree.leaves(self.axes.clock))
+        recorded = jax.tree.leaves(
+            (self.trajectory.log.ends, self.trajectory.log.starts)
+        )
+        return not separate and not recorded
 
 
 def moving_times(perturbed: Inputs) -> bool:

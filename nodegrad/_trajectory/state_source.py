@@ -10,6 +10,7 @@ does not depend on its visitor.
 
 import abc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
@@ -21,8 +22,8 @@ from .._internal.batch import Axes, Batch
 from .._internal.closure_convert import Pure
 from .._internal.tree import inexact_spec
 from .._steps.increment import closure_convert_part, StagedIncrement
-from .step_times import AbstractGrid, StepTimes
-from .trajectory import Trajectory
+from .step_times import StepTimes
+from .trajectory import Clock, Trajectory
 
 
 C = TypeVar("C")
@@ -59,7 +60,8 @@ class RecordedSteps(eqx.Module):
     """What a source needs to know of the steps of one recorded solve, or of a batch.
 
     - `trajectory`: the recorded steps; its arrays have all batch axes.
-    - `grid`, `grid_axes`: what the step times depend on, and the axes of its arrays.
+    - `clock`, `clock_axes`: what the step times depend on, and the axes of its arrays.
+    - `shares_times`: whether these are the same for all solves, and constants.
     - `parts`: the functions that a step calls, by name.
     - `constants`, `axes`, `wrt`: for every part the arrays it depends on, the batch
       levels that these have axes for, and whether to differentiate in them.
@@ -68,8 +70,9 @@ class RecordedSteps(eqx.Module):
     """
 
     trajectory: Trajectory
-    grid: AbstractGrid
-    grid_axes: PyTree[Axes] = eqx.field(static=True)
+    clock: Clock
+    clock_axes: PyTree[Axes] = eqx.field(static=True)
+    shares_times: bool = eqx.field(static=True)
     parts: dict[str, Part] = eqx.field(static=True)
     constants: dict[str, list[Array]]
     axes: dict[str, list[Axes]] = eqx.field(static=True)
@@ -92,19 +95,35 @@ class RecordedSteps(eqx.Module):
 
     def _read(
         self,
-        method: Callable[[Trajectory, AbstractGrid, Int[Array, ""]], PyTree[Array]],
+        method: Callable[[Trajectory, Clock, Int[Array, ""]], PyTree[Array]],
         index: Int[Array, "..."],
     ) -> Any:
-        """Returns `method(trajectory, grid, index)` for every solve."""
+        """Returns `method(trajectory, clock, index)` for every solve."""
         if jnp.ndim(index) == 0:
             # `vmap` turns a row that differs between solves into a gather. A common row
             # stays a slice, so `index` is not mapped.
-            read = lambda grid, trajectory: method(trajectory, grid, index)
-            read_all = self.batch.map_shared(read, self.grid, self.grid_axes)
+            read = lambda clock, trajectory: method(trajectory, clock, index)
+            read_all = self.batch.map_shared(read, self.clock, self.clock_axes)
             return read_all(self.trajectory)
-        read = lambda grid, trajectory, index: method(trajectory, grid, index)
-        read_all = self.batch.map_shared(read, self.grid, self.grid_axes)
+        read = lambda clock, trajectory, index: method(trajectory, clock, index)
+        read_all = self.batch.map_shared(read, self.clock, self.clock_axes)
         return read_all(self.trajectory, index)
+
+    def at_shared_times(self, times: StepTimes, index: Int[Array, ""]) -> StepTimes:
+        """Returns `times`, of step `index`, with scalars for times that solves share.
+
+        A vector field then computes what depends on time alone once for all solves. A
+        solve that failed before this step, and adds zeros, has the times of the others.
+        """
+        if not self.shares_times:
+            return times
+        end = lambda index: self.trajectory.end(self.clock, index)
+        return replace(
+            times,
+            start=end(index - 1),
+            end=end(index),
+            previous_start=end(jnp.maximum(index - 1, 0) - 1),
+        )
 
     def valid(self, tree: PyTree) -> PyTree:
         """Replaces the numbers of solves that took no step by those of one that did.

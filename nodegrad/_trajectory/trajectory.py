@@ -64,6 +64,18 @@ class StepLog(eqx.Module):
     resyncs: Bool[Array, "..."] | None
 
 
+class Clock(eqx.Module):
+    """What the times of steps depend on; solves of a batch may share all of it.
+
+    - `grid`: where steps end.
+    - `first_start`, `first_end`: the times of the first attempted step.
+    """
+
+    grid: AbstractGrid
+    first_start: Real[Array, "..."]
+    first_end: Real[Array, "..."]
+
+
 class Cursor(eqx.Module):
     """How many times of `SaveAt(ts=...)` and how many rows a save has written."""
 
@@ -81,7 +93,6 @@ class Trajectory(eqx.Module):
     - `num_stored`: the number of states that were stored, overwritten ones included; 0
       if the state source stores all.
     - `log`: the times of the accepted steps.
-    - `first_start`, `first_end`: the times of the first attempted step.
     - `made_jump0`: whether the first step starts just after a jump.
     - `num_steps`: the number of accepted steps, recorded or not.
     - `at_end`: whether the solve reached `t1`.
@@ -95,8 +106,6 @@ class Trajectory(eqx.Module):
     rows: PyTree[Array]
     num_stored: Int[Array, "..."]
     log: StepLog
-    first_start: Real[Array, "..."]
-    first_end: Real[Array, "..."]
     made_jump0: Bool[Array, "..."]
     num_steps: Int[Array, "..."]
     at_end: Bool[Array, "..."]
@@ -117,20 +126,20 @@ class Trajectory(eqx.Module):
         # The last row is for steps that have no row of their own.
         return self.num_steps >= len(logged[0])
 
-    def end(self, grid: AbstractGrid, index: Int[Array, ""]) -> Real[Array, ""]:
+    def end(self, clock: Clock, index: Int[Array, ""]) -> Real[Array, ""]:
         """Returns where step `index` ended; for -1, where the solve starts."""
         # With `index = -1` row 0 is read, and not used.
         known = jnp.maximum(index, 0)
         if self.log.ends is not None:
             end = self.log.ends[known]
         else:
-            end = grid.end(known, self.first_end)
-        return jnp.where(index < 0, self.first_start, end)
+            end = clock.grid.end(known, clock.first_end)
+        return jnp.where(index < 0, clock.first_start, end)
 
-    def start(self, grid: AbstractGrid, index: Int[Array, ""]) -> Real[Array, ""]:
+    def start(self, clock: Clock, index: Int[Array, ""]) -> Real[Array, ""]:
         """Returns where step `index` started."""
         if self.log.starts is None:
-            return self.end(grid, index - 1)
+            return self.end(clock, index - 1)
         return self.log.starts[index]
 
     def made_jump(self, index: Int[Array, ""]) -> Bool[Array, ""]:
@@ -140,19 +149,19 @@ class Trajectory(eqx.Module):
             return self.made_jump0 & (index == 0)
         return self.log.made_jumps[index]
 
-    def times(self, grid: AbstractGrid, index: Int[Array, ""]) -> StepTimes:
+    def times(self, clock: Clock, index: Int[Array, ""]) -> StepTimes:
         """Returns when step `index` was made, and what its times depend on."""
         # For step 0 both lookups return the start of the solve.
-        previous_start = self.start(grid, jnp.maximum(index - 1, 0))
-        previous_size = self.end(grid, index - 1) - previous_start
-        first_size = self.first_end - self.first_start
+        previous_start = self.start(clock, jnp.maximum(index - 1, 0))
+        previous_size = self.end(clock, index - 1) - previous_start
+        first_size = clock.first_end - clock.first_start
         logged = None if self.log.origins is None else self.log.origins[index]
         return StepTimes(
             index=index,
-            start=self.start(grid, index),
-            end=self.end(grid, index),
+            start=self.start(clock, index),
+            end=self.end(clock, index),
             made_jump=self.made_jump(index),
-            origin=grid.origin_of(index, logged),
+            origin=clock.grid.origin_of(index, logged),
             previous_size=jnp.where(index == 0, first_size, previous_size),
             previous_start=previous_start,
             step_offset=self.step_offset,
