@@ -27,8 +27,8 @@ from .invertible_step import is_regular_resync, Resync
 
 # Rows for kept restarts, and for those that are found again. The product is the number
 # of restarts up to which a gradient makes every step again at most once; with fewer
-# rows, long solves take longer. On 320 random problems (docs/reversible_solvers.md)
-# nine of ten solves resync less often than that.
+# rows, long solves take longer. On 320 random problems (docs/reversible_solvers.md) 318
+# solves by Tsit5 and 270 by Bosh3 resync at most that often.
 _KEPT = 16
 _AGAIN = 16
 
