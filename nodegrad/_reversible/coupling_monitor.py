@@ -192,7 +192,8 @@ class CouplingMonitor(eqx.Module):
             sound = sound & (small | (apart <= _ERRORS * largest_error))
         num_short, limited = old.num_short, jnp.array(False)
         if error is not None:
-            short, limited = _shortened(allowed * relative_size(d0, scale), apart, base)
+            before = allowed * relative_size(d0, scale)
+            short, limited = _shortened(before, apart, base, now)
             num_short = num_short + short.astype(num_short.dtype)
             sound = sound & (num_short <= _MANY + _TIMES * (count + 1 - num_short))
         return CouplingMonitor(
@@ -277,16 +278,22 @@ def _wants_resync(
 
 
 def _shortened(
-    before: Float[Array, ""], apart: Float[Array, ""], base: Float[Array, ""]
+    before: Float[Array, ""],
+    apart: Float[Array, ""],
+    base: Float[Array, ""],
+    now: Float[Array, ""],
 ) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
     """Returns whether a step is short, and whether growth limited its size.
 
-    `before` is the allowed part of the difference before the step, `apart` that after.
+    `before` is the allowed part of the difference before the step, `apart` is the
+    difference after it, and `now` is the size of the state before or after it.
     """
     is_short = (apart > _SHORT * base) & (apart > _rounding(apart, _ROUNDING))
     # After a resync any difference is new: it has the size of an error, and is none.
     has_grown = (before > 0) & (apart - before > base)
-    return is_short, has_grown & (apart > _rounding(apart, _RESYNC_ROUNDING))
+    # Rounding is that of the present state: the difference of a state that has decayed
+    # may be many tolerances, and less than the rounding of the largest state.
+    return is_short, has_grown & (apart > _rounding(apart, _RESYNC_ROUNDING) * now)
 
 
 def _rounding(like: Array, units: float) -> float:
