@@ -152,7 +152,8 @@ def test_rows_have_a_bound(max_steps):
     assert regular.rows <= min(32, max_steps)
     assert chosen.rows <= 32
     assert Restarts(None, False, False, max_steps, 0).rows == 0
-    # A row for each, and one for states that are not stored.
+    # A row for each of the three, and a fourth: every step writes a row, as slices of
+    # XLA have no condition. A step that is no restart must not overwrite the last one.
     assert Restarts(None, False, True, max_steps, 3).rows <= 4
 
 
