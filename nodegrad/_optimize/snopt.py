@@ -110,9 +110,9 @@ def snopt(
     `update`, and for arguments that need a learning rate.
 
     **Cost:** with a learning rate that of `nodegrad.scale_by_snopt`, and of SGD.
-    Without one also four evaluations of the loss (seven for a model with parameters
-    outside of layers), three of them at once: a step takes about twice as long as one
-    of Adam. Its state has three more copies of the parameters.
+    Without one also four evaluations of the loss (five for a model with parameters
+    outside of layers), all but one of them at once: a step takes about twice as long as
+    one of Adam. Its state has three more copies of the parameters.
 
     **When not to use it:** as `nodegrad.scale_by_snopt`. Without a learning rate: with
     batches of a few dozen samples, whose noise may ask for steps shorter than 15 % of

@@ -13,6 +13,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import nodegrad
+from nodegrad._optimize.quadratic_model import curvature_in
 
 
 X = jr.normal(jr.PRNGKey(0), (24, 2))
@@ -76,6 +77,38 @@ class Affine(eqx.Module):
         return jax.vmap(self.layer)(x) + self.shift[None]
 
 
+def _without_mixed_terms_of_the_rest(curvature):
+    """The second direction follows the two others: its diagonal has its mixed terms."""
+    out = curvature.copy()
+    out[1, 1] += 2 * (curvature[0, 1] + curvature[2, 1])
+    out[[0, 1, 1, 2], [1, 0, 2, 1]] = 0
+    return out
+
+
+def test_the_values_that_the_curvature_is_from():
+    seen = []
+
+    def objective(p):
+        jax.debug.callback(lambda p: seen.append(p), p)
+        return p @ matrix @ p / 2 + start @ p
+
+    root = jr.normal(jr.PRNGKey(0), (4, 4))
+    matrix, start = root @ root.T, jr.normal(jr.PRNGKey(1), (4,))
+    ends = jr.normal(jr.PRNGKey(2), (3, 4))
+    params = jnp.ones(4)
+    for k, count in ((1, 1), (2, 3), (3, 4)):
+        seen.clear()
+        slopes = ends[:k] @ jax.grad(lambda p: p @ matrix @ p / 2 + start @ p)(params)
+        value = objective(params)
+        out = curvature_in(list(ends[:k]), slopes, objective, value, params)
+        jax.effects_barrier()
+        assert len(seen) == count + 1
+        expected = np.asarray(ends[:k] @ matrix @ ends[:k].T)
+        if k == 3:
+            expected = _without_mixed_terms_of_the_rest(expected)
+        assert np.allclose(out, expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("dtype, tol", [(jnp.float64, 1e-7), (jnp.float32, 2e-2)])
 def test_a_step_minimises_the_quadratic_model(weight_decay, dtype, tol):
@@ -114,8 +147,7 @@ def test_a_step_minimises_the_quadratic_model(weight_decay, dtype, tol):
     )
     g = 2 * jacobian.T @ (jacobian @ parameters - y.reshape(-1)) / n
     g = g + weight_decay * parameters
-    matrix = 2 * jacobian.T @ jacobian / n
-    matrix = matrix + (weight_decay + float(old.damping)) * np.eye(len(g))
+    matrix = 2 * jacobian.T @ jacobian / n + weight_decay * np.eye(len(g))
     rule = nodegrad.scale_by_snopt(
         moment="kronecker", power=-2 / 3, damping=1e-2, kl_clip=jnp.inf
     )
@@ -124,14 +156,18 @@ def test_a_step_minimises_the_quadratic_model(weight_decay, dtype, tol):
     direction, _ = rule.update(unravel(jnp.asarray(mean, dtype)), old.preconditioner)
     direction, in_layer = flat(direction), np.arange(len(g)) < 6
     basis = np.stack([direction * in_layer, direction * ~in_layer, flat(old.previous)])
-    small = basis @ matrix @ basis.T
+    basis[:2] *= -np.asarray(old.lengths, np.float64)[:, None]
+    small = _without_mixed_terms_of_the_rest(basis @ matrix @ basis.T)
+    small = small + float(old.damping) * basis @ basis.T
+    assert np.linalg.eigvalsh(small)[0] > 0
     free = -np.linalg.solve(small, basis @ g)
     last = np.clip(free[2], 0, 0.9)
     rest = -np.linalg.solve(small[:2, :2], basis[:2] @ g + small[:2, 2] * last)
-    expected = basis.T @ np.append(rest, last)
+    coefficients = np.append(rest, last)
+    expected = basis.T @ coefficients
     assert np.linalg.norm(update - expected) < tol * np.linalg.norm(expected)
     # The state reports how well the model predicted the change of the loss.
-    predicted = update @ g + update @ matrix @ update / 2
+    predicted = coefficients @ (basis @ g + small @ coefficients / 2)
     actual = value(parameters + update) - value(parameters)
     assert float(state.ratio) == pytest.approx(actual / predicted, rel=tol)
 
