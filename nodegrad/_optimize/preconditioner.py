@@ -153,19 +153,59 @@ def precondition(
         moment = jnp.where(never_refreshed, running, state.second_moment)
     else:
         moment = running
-    damping = _as(rule.damping, dtype)
-    if rule.relative:
-        damping = damping * jnp.mean(moment, axis=(-1, -2), keepdims=True)
-    power = jnp.where(never_refreshed, -0.5, _as(rule.power, dtype)).astype(dtype)
     if mean is not None:
         rotated = _rotated(state.output_basis, mean.astype(dtype), state.input_basis)
+    scaled = _scaled(rule, moment, rotated, never_refreshed, (-1, -2))
+    out = _rotated_back(state.output_basis, scaled, state.input_basis)
+    return out, state._replace(second_moment=moment)
+
+
+def precondition_rest(
+    rule: Rule,
+    moment: Float[Array, "*shape"],
+    gradient: Array,
+    mean: Array,
+    num_samples: Float[Array, ""],
+    count: Int[Array, ""],
+    never_refreshed: Bool[Array, ""],
+) -> tuple[Array, Float[Array, "*shape"]]:
+    """Returns the preconditioned `mean` of gradients of an array outside of layers.
+
+    The rule is that for a layer whose eigenbases are identities. No refresh sets the
+    `moment` of such an array: it is a running mean that started at zero, and is
+    corrected for that as in Adam. The second result is the new one. `count` is the
+    number of gradients, with this one.
+    """
+    dtype = moment.dtype
+    decay = _as(rule.decay, dtype)
+    squared = num_samples.astype(dtype) * jnp.abs(gradient).astype(dtype) ** 2
+    moment = decay * moment + (1 - decay) * squared
+    unbiased = moment / (1 - decay ** count.astype(dtype))
+    scaled = _scaled(rule, unbiased, jnp.ones_like(moment), never_refreshed, None)
+    return mean * scaled.astype(mean.dtype), moment
+
+
+def _scaled(
+    rule: Rule,
+    moment: Array,
+    rotated: Array,
+    never_refreshed: Bool[Array, "..."],
+    axes: tuple[int, ...] | None,
+) -> Array:
+    r"""Returns $(S + \varepsilon)^p$ times `rotated`; $S$ is `moment`.
+
+    A relative damping is a part of the mean of `moment` over `axes`.
+    """
+    dtype = moment.dtype
+    damping = _as(rule.damping, dtype)
+    if rule.relative:
+        damping = damping * jnp.mean(moment, axis=axes, keepdims=True)
+    power = jnp.where(never_refreshed, -0.5, _as(rule.power, dtype)).astype(dtype)
     # Where the moment and the damping are both zero, all gradients were zero, or are
     # forgotten.
     size = moment + damping
     known = size > 0
-    scaled = jnp.where(known, rotated * jnp.where(known, size, 1) ** power, 0)
-    out = _rotated_back(state.output_basis, scaled, state.input_basis)
-    return out, state._replace(second_moment=moment)
+    return jnp.where(known, rotated * jnp.where(known, size, 1) ** power, 0)
 
 
 def clip(rule: Rule, steps: list[Array], gradients: list[Array]) -> list[Array]:

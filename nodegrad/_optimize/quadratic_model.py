@@ -14,9 +14,8 @@ gradients counts less, see `Progress`.
 $Q$ comes from values of the loss at the ends of the directions, and $\lambda$ from how
 well the model predicted the loss. Martens and Grosse (2015, sections 6 and 7;
 arXiv:1503.05671) take the Gauss-Newton matrix for $C$. The loss has some advantages:
-$Q$ costs three evaluations (four with parameters outside of layers), and is right for
-steps as long as the last one. On the tasks in `docs/training.md` the steps were as good
-or better.
+$Q$ costs three evaluations, and is right for steps as long as the last one. On the
+tasks in `docs/training.md` the steps were as good or better.
 """
 
 from collections.abc import Callable, Sequence
@@ -127,28 +126,19 @@ def curvature_in(
     """Returns $Q$ from the values of `objective` at the ends of `directions`.
 
     The quadratic function with this $Q$ has the value and the slopes of the objective
-    at `params`. With one or two directions it also has its values at their ends and at
-    the end of their sum, and is exact for a quadratic objective.
-
-    Of three directions the middle one, that of the parameters outside of layers, has no
-    mixed terms. It is followed from the end of the two others, so the value at the end
-    of all three is that of the objective.
+    at `params`, and its values at the ends of all directions and of their sums in
+    pairs. It is exact for a quadratic objective.
     """
     k = len(directions)
-    # The pair of directions with a mixed term.
-    first, second = jnp.array([0] * (k > 1), int), jnp.array([k - 1] * (k > 1), int)
+    first, second = jnp.triu_indices(k, 1)
     units = jnp.eye(k)
-    # The coefficients of the points. With all mixed terms there are six for three
-    # directions, and the two tasks of docs/training.md that have three learn no faster.
-    ends = units.at[1].set(1) if k == 3 else units
-    points = jnp.concatenate([ends, units[first] + units[second]])
+    # (k (k + 1) / 2, k): the coefficients of the points.
+    points = jnp.concatenate([units, units[first] + units[second]])
 
     def at(point: Float[Array, " k"]) -> Array:
         return objective(jax.tree.map(jnp.add, params, combined(point, directions)))
 
     change = jax.vmap(at)(points) - value
-    if k == 3:
-        change = change.at[1].add(-change[3])
     mixed = change[k:] - change[first] - change[second]
     matrix = jnp.zeros((k, k), change.dtype).at[first, second].set(mixed)
     # The rounding of the values counts as curvature: it makes steps short.

@@ -3,15 +3,22 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._internal.tree import add, all_finite, where, zeros_like
+from .._internal.tree import (
+    add,
+    all_finite,
+    at_least_float32,
+    where,
+    zeros_like,
+)
 from .._layers.factors import KroneckerFactors
 from .._layers.layers import Layer
-from .preconditioner import LayerState, Rule, Scalar
+from .preconditioner import LayerState, precondition_rest, Rule, Scalar
 from .quadratic_model import (
     adapted_damping,
     after_batch,
@@ -51,8 +58,9 @@ class SNOptModelState(NamedTuple):
     - `previous`: the last update, a tree like the parameters.
     - `mean`: the running mean of gradients, a tree like the parameters.
     - `damping`: $\lambda$, which is zero before the first curvature.
-    - `lengths`: the last coefficients of the preconditioned mean, of its part in layers
-      and of the rest.
+    - `rest`: running means of the squared gradients of parameters outside of layers;
+      `None` in place of the others.
+    - `length`: the last coefficient of the preconditioned mean.
     - `progress`: how far the loss fell, and how far the parameters scatter around their
       running mean. The mean is `progress.average`, and mostly has the lower test loss.
     - `accepted`: whether the last step was taken. If not, it was zero. If its loss or
@@ -65,8 +73,9 @@ class SNOptModelState(NamedTuple):
     preconditioner: SNOptState
     previous: PyTree[Array]
     mean: PyTree[Array]
+    rest: PyTree[Array]
     damping: Float[Array, ""]
-    lengths: Float[Array, " parts"]
+    length: Float[Array, ""]
     progress: Progress
     accepted: Bool[Array, ""]
     ratio: Float[Array, ""]
@@ -98,8 +107,9 @@ class QuadraticSteps(NamedTuple):
             preconditioner=state,
             previous=zeros_like(params),
             mean=zeros_like(params),
+            rest=_zero_moments(_outside(params, self.chosen(params))),
             damping=zero,
-            lengths=jnp.ones(len(_separated(params, self.chosen(params))), dtype),
+            length=jnp.ones((), dtype),
             progress=Progress(average, zero, zero, zero),
             accepted=jnp.array(True),
             ratio=jnp.ones((), dtype),
@@ -129,12 +139,16 @@ class QuadraticSteps(NamedTuple):
         usable = jnp.isfinite(value) & all_finite(gradient)
         gradient = where(usable, gradient, zeros_like(gradient))
         mean = jax.tree.map(_average, state.mean, gradient)
-        preconditioner, damping, parts = self._preconditioned(
+        preconditioner, rest, damping, direction = self._preconditioned(
             gradient, mean, state, curvature
         )
         count = state.preconditioner.count
         progress = after_batch(state.progress, params, gradient, value, count)
-        directions = self._directions(parts, state)
+        # The model is fitted at the ends of the directions. So these should be about as
+        # long as the step will be.
+        directions = [combined(-state.length[None], [direction])]
+        if self.momentum is not None:
+            directions.append(state.previous)
         slopes = products(directions, [gradient])[:, 0]
         matrix = curvature_in(directions, slopes, objective, value, params)
         step = best_step(
@@ -156,24 +170,15 @@ class QuadraticSteps(NamedTuple):
             preconditioner=preconditioner,
             previous=update,
             mean=mean,
+            rest=rest,
             damping=jnp.where(_is_refreshed(preconditioner), adapted, damping),
-            lengths=state.lengths * growth[: len(parts)].astype(state.lengths.dtype),
+            length=state.length * growth[0].astype(state.length.dtype),
             progress=after_step(progress, add(params, update), count),
             accepted=accepted,
             ratio=ratio.astype(damping.dtype),
             weight_decay=decay_state,
         )
         return update, where(usable, new, state._replace(accepted=accepted))
-
-    def _directions(self, parts: list[PyTree], state: Any) -> list[PyTree]:
-        """Returns the directions of the model, the step before as the last one."""
-        # The model is fitted at the ends of the directions. So these should be about as
-        # long as the step will be.
-        directions = [
-            combined(-length[None], [part])
-            for length, part in zip(state.lengths, parts, strict=True)
-        ]
-        return directions if self.momentum is None else [*directions, state.previous]
 
     def _penalised(
         self,
@@ -207,8 +212,8 @@ class QuadraticSteps(NamedTuple):
         mean: PyTree,
         state: Any,
         curvature: Mapping[str, KroneckerFactors] | None,
-    ) -> tuple[Any, Float[Array, ""], list[PyTree]]:
-        """Returns the next state, the damping, and the parts of the direction."""
+    ) -> tuple[Any, PyTree, Float[Array, ""], PyTree]:
+        """Returns the next state, moments of the rest, the damping, and a direction."""
         preconditioner = state.preconditioner
         if curvature is not None:
             preconditioner = refreshed(
@@ -223,7 +228,32 @@ class QuadraticSteps(NamedTuple):
         direction, preconditioner = preconditioned(
             self.rule, self.chosen, gradient, preconditioner, mean
         )
-        return preconditioner, damping, _separated(direction, self.chosen(gradient))
+        steps, rest = self._rest(gradient, mean, state.rest, preconditioner)
+        return preconditioner, rest, damping, eqx.combine(steps, direction)
+
+    def _rest(
+        self, gradient: PyTree, mean: PyTree, moments: PyTree, preconditioner: Any
+    ) -> tuple[PyTree, PyTree]:
+        """Returns the direction of parameters outside of layers, and new moments."""
+        leaves, structure = jax.tree.flatten(moments)
+        layers = self.chosen(gradient)
+        outside = lambda tree: jax.tree.leaves(_outside(tree, layers))
+        pairs = [
+            precondition_rest(
+                self.rule,
+                moment,
+                g,
+                m,
+                _num_samples(preconditioner),
+                preconditioner.count,
+                ~_is_refreshed(preconditioner),
+            )
+            for moment, g, m in zip(
+                leaves, outside(gradient), outside(mean), strict=True
+            )
+        ]
+        steps, new = [step for step, _ in pairs], [moment for _, moment in pairs]
+        return jax.tree.unflatten(structure, steps), jax.tree.unflatten(structure, new)
 
 
 def _average(mean: Array, gradient: Array) -> Array:
@@ -237,27 +267,20 @@ _NO_MODEL = (
 )
 
 
-def _separated(direction: PyTree, layers: list[Layer]) -> list[PyTree]:
-    """Returns `direction` as the part in layers, and the rest if there is one.
-
-    The rest is a plain mean of gradients. So its scale is unrelated to that of the
-    first part.
-    """
+def _outside(tree: PyTree, layers: list[Layer]) -> PyTree:
+    """Returns `tree` with `None` in place of what belongs to `layers`."""
     inside = {layer.weight for layer in layers} | {layer.bias for layer in layers}
-    paths = jax.tree_util.tree_flatten_with_path(direction)[0]
-    is_inside = [jax.tree_util.keystr(path) in inside for path, _ in paths]
-    if all(is_inside) or not any(is_inside):
-        return [direction]
+    keep = lambda path, x: None if jax.tree_util.keystr(path) in inside else x
+    return jax.tree_util.tree_map_with_path(keep, tree)
 
-    def part(wanted: bool) -> PyTree:
-        leaves, structure = jax.tree.flatten(direction)
-        kept = [
-            x if found == wanted else jnp.zeros_like(x)
-            for x, found in zip(leaves, is_inside, strict=True)
-        ]
-        return jax.tree.unflatten(structure, kept)
 
-    return [part(True), part(False)]
+def _zero_moments(params: PyTree[Array]) -> PyTree[Array]:
+    """Returns second moments of zero: real numbers, also of complex parameters."""
+
+    def zeros(x: Array) -> Array:
+        return jnp.zeros(x.shape, at_least_float32(jnp.finfo(x.dtype).dtype))
+
+    return jax.tree.map(zeros, params)
 
 
 def _states(state: Any) -> list[LayerState]:
@@ -282,3 +305,9 @@ def _is_refreshed(state: Any) -> Bool[Array, ""]:
     """Returns whether a layer has a curvature."""
     counts = [jnp.any(layer.num_refreshes > 0) for layer in _states(state)]
     return jnp.any(jnp.stack(counts)) if counts else jnp.array(False)
+
+
+def _num_samples(state: Any) -> Float[Array, ""]:
+    """Returns the batch size of the last refresh; 1 before it, or without layers."""
+    numbers = [jnp.mean(layer.num_samples) for layer in _states(state)]
+    return numbers[0] if numbers else jnp.ones(())

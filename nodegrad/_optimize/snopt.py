@@ -110,17 +110,17 @@ def snopt(
     `update`, and for arguments that need a learning rate.
 
     **Cost:** with a learning rate that of `nodegrad.scale_by_snopt`, and of SGD.
-    Without one also four evaluations of the loss (five for a model with parameters
-    outside of layers), all but one of them at once: a step takes about twice as long as
-    one of Adam. Its state has three more copies of the parameters.
+    Without one also four evaluations of the loss, three of them at once: a step takes
+    about twice as long as one of Adam. Its state has three more copies of the
+    parameters, and a fourth of those outside of layers.
 
     **When not to use it:** as `nodegrad.scale_by_snopt`. Without a learning rate: with
     batches of a few dozen samples, whose noise may ask for steps shorter than 15 % of
     the best one for the batch (64 were tried); as a part of `optax.partition`, because
     the model is one of all parameters; in `optax.MultiSteps`. With a learning rate: for
     parameters outside of layers, which get plain gradient steps; use a separate
-    optimiser for them with `optax.partition`. (Without one their step has a length of
-    its own.)
+    optimiser for them with `optax.partition`. (Without one each of their gradients is
+    divided by a power of its second moment, as in a layer with identity eigenbases.)
 
     ??? cite "Reference"
 

@@ -348,8 +348,8 @@ def run(arguments: argparse.Namespace, clock: Clock, report: Report) -> None:
         "what is tested; the column beside it has the parameters themselves."
     )
     for name in names:
-        seeds, iterations = _lengths(name, arguments)
-        task = _make_task(name, iterations)
+        seeds, iterations = _asked_lengths(name, arguments)
+        task = make_task(name, iterations)
         if task is None:
             report.note("words: left out, NODEGRAD_DATA has no data.")
             continue
@@ -363,19 +363,26 @@ def run(arguments: argparse.Namespace, clock: Clock, report: Report) -> None:
     _enter_median(report)
     complete = len(methods) == len(METHODS)
     if complete and not arguments.quick and "digits" in names:
-        measure_terminal_time(report, *_lengths("digits", arguments))
+        measure_terminal_time(report, *_asked_lengths("digits", arguments))
 
 
-def _lengths(name: str, arguments: argparse.Namespace) -> tuple[int, int]:
-    """The numbers of seeds and of iterations of a task."""
+def _asked_lengths(name: str, arguments: argparse.Namespace) -> tuple[int, int]:
+    seeds, iterations = lengths(name, arguments.quick)
     if arguments.quick:
-        return 1, arguments.iterations or 60
-    # The discs are the example of the documentation, which makes 200 steps.
-    seeds, iterations = (10, 200) if name == "discs" else (5, 300)
+        return seeds, arguments.iterations or iterations
     return arguments.seeds or seeds, arguments.iterations or iterations
 
 
-def _make_task(name: str, iterations: int) -> Task | None:
+def lengths(name: str, quick: bool) -> tuple[int, int]:
+    """The numbers of seeds and of iterations of a task."""
+    if quick:
+        return 1, 60
+    # The discs are the example of the documentation, which makes 200 steps.
+    return (10, 200) if name == "discs" else (5, 300)
+
+
+def make_task(name: str, iterations: int) -> Task | None:
+    """A task by its name; `None` if its data are missing."""
     if name == "words":
         folder = data_folder()
         return None if folder is None else words(iterations, folder)
