@@ -144,11 +144,7 @@ class QuadraticSteps(NamedTuple):
         )
         count = state.preconditioner.count
         progress = after_batch(state.progress, params, gradient, value, count)
-        # The model is fitted at the ends of the directions. So these should be about as
-        # long as the step will be.
-        directions = [combined(-state.length[None], [direction])]
-        if self.momentum is not None:
-            directions.append(state.previous)
+        directions = self._directions(direction, state)
         slopes = products(directions, [gradient])[:, 0]
         matrix = curvature_in(directions, slopes, objective, value, params)
         step = best_step(
@@ -179,6 +175,13 @@ class QuadraticSteps(NamedTuple):
             weight_decay=decay_state,
         )
         return update, where(usable, new, state._replace(accepted=accepted))
+
+    def _directions(self, direction: PyTree, state: Any) -> list[PyTree]:
+        """Returns the directions of the model, the step before as the last one."""
+        # The model is fitted at the ends of the directions. So these should be about as
+        # long as the step will be.
+        first = combined(-state.length[None], [direction])
+        return [first] if self.momentum is None else [first, state.previous]
 
     def _penalised(
         self,
