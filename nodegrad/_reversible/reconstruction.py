@@ -12,6 +12,7 @@ refused if this error is large.
 
 import functools as ft
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import equinox as eqx
@@ -247,10 +248,12 @@ class ReconstructedStates(AbstractStateSource):
         active = index < steps.trajectory.num_steps
         times = batch.where_active(active, steps.times(index), last_times)
         shared = steps.at_shared_times(times, index)
+        last = steps.at_shared_states(active, (walk.y, walk.replay_state))
         peak = magnitudes(walk.peak, _constant(walk.y))
         # Linearised calls keep the pullbacks of the inverse for `linearize`.
         evaluate = LinearizedCalls(steps, shared) if linearizes else steps.evaluate
-        y, state, error = self._undo(steps, evaluate, shared, walk, peak, stored)
+        at = replace(walk, y=last[0], replay_state=last[1])
+        y, state, error = self._undo(steps, evaluate, shared, at, peak, stored)
         linearize = self._linearize(evaluate, shared, y, state)
         carry = visit(carry, BackwardStep(index, times, active, y, state, linearize))
         error = jnp.maximum(walk.error, jnp.where(active, error, 0))

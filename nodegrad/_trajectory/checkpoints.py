@@ -338,4 +338,5 @@ class _Walk(NamedTuple):
         batch = self.steps.batch
         active = index < self.steps.trajectory.num_steps
         found = self.steps.times(index), *batch.take(rows, row)
-        return active, *batch.where_active(active, found, self.first)
+        times, *state = batch.where_active(active, found, self.first)
+        return active, times, *self.steps.at_shared_states(active, state)

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from .._internal.batch import Axes, Batch
@@ -145,13 +146,16 @@ class Recording(eqx.Module):
     @property
     def steps(self) -> RecordedSteps:
         """The part of this that a state source needs."""
-        # After an event solves end apart, see `RecordedSteps.at_shared_times`.
+        # With an event most solves end apart.
         moves = self.wrt_times or self.plan.event
+        shares = not moves and self._have_one_clock()
+        num_steps = self.trajectory.num_steps
         return RecordedSteps(
             trajectory=self.trajectory,
             clock=self.inputs.clock,
             clock_axes=self.axes.clock,
-            shares_times=not moves and self._have_one_clock(),
+            shares_times=shares,
+            ends_apart=jnp.any(num_steps < jnp.max(num_steps)) if shares else None,
             parts=self.plan.parts,
             constants=self.inputs.constants,
             axes=self.axes.constants,
@@ -168,7 +172,7 @@ class Recording(eqx.Module):
         recorded = jax.tree.leaves(
             (self.trajectory.log.ends, self.trajectory.log.starts)
         )
-        return not separate and not recorded
+        return bool(self.batch.sizes) and not separate and not recorded
 
 
 def moving_times(perturbed: Inputs) -> bool:

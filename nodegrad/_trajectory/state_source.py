@@ -62,6 +62,7 @@ class RecordedSteps(eqx.Module):
     - `trajectory`: the recorded steps; its arrays have all batch axes.
     - `clock`, `clock_axes`: what the step times depend on, and the axes of its arrays.
     - `shares_times`: whether these are the same for all solves, and constants.
+    - `ends_apart`: whether some solves took fewer steps; `None` unless `shares_times`.
     - `parts`: the functions that a step calls, by name.
     - `constants`, `axes`, `wrt`: for every part the arrays it depends on, the batch
       levels that these have axes for, and whether to differentiate in them.
@@ -73,6 +74,7 @@ class RecordedSteps(eqx.Module):
     clock: Clock
     clock_axes: PyTree[Axes] = eqx.field(static=True)
     shares_times: bool = eqx.field(static=True)
+    ends_apart: Bool[Array, ""] | None
     parts: dict[str, Part] = eqx.field(static=True)
     constants: dict[str, list[Array]]
     axes: dict[str, list[Axes]] = eqx.field(static=True)
@@ -112,8 +114,7 @@ class RecordedSteps(eqx.Module):
     def at_shared_times(self, times: StepTimes, index: Int[Array, ""]) -> StepTimes:
         """Returns `times`, of step `index`, with scalars for times that solves share.
 
-        A vector field then computes what depends on time alone once for all solves. A
-        solve that failed before this step, and adds zeros, has the times of the others.
+        A vector field then computes what depends on time alone once for all solves.
         """
         if not self.shares_times:
             return times
@@ -124,6 +125,22 @@ class RecordedSteps(eqx.Module):
             end=end(index),
             previous_start=end(jnp.maximum(index - 1, 0) - 1),
         )
+
+    def at_shared_states(
+        self, active: Bool[Array, "..."], states: PyTree[Array]
+    ) -> PyTree[Array]:
+        """Returns `states` with those of an active solve for solves that are not.
+
+        A solve that failed before this step has the times of the others, if solves
+        share times. It adds zeros, but at its own state the vector field may have a
+        derivative of NaN at these times.
+        """
+        if not self.shares_times:
+            return states
+        # Nothing is to be done (and, in a batch over several devices, nothing is sent)
+        # where all solves take the same steps.
+        fill = lambda states: self.batch.fill_from_valid(~active, states)
+        return jax.lax.cond(self.ends_apart, fill, lambda states: states, states)
 
     def valid(self, tree: PyTree) -> PyTree:
         """Replaces the numbers of solves that took no step by those of one that did.

@@ -110,13 +110,38 @@ def test_a_sample_that_fails_ends_where_it_fails_alone(controller):
     for x, y in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
         assert jnp.allclose(x, y, rtol=1e-14, atol=0)
 
-    # The derivative of the part that was solved, by any sample of the batch.
+    # The derivative of the part that was solved, by every sample of the batch.
     total = lambda w, y0: jnp.sum(summary(solve(w, y0))[1])
     sums = lambda w, y0s: jnp.sum(jax.vmap(total, (None, 0))(w, y0s))
     grads = jax.jit(jax.grad(sums, argnums=(0, 1)))(w, y0s)
     grad_of_one = jax.jit(jax.grad(total, argnums=(0, 1)))
     each = [grad_of_one(w, y0) for y0 in y0s]
     expected = sum(g[0] for g in each), jnp.stack([g[1] for g in each])
+    assert relative_error(grads, expected) < 1e-12
+
+
+def _fragile(t, y, w):
+    # Not a number for y = 1 after t = 1, where no sample gets to.
+    return w * y**2 + 0.01 * jnp.sqrt(10 * (y - 1) ** 2 + 1 - t)
+
+
+def test_a_sample_that_fails_is_not_evaluated_where_it_never_was():
+    # The second sample starts at y = 1 and is infinite before t = 1.
+    y0s, w = jnp.array([[0.3], [1.0], [0.2]]), jnp.array(1.0)
+
+    def total(w, y0):
+        return jnp.sum(
+            _solve("native", "constant", _fragile, y0, w, throw=False, max_steps=64).ys
+        )
+
+    def sums(w, y0s):
+        losses = jax.vmap(total, (None, 0))(w, y0s)
+        return losses[0] + losses[2]
+
+    grads = jax.jit(jax.grad(sums, argnums=(0, 1)))(w, y0s)
+    grad_of_one = jax.jit(jax.grad(total, argnums=(0, 1)))
+    first, last = grad_of_one(w, y0s[0]), grad_of_one(w, y0s[2])
+    expected = first[0] + last[0], jnp.stack([first[1], 0 * first[1], last[1]])
     assert relative_error(grads, expected) < 1e-12
 
 
