@@ -241,16 +241,13 @@ class QuadraticSteps(NamedTuple):
         leaves, structure = jax.tree.flatten(moments)
         layers = self.chosen(gradient)
         outside = lambda tree: jax.tree.leaves(_outside(tree, layers))
+        at = (
+            _num_samples(preconditioner),
+            preconditioner.count,
+            ~_is_refreshed(preconditioner),
+        )
         pairs = [
-            precondition_rest(
-                self.rule,
-                moment,
-                g,
-                m,
-                _num_samples(preconditioner),
-                preconditioner.count,
-                ~_is_refreshed(preconditioner),
-            )
+            precondition_rest(self.rule, moment, g, m, *at)
             for moment, g, m in zip(
                 leaves, outside(gradient), outside(mean), strict=True
             )
@@ -312,5 +309,5 @@ def _is_refreshed(state: Any) -> Bool[Array, ""]:
 
 def _num_samples(state: Any) -> Float[Array, ""]:
     """Returns the batch size of the last refresh; 1 before it, or without layers."""
-    numbers = [jnp.mean(layer.num_samples) for layer in _states(state)]
-    return numbers[0] if numbers else jnp.ones(())
+    states = _states(state)
+    return jnp.mean(states[0].num_samples) if states else jnp.ones(())

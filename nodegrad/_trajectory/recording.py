@@ -154,7 +154,6 @@ class Recording(eqx.Module):
             trajectory=self.trajectory,
             clock=self.inputs.clock,
             clock_axes=self.axes.clock,
-            shares_times=shares,
             ends_apart=jnp.any(num_steps < jnp.max(num_steps)) if shares else None,
             parts=self.plan.parts,
             constants=self.inputs.constants,

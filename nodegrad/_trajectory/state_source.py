@@ -61,8 +61,8 @@ class RecordedSteps(eqx.Module):
 
     - `trajectory`: the recorded steps; its arrays have all batch axes.
     - `clock`, `clock_axes`: what the step times depend on, and the axes of its arrays.
-    - `shares_times`: whether these are the same for all solves, and constants.
-    - `ends_apart`: whether some solves took fewer steps; `None` unless `shares_times`.
+    - `ends_apart`: whether some solves took fewer steps than others; `None` unless
+      `shares_times`.
     - `parts`: the functions that a step calls, by name.
     - `constants`, `axes`, `wrt`: for every part the arrays it depends on, the batch
       levels that these have axes for, and whether to differentiate in them.
@@ -73,7 +73,6 @@ class RecordedSteps(eqx.Module):
     trajectory: Trajectory
     clock: Clock
     clock_axes: PyTree[Axes] = eqx.field(static=True)
-    shares_times: bool = eqx.field(static=True)
     ends_apart: Bool[Array, ""] | None
     parts: dict[str, Part] = eqx.field(static=True)
     constants: dict[str, list[Array]]
@@ -83,6 +82,11 @@ class RecordedSteps(eqx.Module):
     y0: PyTree[Array]
     replay_state0: PyTree[Array]
     batch: Batch
+
+    @property
+    def shares_times(self) -> bool:
+        """Whether step times are the same for all solves of a batch, and constants."""
+        return self.ends_apart is not None
 
     def times(self, index: Int[Array, "..."]) -> StepTimes:
         """Returns when step `index` of every solve was made.
@@ -135,7 +139,7 @@ class RecordedSteps(eqx.Module):
         share times. It adds zeros, but at its own state the vector field may have a
         derivative of NaN at these times.
         """
-        if not self.shares_times:
+        if self.ends_apart is None:
             return states
         # Nothing is to be done (and, in a batch over several devices, nothing is sent)
         # where all solves take the same steps.

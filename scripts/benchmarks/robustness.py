@@ -11,17 +11,26 @@ has many such settings, so those near the best of Adam are counted as well.
 import argparse
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import numpy as np
-import optax
 
 import nodegrad
 
 from .measure import Clock
 from .report import Budget, Column, fixed, Report, significant
-from .training import ADAM, DEFAULT, lengths, make_task, Method, Trainer
+from .training import (
+    ADAM,
+    DEFAULT,
+    lengths,
+    make_task,
+    Method,
+    METHODS,
+    settings_text,
+    Trainer,
+)
 
 
 #: What everything is trained in.
@@ -38,24 +47,24 @@ def _grid(name: str, sizes: Sequence[float], decays: Sequence[float]) -> list[di
 
 # The weight decay of `snopt()` is a penalty of the loss, and that of AdamW a rate: both
 # lists go from none to one that is too large.
+_BY_NAME = {method.name: method for method in METHODS}
 _METHODS = (
-    Method(
-        ADAM,
-        optax.adamw,
-        _grid(
+    replace(
+        _BY_NAME[ADAM],
+        trials=_grid(
             "learning_rate",
             (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
             (0.0, 1e-3, 1e-2, 1e-1, 1.0),
         ),
     ),
-    Method(
-        DEFAULT,
-        lambda damping, weight_decay: nodegrad.snopt(
+    replace(
+        _BY_NAME[DEFAULT],
+        make=lambda damping, weight_decay: nodegrad.snopt(
             damping=damping, weight_decay=weight_decay
         ),
-        _grid("damping", (1e-4, 1e-3, 1e-2, 1e-1, 1.0), (0.0, 1e-5, 1e-4, 1e-3, 1e-2)),
-        {"kind": "ggn", "moments": True},
-        every=10,
+        trials=_grid(
+            "damping", (1e-4, 1e-3, 1e-2, 1e-1, 1.0), (0.0, 1e-5, 1e-4, 1e-3, 1e-2)
+        ),
     ),
 )
 
@@ -98,8 +107,7 @@ def run(arguments: argparse.Namespace, clock: Clock, report: Report) -> None:
 
 
 def _test_loss(trainer: Trainer, settings: dict[str, float], seeds: int) -> float:
-    every = max(1, trainer.task.iterations // 30)
-    runs = [trainer.run(settings, seed, every) for seed in range(seeds)]
+    runs = trainer.runs(settings, seeds)
     return statistics.median(run.best_test_loss for run in runs)
 
 
@@ -124,6 +132,6 @@ def _record(method: Method, losses: list[float], adam: float) -> dict[str, Any]:
         "best": losses[best],
         "median": statistics.median(losses),
         "worst": max(losses),
-        "settings": ", ".join(f"{x:g}" for x in method.trials[best].values()),
+        "settings": settings_text(method.trials[best]),
         "losses": losses,
     }

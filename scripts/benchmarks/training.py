@@ -269,6 +269,11 @@ class Trainer:
         last, mean = evaluate(model), averaged(model, state)
         return last if mean is model else evaluate(mean), last
 
+    def runs(self, settings: dict[str, float], seeds: int) -> list[Run]:
+        """A run for every seed, evaluated about thirty times on the way."""
+        every = max(1, self.task.iterations // 30)
+        return [self.run(settings, seed, every) for seed in range(seeds)]
+
     def run(self, settings: dict[str, float], seed: int, every: int) -> Run:
         """Trains, and evaluates `every` so many iterations."""
         out = Run(self.method.name, settings, seed)
@@ -294,6 +299,11 @@ class Trainer:
         stats = eqx.filter_jit(self.task.steps)(model, next(self.task.batches(seed)))
         out.solver_steps = float(jnp.mean(stats["num_steps"]))
         return out
+
+
+def settings_text(settings: dict[str, float]) -> str:
+    """The numbers of a trial."""
+    return ", ".join(f"{x:g}" for x in settings.values())
 
 
 def averaged(model: Any, state: Any) -> Any:
@@ -357,7 +367,7 @@ def run(arguments: argparse.Namespace, clock: Clock, report: Report) -> None:
         trainers = [Trainer(task, method, clock) for method in methods]
         one_step = {t.method.name: t.warm_up() for t in trainers}
         seconds = time_in_turns(clock, one_step, seconds=5.0)
-        tuned = _tuned_runs(trainers, seeds, iterations)
+        tuned = _tuned_runs(trainers, seeds)
         _report_task(report, task, tuned, seconds)
         _plot(task, tuned, Path("results") / f"training_{name}.png")
     _enter_median(report)
@@ -368,9 +378,8 @@ def run(arguments: argparse.Namespace, clock: Clock, report: Report) -> None:
 
 def _asked_lengths(name: str, arguments: argparse.Namespace) -> tuple[int, int]:
     seeds, iterations = lengths(name, arguments.quick)
-    if arguments.quick:
-        return seeds, arguments.iterations or iterations
-    return arguments.seeds or seeds, arguments.iterations or iterations
+    asked = None if arguments.quick else arguments.seeds
+    return asked or seeds, arguments.iterations or iterations
 
 
 def lengths(name: str, quick: bool) -> tuple[int, int]:
@@ -406,14 +415,10 @@ class Tuned:
     by_test: Runs
 
 
-def _tuned_runs(trainers: Sequence[Trainer], seeds: int, iterations: int) -> Tuned:
+def _tuned_runs(trainers: Sequence[Trainer], seeds: int) -> Tuned:
     """Runs all trials of all methods."""
-    every = max(1, iterations // 30)
     trials = {
-        t.method.name: [
-            [t.run(settings, seed, every) for seed in range(seeds)]
-            for settings in t.method.trials
-        ]
+        t.method.name: [t.runs(settings, seeds) for settings in t.method.trials]
         for t in trainers
     }
     train_target = min(_median(_final_loss, runs) for runs in trials[ADAM])
@@ -474,7 +479,7 @@ def _report_task(
         _median, lambda r: r.time_of(r.iterations_to_test_loss(test_target))
     )
     whole = lambda of: _median(lambda r: r.times[-1], of)
-    settings = lambda of: ", ".join(f"{v:g}" for v in of[0].settings.values())
+    settings = lambda of: settings_text(of[0].settings)
     records = []
     for name, of in by_time.items():
         records.append(

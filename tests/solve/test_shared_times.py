@@ -38,6 +38,16 @@ def _solve(door, controller, field, y0, args, t1=1.5, solver=None, **kwargs):
     )
 
 
+def _error_of_batch(loss, w, xs):
+    """The gradients of a batch that shares `w`, against those of each sample alone."""
+    sums = lambda w, xs: jnp.sum(jax.vmap(loss, (None, 0))(w, xs))
+    grads = jax.jit(jax.grad(sums, argnums=(0, 1)))(w, xs)
+    grad_of_one = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    each = [grad_of_one(w, x) for x in xs]
+    expected = sum(g[0] for g in each), jnp.stack([g[1] for g in each])
+    return relative_error(grads, expected)
+
+
 def _gated(t, y, w):
     # No other part of a program has an inverse error function.
     return jnp.tanh(y * jax.lax.erf_inv(0.5 * t * w))
@@ -112,12 +122,7 @@ def test_a_sample_that_fails_ends_where_it_fails_alone(controller):
 
     # The derivative of the part that was solved, by every sample of the batch.
     total = lambda w, y0: jnp.sum(summary(solve(w, y0))[1])
-    sums = lambda w, y0s: jnp.sum(jax.vmap(total, (None, 0))(w, y0s))
-    grads = jax.jit(jax.grad(sums, argnums=(0, 1)))(w, y0s)
-    grad_of_one = jax.jit(jax.grad(total, argnums=(0, 1)))
-    each = [grad_of_one(w, y0) for y0 in y0s]
-    expected = sum(g[0] for g in each), jnp.stack([g[1] for g in each])
-    assert relative_error(grads, expected) < 1e-12
+    assert _error_of_batch(total, w, y0s) < 1e-12
 
 
 def _fragile(t, y, w):
@@ -175,9 +180,4 @@ def test_samples_with_times_of_their_own_have_steps_of_their_own():
         sol = _solve("native", "constant", _gated, y0, w, t1, max_steps=64)
         return jnp.sum(sol.ys**2)
 
-    sums = lambda w, t1s: jnp.sum(jax.vmap(loss, (None, 0))(w, t1s))
-    grads = jax.jit(jax.grad(sums, argnums=(0, 1)))(w, t1s)
-    grad_of_one = jax.jit(jax.grad(loss, argnums=(0, 1)))
-    each = [grad_of_one(w, t1) for t1 in t1s]
-    expected = sum(g[0] for g in each), jnp.stack([g[1] for g in each])
-    assert relative_error(grads, expected) < 1e-13
+    assert _error_of_batch(loss, w, t1s) < 1e-13
