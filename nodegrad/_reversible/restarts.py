@@ -154,7 +154,7 @@ class RestartRows(eqx.Module):
         kept = (jnp.maximum(last, 0) >> level) << level
         active = (self.total > _KEPT) & (number > 0)
         start = _step_of(restarts, steps, index, number, kept, active)
-        stored = batch.map(take)(self.rows, checkpoints.slot(kept, level))
+        stored = batch.map(take)(self.rows, checkpoints.slot(kept))
         rows = self._put(steps, self.rows, stored, kept, active)
         first = where(active, source.from_store(stored), other)
 

@@ -58,8 +58,8 @@ class ACAAdjoint(AbstractRecordedAdjoint):
     - `checkpoints`: how many states to keep. `None` keeps about `2 sqrt(max_steps)` (a
       power of two, and at least 32: 128 for the default `max_steps=4096`). No step is
       made again if the solve takes no more accepted steps than that. An integer `K`
-      keeps at most `K` states, and one segment of the `max_steps / K` states between
-      two of them (both numbers as powers of two); the sum is least near
+      keeps `K` states (one less if `K` is odd), and one segment of the states between
+      two of them: `max_steps / K`, rounded up to a power of two. The sum is least near
       `K = sqrt(max_steps)`. `"all"` keeps every accepted state, `max_steps` of them.
     - `max_recorded_steps`: where an error estimate chooses the steps, the number of
       accepted steps whose times are kept. A derivative of a longer solve is refused.

@@ -4,9 +4,7 @@ The number of steps is not known in advance, so the stored states are thinned as
 solve goes on. Of steps `0, 1, ..., m` exactly the multiples of the *stride* `2**level`
 are kept, where `level` is the smallest for which they fit into `slots` slots. No state
 is moved. When the level rises by one, the odd multiples of the old stride are no longer
-needed, and new states overwrite them. So the slot of step `m = j * 2**level` is the
-`log2(slots)`-bit number `j`, rotated left by `level` bits; `Checkpoints.slot` has the
-proof.
+needed, and new states overwrite them; `Checkpoints.slot` has the proof.
 
 The backward pass goes from the last stored state to the first. It makes the steps
 between two stored states again and writes their states to a *segment*: `2**max_level`
@@ -24,7 +22,6 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree, Real
 
-from .._internal.batch import take
 from .._internal.tree import only_arrays
 from .._steps.step import AbstractStep
 from .linearized_calls import LinearizedCalls
@@ -48,7 +45,7 @@ C = TypeVar("C")
 class Checkpoints(eqx.Module):
     """The thinning schedule for at most `max_steps` steps in `slots` slots.
 
-    `slots` is a power of two, or `max_steps` if all states have a slot.
+    `slots` is 1, or even, or `max_steps` if all states have a slot.
     """
 
     slots: int = eqx.field(static=True)
@@ -73,26 +70,16 @@ class Checkpoints(eqx.Module):
             out = out + jnp.where(step >= threshold, 1, 0)
         return out
 
-    def slot(self, step: _Ints, level: _Ints) -> _Ints:
-        """The slot that holds `step`, a multiple of `2**level`."""
-        # Let `rot(j, L)` rotate the `bits`-bit number `j` to the left by `L` bits. The
-        # claim is that at level `L` slot `rot(j, L)` holds step `j * 2**L`, for every
-        # `j < slots`. At level 0 that is slot `j` for step `j`. If it holds at level
-        # `L`, it holds at `L + 1`, where `j` counts multiples of the doubled stride:
-        # - `j < slots / 2`: the step was number `2 * j` at level `L`, in slot
-        #   `rot(2 * j, L)`. The highest bit of `j` is 0, so `2 * j = rot(j, 1)`, and
-        #   the slot is `rot(j, L + 1)` already.
-        # - `j >= slots / 2`: the step is a new one. The highest bit of `j` is 1, so
-        #   `rot(j, 1) = 2 * j - slots + 1` is odd, and `rot(j, L + 1)` is the slot of
-        #   an odd multiple of the old stride, which is not needed at level `L + 1`.
-        if self.max_level == 0:
-            return step
-        bits = self.slots.bit_length() - 1
-        if bits == 0:
-            # One slot holds step 0. Shifts by `turn` would need `level % 0`.
+    def slot(self, step: _Ints) -> _Ints:
+        """The slot of `step`, as long as it is kept."""
+        # Step 0 has slot 0. The others take turns in the remaining `m = slots - 1`. As
+        # `m` is odd, `2**level` is invertible modulo `m`: the kept steps
+        # `i * 2**level`, `i = 1, ..., m`, have `m` different slots. When the level
+        # rises, the steps `2 * i * 2**level` with `2 * i > m` are new. Each has the
+        # slot of `(2 * i - m) * 2**level`, an odd multiple, which is not kept any more.
+        if self.slots == 1:
             return jnp.zeros_like(step)
-        index, turn = step >> level, level % bits
-        return ((index << turn) | (index >> (bits - turn))) & (self.slots - 1)
+        return jnp.where(step > 0, (step - 1) % (self.slots - 1) + 1, 0)
 
     def row_to_write(self, step: _Ints, stores: _Bools | bool = True) -> _Ints:
         """Where the forward pass puts `step`: its slot, or a row that is not read.
@@ -106,13 +93,13 @@ class Checkpoints(eqx.Module):
         # Row `slots` is the first one of the segment, which the backward pass
         # overwrites before it reads it.
         kept = stores & ((step & ((1 << level) - 1)) == 0)
-        return jnp.where(kept, self.slot(step, level), self.slots)
+        return jnp.where(kept, self.slot(step), self.slots)
 
 
 def choose_checkpoints(checkpoints: int | str | None, max_steps: int) -> Checkpoints:
     """Returns the schedule of `ACAAdjoint(checkpoints)`.
 
-    `"all"` gives every step a slot. An integer is rounded down to a power of two.
+    `"all"` gives every step a slot. An odd integer above 1 is rounded down.
     `None` takes the power of two nearest to `2 sqrt(max_steps)`, and at least 32. With
     fewer slots more solves have to make steps again. With more, allocating and zeroing
     the buffer takes a larger part of the time of a short solve.
@@ -123,7 +110,8 @@ def choose_checkpoints(checkpoints: int | str | None, max_steps: int) -> Checkpo
         slots = max(32, 2 ** round(math.log2(2 * math.sqrt(max_steps))))
     else:
         assert isinstance(checkpoints, int)
-        slots = 2 ** (checkpoints.bit_length() - 1)
+        # `Checkpoints.slot` needs an even number.
+        slots = max(1, checkpoints // 2 * 2)
     return Checkpoints(slots=min(slots, max_steps), max_steps=max_steps)
 
 
@@ -270,7 +258,6 @@ class _Walk(NamedTuple):
         At level 0 nothing reads the segment, and no steps are made.
         """
         batch, checkpoints = self.steps.batch, self.source.checkpoints
-        trajectory = self.steps.trajectory
         segment = jnp.full_like(start, checkpoints.slots)
 
         def is_between(index__rows: tuple[Int[Array, ""], PyTree[Array]]) -> Array:
@@ -291,11 +278,10 @@ class _Walk(NamedTuple):
             new = only_arrays((y1, state1))
             return index + 1, batch.put(rows, segment + index + 1 - start, new)
 
-        # A shorter solve may be at a lower level. `start` is a multiple of its stride
-        # as well, but has another slot. If that solve did not take step `start`, the
-        # row copied here has no meaning, and `_at` replaces it.
-        own_level = checkpoints.level(jnp.maximum(trajectory.num_steps - 1, 0))
-        first = batch.map(take)(rows, checkpoints.slot(start, own_level))
+        # A shorter solve may be at a lower level: `start` is a multiple of its stride
+        # as well. If that solve did not take step `start`, the row copied here has no
+        # meaning, and `_at` replaces it.
+        first = batch.take(rows, checkpoints.slot(start))
         rows = batch.put(rows, segment, first)
         _, rows = batch.while_loop(is_between, body, (start, rows), lambda c: c[1])
         return rows
