@@ -26,7 +26,10 @@ from ._curvature.products import (
 )
 from ._internal.results import RESULTS as RESULTS
 from ._layers.factors import KroneckerFactors as KroneckerFactors
-from ._optimize.gauss_newton import scale_by_gauss_newton as scale_by_gauss_newton
+from ._optimize.gauss_newton import (
+    GaussNewtonState as GaussNewtonState,
+    scale_by_gauss_newton as scale_by_gauss_newton,
+)
 from ._optimize.quadratic_steps import SNOptModelState as SNOptModelState
 from ._optimize.scale_by_snopt import (
     scale_by_snopt as scale_by_snopt,

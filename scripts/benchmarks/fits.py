@@ -55,6 +55,7 @@ def run(arguments: argparse.Namespace, clock: Clock, report: Report) -> None:
         raise SystemExit(msg)
     try:
         study: Any = importlib.import_module("fits.study")
+        hybrid: Any = importlib.import_module("fits.hybrid")
     except ImportError as error:
         msg = f"{error}: pip install 'nodegrad[fits]'"
         raise SystemExit(msg) from error
@@ -64,4 +65,4 @@ def run(arguments: argparse.Namespace, clock: Clock, report: Report) -> None:
     chosen = [name for name in MECHANISTIC if name in arguments.problems]
     study.fit_mechanistic(options, chosen, clock, report)
     chosen = [name for name in HYBRID if name in arguments.problems]
-    study.fit_hybrid(options, chosen, clock, report)
+    hybrid.fit_hybrid(options, chosen, clock, report)

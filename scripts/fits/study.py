@@ -7,11 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from benchmarks.measure import Clock, compile_program, Program, relative_error
 from benchmarks.report import Budget, Column, fixed, Report, scientific, significant
 
@@ -19,7 +17,6 @@ import nodegrad
 
 from . import peers
 from .likelihood import Fit, make_fit, Settings
-from .networks import expected_llh, read_hybrid
 from .tables import read_tables
 from .trust_region import minimise, quadratic
 
@@ -41,8 +38,6 @@ CONVERGED = 0.1
 STIFF = Settings(nodegrad.Rodas5P(), rtol=1e-8, atol=1e-8)
 # For differences of likelihoods. There is room for the times of a quarter of the steps.
 CHECKED = Settings(nodegrad.Rodas5P(), rtol=1e-10, atol=1e-10, max_steps=40_000)
-CHECKED_NETWORK = Settings(diffrax.Tsit5(), rtol=1e-11, atol=1e-11, max_steps=40_000)
-NETWORK = Settings(diffrax.Tsit5(), rtol=1e-8, atol=1e-8, max_steps=4096)
 
 NOMINAL = (
     Column("case", "problem"),
@@ -101,7 +96,9 @@ def fit_mechanistic(
     nominal, fitted = [], []
     for name in names:
         tables = read_tables(options.folder / name)
-        nominal.append(_check(make_fit(tables, CHECKED), REFERENCES[name], report))
+        nominal.append(
+            check_likelihood(make_fit(tables, CHECKED), REFERENCES[name], report)
+        )
         fit = make_fit(tables, STIFF)
         records, best, information = _fits(fit, options, clock)
         fitted += records
@@ -112,7 +109,7 @@ def fit_mechanistic(
     report.table("fits", FITS, fitted)
 
 
-def _check(fit: Fit, reference: float, report: Report) -> dict[str, Any]:
+def check_likelihood(fit: Fit, reference: float, report: Report) -> dict[str, Any]:
     """The likelihood at nominal parameters, and its gradient near them.
 
     At the nominal parameters themselves the gradient is close to zero.
@@ -307,58 +304,3 @@ def standard_errors(
         }
         for i, name in enumerate(fit.names)
     ]
-
-
-def fit_hybrid(
-    options: Options, names: Sequence[str], clock: Clock, report: Report
-) -> None:
-    """Likelihoods, gradients and fits of models with networks in them."""
-    if not names:
-        return
-    iterations = (50, 50) if options.quick else (1000, 1500)
-    report.note(
-        f"Hybrid models: {iterations[0]} iterations of Adam from the nominal "
-        f"parameters, then at most {iterations[1]} of L-BFGS-B."
-    )
-    nominal, fitted = [], []
-    for name in names:
-        folder = options.folder / name
-        fit = read_hybrid(folder, NETWORK)
-        reference = expected_llh(folder)
-        checked = read_hybrid(folder, CHECKED_NETWORK)
-        nominal.append(_check(checked, reference, report))
-        before = clock.now()
-        x, value = _train(fit, *iterations)
-        record = {
-            "case": name,
-            "method": "Adam, L-BFGS-B",
-            "best_llh": -value,
-            "cpu_seconds": clock.now() - before,
-        }
-        fitted.append(record)
-        above = np.exp(reference + value)
-        what = "likelihood of the nominal parameters"
-        report.budgets.append(Budget(what, name, "the fit", float(above), 1.0))
-    report.table("hybrid models, at nominal parameters", NOMINAL, nominal)
-    report.table("hybrid models, fits", FITS, fitted)
-
-
-def _train(fit: Fit, adam: int, lbfgs: int) -> tuple[Point, float]:
-    """Adam from the nominal parameters, then L-BFGS-B: the best point and its loss."""
-    value_and_grad = jax.value_and_grad(fit.negative_log_likelihood)
-    optim = optax.adam(optax.cosine_decay_schedule(1e-3, adam))
-
-    @jax.jit
-    def train(x: Any) -> Any:
-        def step(carry: Any, _: None) -> Any:
-            x, state = carry
-            _, gradient = value_and_grad(x)
-            updates, state = optim.update(gradient, state)
-            x = jnp.clip(x + updates, fit.lower, fit.upper)
-            return (x, state), None
-
-        return jax.lax.scan(step, (x, optim.init(x)), length=adam)[0][0]
-
-    x0 = np.asarray(train(jnp.asarray(fit.nominal)))
-    end = peers.fit_by_lbfgs(fit, jax.jit(value_and_grad), x0, lbfgs, TOLERANCE)
-    return end.x, end.value

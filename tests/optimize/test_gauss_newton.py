@@ -4,6 +4,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
@@ -81,9 +82,228 @@ def test_types_are_kept_and_misuse_is_refused():
     optim = nodegrad.scale_by_gauss_newton()
     updates, _ = optim.update(grads, optim.init(grads), columns=columns)
     assert updates["w"].dtype == jnp.bfloat16
-    with pytest.raises(ValueError, match="needs the columns"):
+    with pytest.raises(ValueError, match="needs the columns of the curvature or"):
         optim.update(grads, optim.init(grads))
     with pytest.raises(ValueError, match="one leading axis"):
         optim.update(grads, optim.init(grads), columns=grads)
     with pytest.raises(ValueError, match="must be positive"):
         nodegrad.scale_by_gauss_newton(0.0)
+
+
+# With residuals: momentum, acceleration and adaptive damping.
+
+
+def _model(key, samples, size):
+    """Residuals that are not linear, and a point near which they are zero."""
+    a, b, x, shift = (
+        jr.normal(k, shape)
+        for k, shape in zip(
+            jr.split(key, 4), [(samples, size)] * 2 + [(size,)] * 2, strict=True
+        )
+    )
+    function = lambda x: jnp.tanh(a @ x) + 0.1 * (b @ x) ** 2
+    data = function(x / 3 + shift / 20)
+    return lambda x: function(x) - data, x / 3
+
+
+def _stacked_solution(jacobian, r, damping, drift):
+    """The minimum of `|J s - r|**2 + damping |s - drift|**2`, by a QR decomposition."""
+    size = jacobian.shape[1]
+    matrix = np.concatenate([jacobian, np.sqrt(damping) * np.eye(size)])
+    return np.linalg.lstsq(
+        matrix, np.concatenate([r, np.sqrt(damping) * drift]), rcond=None
+    )[0]
+
+
+@pytest.mark.parametrize(("samples", "size"), [(4, 9), (9, 4), (5, 5)])
+def test_momentum_and_acceleration_solve_the_stated_least_squares(samples, size):
+    residual_fn, x = _model(jr.PRNGKey(3), samples, size)
+    damping, momentum = 0.7, 0.8
+    optim = nodegrad.scale_by_gauss_newton(
+        damping, momentum=momentum, acceleration=True
+    )
+    update = jax.jit(lambda x, s: optim.update(x, s, x, residual_fn=residual_fn))
+    state, drift = optim.init(x), np.zeros(size)
+    for _ in range(3):
+        step, state = update(x, state)
+        jacobian, r = jax.jacfwd(residual_fn)(x), residual_fn(x)
+        first = _stacked_solution(jacobian, r, damping, momentum * drift)
+        # All second derivatives, where the step takes one.
+        curved = np.einsum("kij,i,j->k", jax.hessian(residual_fn)(x), first, first)
+        second = _stacked_solution(jacobian, curved, damping, np.zeros(size))
+        assert 2 * np.linalg.norm(second) <= 0.75 * np.linalg.norm(first)
+        drift = first + second / 2
+        assert relative_error(step, jnp.asarray(drift)) < 1e-11
+        x = x - 0.3 * step
+
+
+def test_a_long_acceleration_is_left_out():
+    # The curvature of the residual exceeds its slope a thousand times.
+    residual_fn = lambda x: x + 1e3 * x**2
+    x = jnp.array([1e-3])
+    steps = [
+        nodegrad.scale_by_gauss_newton(1e-3, acceleration=a) for a in (False, True)
+    ]
+    plain, accelerated = (
+        o.update(x, o.init(x), x, residual_fn=residual_fn)[0] for o in steps
+    )
+    assert plain == accelerated != 0
+
+
+@pytest.mark.parametrize(("acceleration", "order"), [(False, 2), (True, 3)])
+def test_acceleration_raises_the_order_of_the_error_of_a_step(acceleration, order):
+    # The solution is at zero, at a distance that is halved.
+    matrix = jnp.array([[1.0, 0.3], [-0.2, 0.8]])
+    residual_fn = lambda x: jnp.sin(matrix @ x) + 0.2 * x**2
+    optim = nodegrad.scale_by_gauss_newton(1e-14, acceleration=acceleration)
+
+    def error(distance):
+        x = distance * jnp.array([1.0, -0.7])
+        step, _ = optim.update(x, optim.init(x), x, residual_fn=residual_fn)
+        return jnp.linalg.norm(x - step)
+
+    errors = jnp.stack([error(d) for d in (0.08, 0.04, 0.02)])
+    assert jnp.all(jnp.abs(jnp.log2(errors[:-1] / errors[1:]) - order) < 0.25)
+
+
+@pytest.mark.parametrize("ranks", [3, 25])
+def test_momentum_of_columns_is_that_of_residuals(ranks):
+    columns = _tree(jr.PRNGKey(1), ranks)
+    p = jax.vmap(lambda c: ravel_pytree(c)[0])(columns)
+    r = jr.normal(jr.PRNGKey(2), (ranks,))
+    params = _tree(jr.PRNGKey(0))
+    optim = nodegrad.scale_by_gauss_newton(0.3, momentum=0.9)
+    residual_fn = lambda x: p @ (ravel_pytree(x)[0] - ravel_pytree(params)[0]) + r
+    gradient = ravel_pytree(params)[1](p.T @ r)
+    first = second = optim.init(params)
+    for _ in range(3):
+        by_columns, first = optim.update(gradient, first, columns=columns)
+        by_residuals, second = optim.update(
+            params, second, params, residual_fn=residual_fn
+        )
+        assert relative_error(by_columns, by_residuals) < 1e-11
+
+
+def test_small_damping_in_float32_needs_residuals():
+    # 3 samples and 50 parameters: the step of least norm, known from a pseudoinverse.
+    jacobian = np.asarray(jr.normal(jr.PRNGKey(0), (3, 50)), np.float32)
+    r = np.array([1.0, -2.0, 0.5], np.float32)
+    expected = np.linalg.pinv(jacobian.astype(float)) @ r
+    x = jnp.zeros(50, jnp.float32)
+    optim = nodegrad.scale_by_gauss_newton(1e-6)
+    residual_fn = lambda x: jnp.asarray(jacobian) @ x + jnp.asarray(r)
+    step, _ = optim.update(x, optim.init(x), x, residual_fn=residual_fn)
+    assert step.dtype == jnp.float32
+    error = np.linalg.norm(np.asarray(step, float) - expected)
+    assert error < 1e-6 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("acceleration", [False, True])
+def test_adaptive_damping_fits_a_hard_problem_and_never_raises_the_loss(acceleration):
+    # Rosenbrock's valley as residuals, from the usual start.
+    residual_fn = lambda x: {"a": 10 * (x["q"] - x["p"] ** 2), "b": 1 - x["p"]}
+    optim = optax.chain(
+        nodegrad.scale_by_gauss_newton(1e-3, acceleration=acceleration, adaptive=True),
+        optax.scale(-1.0),
+    )
+    loss = lambda x: sum(r**2 for r in residual_fn(x).values()) / 2
+
+    @jax.jit
+    def step(x, state):
+        updates, state = optim.update(x, state, x, residual_fn=residual_fn)
+        return optax.apply_updates(x, updates), state
+
+    x = {"p": jnp.array(-1.2), "q": jnp.array(1.0)}
+    state, losses, accepted = optim.init(x), [loss(x)], []
+    for _ in range(60):
+        x, state = step(x, state)
+        losses.append(loss(x))
+        accepted.append(bool(state[0].accepted))
+    assert relative_error(x, {"p": jnp.array(1.0), "q": jnp.array(1.0)}) < 1e-12
+    assert np.all(np.diff(losses) <= 0)
+    # Some steps raised the loss: otherwise this tests little.
+    assert not all(accepted[:20])
+
+
+def test_a_failed_evaluation_is_a_step_that_is_not_taken():
+    residual_fn = lambda x: jnp.where(x < 0, jnp.nan, jnp.sqrt(jnp.abs(x)) - 0.01)
+    optim = nodegrad.scale_by_gauss_newton(1e-6, adaptive=True, momentum=0.5)
+    x = jnp.array([1.0])
+    state = optim.init(x)
+    step, state = optim.update(x, state, x, residual_fn=residual_fn)
+    assert not state.accepted and step == 0 and state.previous == 0
+    damping = state.damping
+    step, state = optim.update(x, state, x, residual_fn=residual_fn)
+    assert state.damping > damping
+    for _ in range(60):
+        step, state = optim.update(x, state, x, residual_fn=residual_fn)
+        x = x - step
+    assert jnp.abs(x[0] - 1e-4) < 1e-10
+    # Where the residuals are not finite themselves, nothing moves.
+    x = jnp.array([-1.0])
+    step, state = optim.update(x, optim.init(x), x, residual_fn=residual_fn)
+    assert step == 0 and jnp.isfinite(state.damping)
+
+
+def _network_of_few_data():
+    """A network in a solve: 8 residuals, 129 parameters, in a tree."""
+    shapes = {"w": (32, 2), "b": (32,), "v": (1, 32), "c": (1,)}
+    keys = jr.split(jr.PRNGKey(0), len(shapes))
+    params = {
+        name: jr.normal(key, shape) / jnp.sqrt(jnp.array(shape[-1], float))
+        for (name, shape), key in zip(shapes.items(), keys, strict=True)
+    }
+
+    def field(t, y, p):
+        acceleration = p["v"] @ jnp.tanh(p["w"] @ y + p["b"]) + p["c"]
+        return jnp.stack([y[1], acceleration[0]])
+
+    ts = jnp.linspace(0.4, 3.2, 8)
+
+    def residual_fn(params):
+        sol = nodegrad.odesolve(
+            field, diffrax.Tsit5(), 0.0, 3.2, 0.1, jnp.array([1.0, 0.0]), params,
+            saveat=diffrax.SaveAt(ts=ts), max_steps=64,
+        )  # fmt: skip
+        return sol.ys[:, 0] - jnp.cos(ts)
+
+    return residual_fn, params
+
+
+def test_many_parameters_fit_few_data_through_a_solve():
+    residual_fn, params = _network_of_few_data()
+    optim = optax.chain(
+        nodegrad.scale_by_gauss_newton(1e-3, adaptive=True, acceleration=True),
+        optax.scale(-1.0),
+    )
+
+    @jax.jit
+    def step(x, state):
+        updates, state = optim.update(x, state, x, residual_fn=residual_fn)
+        return optax.apply_updates(x, updates), state
+
+    state = optim.init(params)
+    for _ in range(25):
+        params, state = step(params, state)
+    assert jnp.max(jnp.abs(residual_fn(params))) < 1e-9
+
+
+def test_misuse_of_residuals_is_refused():
+    x = jnp.ones(2)
+    optim = nodegrad.scale_by_gauss_newton()
+    residual_fn = lambda x: x
+    with pytest.raises(ValueError, match="not both"):
+        optim.update(x, optim.init(x), x, columns=x[None], residual_fn=residual_fn)
+    with pytest.raises(ValueError, match="pass them to `update`"):
+        optim.update(x, optim.init(x), residual_fn=residual_fn)
+    for name in ("acceleration", "adaptive"):
+        needs = nodegrad.scale_by_gauss_newton(**{name: True})
+        with pytest.raises(ValueError, match="needs the residuals"):
+            needs.update(x, needs.init(x), x, columns=x[None])
+    for momentum in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="must be in"):
+            nodegrad.scale_by_gauss_newton(momentum=momentum)
+    with pytest.raises(TypeError, match="takes real arrays"):
+        optim.init(x.astype(complex))
+    with pytest.raises(TypeError, match="takes real arrays"):
+        optim.update(x, optim.init(x), x, residual_fn=lambda x: x.astype(complex))
