@@ -49,9 +49,10 @@ def check_gradient(
     errors, which pass up to `tolerance`:
 
     - *Is $g$ the gradient of the computed solution?* It is compared with the gradient
-      of another adjoint on the same accepted steps:
-      `diffrax.RecursiveCheckpointAdjoint`, or `nodegrad.ACAAdjoint` where the loss uses
-      an adjoint of Diffrax that keeps checkpoints.
+      of another adjoint: `diffrax.RecursiveCheckpointAdjoint`, or
+      `nodegrad.ACAAdjoint` where the loss uses an adjoint of Diffrax that keeps
+      checkpoints. The accepted steps are the same, unless error estimates are near
+      rounding.
     - *Is it the derivative of the loss?* $g \cdot v$ is compared with
       $(L(p + h v) - L(p - h v)) / 2h$ for random directions $v$ and eight step sizes
       $h$. The solves at all points take the step sizes that the controller chooses at

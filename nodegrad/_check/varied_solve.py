@@ -22,6 +22,7 @@ from jaxtyping import Array, ArrayLike, Bool, PyTree, Real
 
 from .._internal.compat import callback_logger, is_sde
 from .._internal.results import promoted, RESULTS
+from .._internal.tree import where
 from .._reversible.reversals import make_invertible_step
 from .._solve.aca_adjoint import ACAAdjoint
 from .._solve.arguments import as_terms
@@ -88,7 +89,6 @@ class Call:
     adaptive: bool
     scalable: bool
     noisy: bool
-    reversible: bool
     stores_steps: bool
 
     @classmethod
@@ -102,7 +102,6 @@ class Call:
             adaptive=not isinstance(controller, _FIXED),
             scalable=constant or _has_tolerances(controller),
             noisy=is_sde(arguments["terms"]),
-            reversible=_is_reversible(arguments["solver"]),
             stores_steps=saveat.dense or any(s.steps for s in subs_of(saveat)),
         )
 
@@ -225,11 +224,9 @@ def _nan_where_failed(sol: diffrax.Solution) -> diffrax.Solution:
     failed = _failed(sol)
 
     def spoil(x: Any) -> Any:
-        if not eqx.is_inexact_array(x):
-            return x
         # A solve of a batch has a result for each row.
-        pred = jnp.reshape(failed, failed.shape + (1,) * (x.ndim - failed.ndim))
-        return jnp.where(pred, jnp.asarray(jnp.nan, x.dtype), x)
+        nan = lambda: jnp.full_like(x, jnp.nan)
+        return where(failed, nan(), x) if eqx.is_inexact_array(x) else x
 
     outputs = lambda sol: (sol.ys, sol.interpolation)
     spoiled = jax.tree.map(spoil, outputs(sol))

@@ -12,7 +12,7 @@ JAX:
   `jax.shard_map` checks over which axes of the mesh arrays vary (and a context manager
   to change it), these axes in the type of an array, and what collectives leave in a
   traced function.
-- `eval_jaxpr`, `jaxprs_in_params`, `Jaxpr`, `ClosedJaxpr`, `Literal`, `Tracer`:
+- `eval_jaxpr`, `jaxprs_in_params`, `Jaxpr`, `Literal`, `Tracer`:
   converting closures, and searching a traced function.
 
 - `callback_logger`: prints the traceback of an error inside of a callback, also where
@@ -81,7 +81,6 @@ from jax.core import (
     Tracer as Tracer,
 )
 from jax.extend.core import (
-    ClosedJaxpr as ClosedJaxpr,
     Jaxpr as Jaxpr,
     jaxprs_in_params as jaxprs_in_params,
     Literal as Literal,
@@ -93,7 +92,6 @@ from lineax.internal import default_floating_dtype as default_floating_dtype
 
 
 __all__ = [
-    "ClosedJaxpr",
     "Jaxpr",
     "Literal",
     "NamedAxisEffect",

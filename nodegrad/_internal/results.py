@@ -7,7 +7,10 @@ import jax
 
 
 class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
-    """The items of `diffrax.RESULTS`, and those that only `nodegrad.odesolve` reports.
+    """The items of `diffrax.RESULTS`, and three more.
+
+    `diffrax.diffeqsolve` with an adjoint of nodegrad reports only `coupling_lost` of
+    these.
 
     `Solution.result` is one of these items. The messages refer to
     `Solution.stats["time_reached"]`: the time up to which the solution was computed,

@@ -20,7 +20,7 @@ In a convolution a row of `x` is a patch: `d_in = channels * prod(kernel_size)`.
 layer has a bias, each row of `x` gets one more entry, the input of the bias.
 
 One more argument, `offset`, sets the weight of a use in these sums. The backward sweep
-of a solve sets it to `1 + weight`, with the weights of a quadrature rule in time.
+of a solve sets it to the weight of a quadrature rule in time, or to -1 for none.
 Everywhere else it is zero, like the probes. There a use has weight one; or zero if its
 cotangents (under `vmap`: those of one sample) are all zero, because JAX also evaluates
 pullbacks of values that do not influence the loss, and these do not count as uses.
@@ -42,6 +42,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._internal.batch import in_front, mapped_size
 from .._internal.compat import ad, batching, mlir, Primitive, ShapedArray
 
 
@@ -190,7 +191,8 @@ class Use:
         """The weight of a use without levels, and its rows, in the dtype of sums."""
         # Cotangents of zero are not a use, see above.
         is_used = jnp.any(ct != 0).astype(offset.dtype)
-        weight = jnp.where(offset == 0, is_used, offset - 1).astype(self.dtype)
+        weight = jnp.where(offset == 0, is_used, jnp.maximum(offset, 0))
+        weight = weight.astype(self.dtype)
         # Of W^T * x the argument is a cotangent of h, and `ct` belongs to the inputs.
         x, g = (ct, x) if self.transposed else (x, ct)
         x, g = self._patches(x).astype(self.dtype), _rows(g).astype(self.dtype)
@@ -311,7 +313,7 @@ def _transpose(
 def _batch(
     primitive: Primitive, args: Arrays, dims: Dims, *, use: Use, **params: Any
 ) -> tuple[Array, int]:
-    size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
+    size = mapped_size(args, dims)
     # `zero_p` has no weight.
     num = len(Statistics._fields)
     *weight, x, offset = zip(args[:-num], dims[:-num], strict=True)
@@ -328,13 +330,7 @@ def _front(args__dims: Sequence[tuple], size: int) -> tuple[list[Array], bool]:
     """`(arrays, True)` with a leading batch axis, or `(arrays, False)` without any."""
     if all(dim is None for _, dim in args__dims):
         return [x for x, _ in args__dims], False
-
-    def front(x: Array, dim: int | None) -> Array:
-        if dim is None:
-            return jnp.broadcast_to(x, (size, *x.shape))
-        return jnp.moveaxis(x, dim, 0)
-
-    return [front(x, dim) for x, dim in args__dims], True
+    return [in_front(x, dim, size) for x, dim in args__dims], True
 
 
 ad.primitive_jvps[layer_product_p] = _jvp

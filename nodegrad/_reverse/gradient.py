@@ -243,9 +243,9 @@ class GradientVisitor(eqx.Module):
 def pull_back(recording: Recording, ct: Outputs) -> Inputs:
     """Returns the cotangents of `recording.inputs`, given those of the outputs.
 
-    Cotangents of arrays that `recording.wrt` does not mark must not be used: they are
-    `None`, or miss some contributions.
-    They are NaN for solves that have no derivative; with `plan.throw` this is an error.
+    Only the cotangents of arrays that `recording.wrt` marks may be used: others are
+    `None`, or miss some contributions. The cotangents of a solve that has no derivative
+    are NaN; with `plan.throw` that is an error.
     """
     statistics = None
     # Statistics are an additional "gradient", with respect to the probes of layers.

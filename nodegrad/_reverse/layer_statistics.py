@@ -178,10 +178,9 @@ class NodeStatistics(eqx.Module):
             carried = jax.tree.leaves(self._carried(slots.statistics))
             for slot, value in zip(carried, jax.tree.leaves(probe), strict=True):
                 consts[slot] = value
-            # Statistics have the weight `offset - 1`; an offset of zero would mean a
-            # weight of one.
+            # An offset of zero would mean a weight of one.
             old = consts[slots.offset]
-            offset = (weight + 1).astype(old.dtype)
+            offset = jnp.where(weight > 0, weight, -1).astype(old.dtype)
             consts[slots.offset] = jnp.broadcast_to(offset, old.shape)
         return consts
 

@@ -4,20 +4,26 @@
 is static, and `Inputs`, the arrays that a derivative may be taken with respect to.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 
+import diffrax
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, PyTree, Real
 
 from .._internal.closure_convert import as_struct, closure_convert, Pure
-from .._internal.compat import is_unsafe_sde
+from .._internal.compat import is_unsafe_sde, prevbefore
 from .._internal.tree import as_arrays
 from .._steps.step import AbstractStep
 from .._trajectory.recording import Inputs, Plan, PureSave
 from .._trajectory.state_source import AbstractStateSource, closure_convert_parts
-from .._trajectory.step_times import AbstractGrid, AdaptiveGrid
+from .._trajectory.step_times import (
+    AbstractGrid,
+    AdaptiveGrid,
+    PrescribedGrid,
+    UniformGrid,
+)
 from .layer_statistics import make_statistics
 from .saves import Save
 
@@ -27,7 +33,6 @@ class Solve(eqx.Module):
 
     - `step`: the step, with the terms and `args`.
     - `states`: how a derivative gets the states before the accepted steps.
-    - `interpolation_cls`: makes rows inside a step from its dense information.
     - `saves`: what is saved during the loop.
     - `grid`: the times that the times of steps depend on.
     - `t0`, `t1`: the interval; scalars, with `t0 <= t1`.
@@ -41,7 +46,6 @@ class Solve(eqx.Module):
 
     step: AbstractStep
     states: AbstractStateSource
-    interpolation_cls: Callable = eqx.field(static=True)
     saves: list[Save]
     grid: AbstractGrid
     t0: Real[Array, ""]
@@ -66,7 +70,7 @@ class Solve(eqx.Module):
     def stores_times(self) -> bool:
         """Whether the ends of steps are recorded, instead of computed again."""
         # An `UnsafeBrownianPath` has the same increments only for bitwise equal times.
-        return isinstance(self.grid, AdaptiveGrid) or is_unsafe_sde(self.step.terms)
+        return not self.grid.is_computed or is_unsafe_sde(self.step.terms)
 
 
 def make_plan(solve: Solve, state: PyTree) -> tuple[Plan, Inputs]:
@@ -123,7 +127,7 @@ def _closure_convert_save(
 
     The two functions of `PureSave` compute a row at the end of a step, and inside it.
     """
-    args = solve.step.args
+    args, interpolation_cls = solve.step.args, solve.step.solver.interpolation_cls
 
     def at_end(t: Real[Array, ""], y: PyTree) -> PyTree[Array]:
         return as_arrays(save.fn(t, y, args))
@@ -135,7 +139,7 @@ def _closure_convert_save(
         end: Real[Array, ""],
         info: PyTree[Array],
     ) -> PyTree[Array]:
-        interpolation = solve.interpolation_cls(t0=start, t1=end, **info)
+        interpolation = interpolation_cls(t0=start, t1=end, **info)
         return as_arrays(save.fn(t, interpolation.evaluate(t), args))
 
     # A function that does not exist has no constants.
@@ -171,3 +175,46 @@ def without_first(inputs: Inputs) -> Inputs:
     """Returns `inputs` with `None` for the first state and step times."""
     # The loop state has these already; they would be passed twice.
     return replace(inputs, y=None, replay_state=None, first_start=None, first_end=None)
+
+
+def make_grid(
+    controller: PyTree,
+    t0: Real[Array, ""],
+    t1: Real[Array, ""],
+    dt0: Real[Array, ""] | None,
+    passed_state: PyTree | None,
+) -> AbstractGrid:
+    """Returns the grid of a step size controller, which holds the anchors.
+
+    `passed_state` is the state of the controller that the user passed, or `None`.
+    """
+    if isinstance(controller, diffrax.StepTo):
+        return PrescribedGrid(controller.ts)
+    if isinstance(controller, diffrax.ConstantStepSize):
+        # It reads the times alone. The other arguments only have the right types.
+        init, fn = controller.init, lambda *_: t0
+        term = diffrax.ODETerm(fn)
+        _, state = init(term, t0, t1, t0, dt0, None, fn, None)
+        if passed_state is not None:
+            state = passed_state
+        _, num_steps, start, stop = state
+        return UniformGrid(
+            anchors=jnp.stack([start, stop, t1]),
+            num_steps=num_steps,
+            is_computed=passed_state is None,
+        )
+    # `t1` and the times of all clipping controllers around the innermost controller.
+    anchors, ends = [t1[None]], [t1[None]]
+    while isinstance(controller, diffrax.ClipStepSizeController):
+        if controller.step_ts is not None:
+            anchors.append(controller.step_ts.astype(t1.dtype))
+            ends.append(anchors[-1])
+        if controller.jump_ts is not None:
+            anchors.append(controller.jump_ts.astype(t1.dtype))
+            ends.append(prevbefore(anchors[-1]))
+        controller = controller.controller
+    limits = []
+    if isinstance(controller, diffrax.PIDController):
+        limits = [controller.dtmin, controller.dtmax]
+        limits = [jnp.asarray(x, t1.dtype) for x in limits if x is not None]
+    return AdaptiveGrid(jnp.concatenate(anchors), jnp.concatenate(ends), limits)

@@ -349,11 +349,16 @@ def _only_differentiable(
 ) -> PyTree:
     """Makes results without a derivative constant, and undoes idle saves.
 
-    The time reached has the derivative of `t1` if it is `t1`, otherwise that of `t0`.
+    The time reached has the derivative of `t1` if it is `t1`, and otherwise that of the
+    end of the last step where there are events, which end a solve there, or of `t0`.
     """
     reached = final_state.tprev == solve.t1
     stopped = jax.lax.stop_gradient(final_state.tprev)
-    moving = stopped + (solve.t0 - jax.lax.stop_gradient(solve.t0))
+    moving = solve.t0
+    if solve.event:
+        has_steps = final_state.num_accepted_steps > 0
+        moving = jnp.where(has_steps, final_state.event_tnext, moving)
+    moving = stopped + (moving - jax.lax.stop_gradient(moving))
     new: dict[str, Any] = {"tprev": jnp.where(reached, solve.t1, moving)}
     constant = ["tnext", "controller_state", "event_values", "progress_meter_state"]
     if not isinstance(solve.step, SolverStep):

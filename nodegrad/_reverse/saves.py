@@ -210,19 +210,29 @@ def _pull_back_steps(
     """Pulls back `SaveAt(steps=n)`: every `n`-th accepted step saved its end."""
     recording = rows.recording
     every = recording.plan.saves[rows.which].steps
-    saved = ((step.index + 1) % every == 0) & step.active
-    # The cursor counts the rows written up to the end of this step, so the row of this
-    # step is the last of them.
-    row = carry.cursor.row - jnp.where(saved, 1, 0)
-    args, spec = (step.times.end, y1), (recording.wrt_times, inexact_spec(y1))
-    ct_consts, (ct_t, ct_y1) = rows.pull(0, args, spec, row, saved)
-    # The end of the step is an argument of the row, and is also saved as its time.
-    if recording.wrt_times:
-        ct_t = ct_t + rows.time(row, saved)
-    cts = replace(cts, y1=add(cts.y1, ct_y1), end=_add_known(cts.end, ct_t))
-    cursor = Cursor(carry.cursor.ts_index, row)
-    at_end = add(carry.at_end, ct_consts)
-    return replace(carry, cursor=cursor, at_end=at_end), cts
+
+    def pulled(
+        carry__cts: tuple[SaveCarry, StepCotangents],
+    ) -> tuple[SaveCarry, StepCotangents]:
+        carry, cts = carry__cts
+        # The cursor counts the rows written up to the end of this step, so the row of
+        # this step is the last of them.
+        row = carry.cursor.row - jnp.where(step.active, 1, 0)
+        args, spec = (step.times.end, y1), (recording.wrt_times, inexact_spec(y1))
+        ct_consts, (ct_t, ct_y1) = rows.pull(0, args, spec, row, step.active)
+        # The end of the step is an argument of the row, and is also saved as its time.
+        if recording.wrt_times:
+            ct_t = ct_t + rows.time(row, step.active)
+        cts = replace(cts, y1=add(cts.y1, ct_y1), end=_add_known(cts.end, ct_t))
+        cursor = Cursor(carry.cursor.ts_index, row)
+        at_end = add(carry.at_end, ct_consts)
+        return replace(carry, cursor=cursor, at_end=at_end), cts
+
+    if every == 1:
+        return pulled((carry, cts))
+    # A branch: where nothing was saved, `fn` may have a derivative of NaN.
+    saved = (step.index + 1) % every == 0
+    return jax.lax.cond(saved, pulled, lambda carry__cts: carry__cts, (carry, cts))
 
 
 def _pull_back_ts(
@@ -258,7 +268,10 @@ def _pull_back_ts(
         # Only the cursors of solves that are inside move. The others add zeros.
         one = jnp.where(inside, 1, 0)
         ts_index, row = carry.cursor.ts_index - one, carry.cursor.row - one
+        # Others evaluate the end of their step: extrapolated far away from it, `fn` may
+        # have a derivative of NaN, and 0 * NaN is NaN.
         t = time_at(jnp.minimum(ts_index, num_ts - 1))
+        t = jnp.where(inside, t, times.end)
         ct_consts, ct_args = rows.pull(
             1, (t, times.start, times.end, info), spec, row, inside
         )

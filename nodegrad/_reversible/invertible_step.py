@@ -25,7 +25,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import diffrax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Int, PyTree, Real
 
@@ -128,10 +127,6 @@ class AbstractInvertibleStep(StoresStates):
         """
         del replay_state
         return y
-
-    def lost(self, solver_state: PyTree) -> Bool[Array, "..."]:
-        """Returns whether the solver has reported a lost coupling."""
-        return getattr(solver_state, "lost", jnp.array(False))
 
     def with_replay_state(self, solver_state: PyTree, replay_state: PyTree) -> PyTree:
         """Returns `solver_state` with another replay state."""

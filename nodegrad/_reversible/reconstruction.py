@@ -31,7 +31,7 @@ from .._trajectory.state_source import (
     RecordedSteps,
 )
 from .._trajectory.step_times import StepTimes
-from .invertible_step import AbstractInvertibleStep, Resync
+from .invertible_step import AbstractInvertibleStep, Resync, Time
 from .restarts import RestartRows, Restarts
 
 
@@ -308,16 +308,11 @@ class ReconstructedStates(AbstractStateSource):
         `calls` are `LinearizedCalls`. Otherwise the visitor does not call the result.
         """
 
-        def linearize() -> tuple[PyTree, Callable]:
+        def step(evaluate: Evaluate, t0: Time, t1: Time, y: PyTree, state: PyTree):
             resync = self._told(times)
-            forward: Any = self.invertible_step.forward
+            return self.invertible_step.forward(evaluate, t0, t1, y, state, resync)
 
-            def step(evaluate: Evaluate, *args: PyTree) -> PyTree:
-                return forward(evaluate, *args, resync)
-
-            return calls.linearize(step, (times.start, times.end, y, state))
-
-        return linearize
+        return lambda: calls.linearize(step, (times.start, times.end, y, state))
 
     def guarded(
         self,

@@ -65,14 +65,23 @@ def expand(
     fn: Callable[[Array, Array], Array], s: Float[Array, " s"], u: Float[Array, " u"]
 ) -> Expansion:
     """Returns the expansion of `fn(s, u)`, which is a scalar."""
+    return _of_gradient(jax.grad(fn, argnums=(0, 1)), s, u)
+
+
+def _of_gradient(
+    gradient: Callable[[Array, Array], tuple[Array, Array]],
+    s: Float[Array, " s"],
+    u: Float[Array, " u"],
+) -> Expansion:
+    """Returns the expansion with this gradient in `s` and `u`."""
     size = len(s)
 
-    def gradient(z: Float[Array, " z"]) -> tuple[Array, Array]:
-        # Twice: `jacfwd` differentiates the first, and returns the second as it is.
-        out = jax.grad(lambda z: fn(z[:size], z[size:]))(z)
+    def twice(z: Float[Array, " z"]) -> tuple[Array, Array]:
+        # `jacfwd` differentiates the first, and returns the second as it is.
+        out = jnp.concatenate(gradient(z[:size], z[size:]))
         return out, out
 
-    h, g = jax.jacfwd(gradient, has_aux=True)(jnp.concatenate([s, u]))
+    h, g = jax.jacfwd(twice, has_aux=True)(jnp.concatenate([s, u]))
     return Expansion(
         g[:size], g[size:], h[:size, :size], h[:size, size:], h[size:, size:]
     )
@@ -110,23 +119,16 @@ def _pull_back_curved(
     u: Float[Array, " u"],
 ) -> Expansion:
     """Returns the blocks through a map, with its second derivatives."""
-    size = len(s)
 
-    def gradient(z: Float[Array, " z"]) -> tuple[Array, Array]:
+    def gradient(x: Float[Array, " s"], v: Float[Array, " u"]) -> tuple[Array, Array]:
         # Of a quadratic function with the derivatives of the loss after the map,
         # without those by `u` alone.
-        x, v = z[:size], z[size:]
         x1, pull = linearize(x, v)
         ds, du = _change(x1), v - u
         by_s, by_u = pull(after.s + after.ss @ ds + after.su @ du)
-        out = jnp.concatenate([by_s, by_u + ds @ after.su])
-        # Twice: `jacfwd` differentiates the first, and returns the second as it is.
-        return out, out
+        return by_s, by_u + ds @ after.su
 
-    h, g = jax.jacfwd(gradient, has_aux=True)(jnp.concatenate([s, u]))
-    return Expansion(
-        g[:size], g[size:], h[:size, :size], h[:size, size:], h[size:, size:]
-    )
+    return _of_gradient(gradient, s, u)
 
 
 @jax.custom_jvp

@@ -66,9 +66,9 @@ def odesolve(
 
     The arguments and the result are those of `diffrax.diffeqsolve`, and so are the
     numbers: up to rounding, which moves adaptive steps slightly, or on a rough control
-    enough to accept others. The differences: `odesolve` traces and compiles in a
-    fraction of the time, distinguishes more kinds of failure, counts vector field
-    evaluations, and integrates batches.
+    enough to accept others. The differences: `odesolve` usually compiles faster,
+    distinguishes more kinds of failure, counts vector field evaluations, and integrates
+    batches.
 
     **Example:**
 
@@ -246,7 +246,8 @@ def raised(sol: diffrax.Solution) -> diffrax.Solution:
     message = str(RESULTS[jax.tree.map(lambda x: x[first], sol.result)])
 
     def number(x: ArrayLike) -> str:
-        return f"{float(jnp.asarray(x)[first]):.9g}"
+        # Derivatives by `t0` or `t1` that are not jitted hide these times.
+        return "?" if is_traced(x) else f"{float(jnp.asarray(x)[first]):.9g}"
 
     sample = f" (sample {first[0]} of the batch)" if first else ""
     reached, steps = sol.stats["time_reached"], sol.stats["num_accepted_steps"]

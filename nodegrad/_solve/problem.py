@@ -20,7 +20,7 @@ from .arguments import check_instance, check_vector_field, forwards, with_tolera
 from .loop import Problem, State
 from .recorded_adjoint import (
     AbstractRecordedAdjoint,
-    check_max_steps,
+    check_size,
     make_solve,
     saves_of,
     subs_of,
@@ -47,7 +47,7 @@ def make_problem(
     check_instance("solver", solver, diffrax.AbstractSolver)
     kind = diffrax.AbstractStepSizeController
     check_instance("stepsize_controller", controller, kind)
-    check_max_steps(max_steps)
+    check_size("max_steps", max_steps)
     check_vector_field(terms, t0, y0, args)
     kwargs = solver.term_compatible_contr_kwargs
     assert_term_compatible(t0, y0, args, terms, solver.term_structure, kwargs)

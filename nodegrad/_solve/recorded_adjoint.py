@@ -24,14 +24,13 @@ from .._internal.devices import axes_of_devices, on_each_device
 from .._internal.results import coupling_stats, with_coupling_lost
 from .._internal.tree import check_unchanged, with_fields
 from .._layers.find_products import has_products
-from .._reverse.plan import Solve
+from .._reverse.plan import make_grid, Solve
 from .._reverse.recorded_loop import recorded_loop
 from .._reverse.saves import Save
 from .._steps.step import AbstractStep, DelegatingSolver, make_step, RungeKuttaStep
 from .._trajectory.state_source import AbstractStateSource
 from .._trajectory.step_times import (
     AbstractGrid,
-    make_grid,
     may_jump,
     without_derivatives,
 )
@@ -109,8 +108,8 @@ class AbstractRecordedAdjoint(diffrax.AbstractAdjoint):
         `init_state` and the state returned have a private class of Diffrax. Diffrax's
         loop has more in `kwargs`: `t0`, `t1`, `dt0`, `event`, `progress_meter`.
         """
-        del passed_controller_state
-        check_max_steps(max_steps)
+        check_size("max_steps", max_steps)
+        passed_state = init_state.controller_state if passed_controller_state else None
         first = init_state.tprev, init_state.tnext, init_state.y
         # It is the literal `False` unless the user passed another value.
         first_jump = init_state.made_jump is not False
@@ -126,8 +125,7 @@ class AbstractRecordedAdjoint(diffrax.AbstractAdjoint):
             args=args,
             init_state=_started(step, init_state, passed_solver_state),
             max_steps=max_steps,
-            # The inner loop writes the rows of `SaveAt(ts=...)`. It needs no reverse
-            # mode, because `recorded_loop` has a rule for these rows.
+            # `recorded_loop` has a rule for the rows of `SaveAt(ts=...)` written here.
             inner_while_loop=lax_loop,
             **kwargs,
         )
@@ -148,6 +146,7 @@ class AbstractRecordedAdjoint(diffrax.AbstractAdjoint):
             event=kwargs["event"] is not None,
             throw=throw,
             first_jump=first_jump,
+            passed_state=passed_state,
         )
         final_state, stats = _run_recorded(run, solve)
         final_state = _with_diffrax_solver_state(step, saveat, final_state)
@@ -170,12 +169,14 @@ def make_solve(
     event: bool,
     throw: bool,
     first_jump: bool,
+    passed_state: PyTree | None = None,
 ) -> Solve:
     """Returns what to record of a solve, by `diffeqsolve` or by `odesolve`.
 
-    `dt0` is `None` if the controller chooses the first step size.
+    `dt0` is `None` if the controller chooses the first step size. `passed_state` is the
+    state of the controller that the user passed.
     """
-    grid = make_grid(controller, t0, t1, dt0)
+    grid = make_grid(controller, t0, t1, dt0, passed_state)
     # These outputs interpolate inside of steps, and need the stages of each step.
     between = dense or event or any(save.ts is not None for save in saves)
     states = adjoint.make_state_source(
@@ -186,7 +187,6 @@ def make_solve(
         max_steps=max_steps,
         step=step,
         states=states,
-        interpolation_cls=step.solver.interpolation_cls,
         saves=saves,
         grid=grid,
         t0=t0,
@@ -333,28 +333,15 @@ def _counted(solve: Solve, final_state: Any) -> dict[str, Any]:
     }
 
 
-def check_max_steps(max_steps: Any) -> None:
-    """Raises an error unless `max_steps` is `None` or a positive Python integer."""
-    # `True` is an integer in Python.
-    is_integer = isinstance(max_steps, int) and not isinstance(max_steps, bool)
-    if max_steps is None or (is_integer and max_steps > 0):
-        return
-    msg = (
-        "`max_steps` must be a positive Python integer, since it is a size of arrays, "
-        f"or `None` for no bound; got {max_steps!r}."
-    )
-    raise (ValueError if is_integer else TypeError)(msg)
-
-
-def check_recorded_steps(name: str, value: Any) -> None:
-    """Raises an error unless `value` is `None` or a positive integer."""
+def check_size(name: str, value: Any) -> None:
+    """Raises an error unless `value` is `None` or a positive Python integer."""
     # `True` and `False` are integers in Python.
     is_integer = isinstance(value, int) and not isinstance(value, bool)
     if value is None or (is_integer and value > 0):
         return
     msg = (
-        f"`{name}(max_recorded_steps=...)` must be `None` or a positive integer; got "
-        f"{value!r}."
+        f"`{name}` must be a positive Python integer, since it is a size of arrays, or "
+        f"`None`; got {value!r}."
     )
     raise (ValueError if is_integer else TypeError)(msg)
 
@@ -375,7 +362,7 @@ def without_gradient(tree: Any) -> Any:
     msg = (
         "`max_steps=None` cannot be combined with a gradient through an adjoint of "
         "nodegrad: the memory for the accepted steps must be allocated "
-        "before the solve. Pass a bound, `max_steps=...`; it costs 9 bytes a step at "
+        "before the solve. Pass a bound, `max_steps=...`; it costs 19 bytes a step at "
         "most, and the states that the adjoint keeps. Forward mode (`jax.jvp`) needs "
         "no bound."
     )

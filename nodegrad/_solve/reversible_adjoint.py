@@ -9,7 +9,7 @@ from .._reversible.reversals import make_invertible_step
 from .._steps.step import AbstractStep
 from .._trajectory.step_times import AbstractGrid, has_unknown_jumps, may_jump
 from .._trajectory.trajectory import choose_recorded_steps
-from .recorded_adjoint import AbstractRecordedAdjoint, check_recorded_steps
+from .recorded_adjoint import AbstractRecordedAdjoint, check_size
 
 
 class ReversibleAdjoint(AbstractRecordedAdjoint):
@@ -91,7 +91,7 @@ class ReversibleAdjoint(AbstractRecordedAdjoint):
     max_recorded_steps: int | None = eqx.field(static=True, default=None)
 
     def __check_init__(self) -> None:
-        check_recorded_steps("ReversibleAdjoint", self.max_recorded_steps)
+        check_size("max_recorded_steps", self.max_recorded_steps)
 
     def recorded_steps(self, max_steps: int) -> int:
         """Returns `max_recorded_steps`, or the number that `None` stands for."""

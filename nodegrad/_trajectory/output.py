@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree, Real, Shaped
 
 from .._internal.batch import put
-from .._internal.compat import while_loop
+from .._internal.compat import unvmap_any, while_loop
 from .._internal.tree import where
 
 
@@ -149,16 +149,19 @@ def write_final(
 ) -> SaveState:
     """Writes the rows that are saved after the loop, which ended at `t` with `y`."""
     if sub.ts is not None:
-        # If `t0 == t1` the loop made no step. All `ts` are then equal to `t0`.
-        value = sub.fn(t0, y, args)
-        ys = jax.tree.map(
-            lambda buffer, x: where(t0 == t1, _fill(buffer, sub, x), buffer),
-            state.ys,
-            value,
-        )
-        ts = where(t0 == t1, _fill(state.ts, sub, t0), state.ts)
-        index = state.save_index + jnp.where(t0 == t1, len(sub.ts), 0)
-        state = SaveState(state.saveat_ts_index, ts, ys, index)
+        # If `t0 == t1` the loop made no step. All `ts` are then equal to `t0`. It is a
+        # branch, as `fn` may have no derivative at `t0`.
+        num_ts = len(sub.ts)
+
+        def filled(state: SaveState) -> SaveState:
+            ys = jax.tree.map(
+                lambda buffer, x: _fill(buffer, sub, x), state.ys, sub.fn(t0, y, args)
+            )
+            index = state.save_index + num_ts
+            new = SaveState(state.saveat_ts_index, _fill(state.ts, sub, t0), ys, index)
+            return where(t0 == t1, new, state)
+
+        state = jax.lax.cond(unvmap_any(t0 == t1), filled, lambda state: state, state)
     # With `steps`, the row of `t1` may have been written after the last step.
     if sub.t1 and sub.steps != 1:
         pred = True if sub.steps == 0 else num_accepted % sub.steps != 0

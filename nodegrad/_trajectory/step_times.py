@@ -17,7 +17,7 @@ in the *anchors* of the grid. A grid class knows the anchors of one kind of cont
 """
 
 import abc
-from typing import Any
+from typing import Any, ClassVar
 
 import diffrax
 import equinox as eqx
@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Int, PyTree, Real
 
-from .._internal.compat import nondifferentiable, prevbefore
+from .._internal.compat import nondifferentiable
 
 
 RATIO, CONSTANT, FIRST_ANCHOR = 0, 1, 2
@@ -66,6 +66,8 @@ class AbstractGrid(eqx.Module):
     """
 
     anchors: eqx.AbstractVar[_Anchors]
+    # Whether the ends of steps can be computed, and need not be recorded.
+    is_computed: eqx.AbstractVar[bool]
 
     @abc.abstractmethod
     def end(self, index: _Int, first_end: _Time) -> _Time:
@@ -97,14 +99,16 @@ class AbstractGrid(eqx.Module):
         The value has no meaning where `origin` is not that of an anchor.
         """
 
-    @abc.abstractmethod
     def pull_back_anchor(
-        self, ct_anchors: _Anchors, origin: _Int, end: _Time, ct: _Time
+        self, ct_anchors: _Anchors, origin: _Int, end: _Time, cotangent: _Time
     ) -> _Anchors:
-        """Returns `ct_anchors` plus the pullback of `anchor_time` at `ct`.
+        """Returns `ct_anchors` plus the pullback of `anchor_time` at `cotangent`.
 
-        Where `origin` is not that of an anchor, `ct` must be zero.
+        Where `origin` is not that of an anchor, `cotangent` must be zero.
         """
+        del end
+        index = jnp.maximum(origin - FIRST_ANCHOR, 0)
+        return ct_anchors.at[index].add(cotangent)
 
 
 class AdaptiveGrid(AbstractGrid):
@@ -120,6 +124,7 @@ class AdaptiveGrid(AbstractGrid):
     anchors: _Anchors
     ends: _Anchors
     limits: list[Array]
+    is_computed: ClassVar[bool] = False
 
     @property
     def origin_dtype(self) -> Any:
@@ -161,18 +166,12 @@ class AdaptiveGrid(AbstractGrid):
         end, moving = jax.lax.stop_gradient(self.ends[index]), self.anchors[index]
         return end + (moving - jax.lax.stop_gradient(moving))
 
-    def pull_back_anchor(
-        self, ct_anchors: _Anchors, origin: _Int, end: _Time, cotangent: _Time
-    ) -> _Anchors:
-        del end
-        index = jnp.maximum(origin - FIRST_ANCHOR, 0)
-        return ct_anchors.at[index].add(cotangent)
-
 
 class PrescribedGrid(AbstractGrid):
     """`diffrax.StepTo`: step `i` ends at `anchors[i + 1]`."""
 
     anchors: _Anchors
+    is_computed: ClassVar[bool] = True
 
     def end(self, index: _Int, first_end: _Time) -> _Time:
         del first_end
@@ -188,51 +187,71 @@ class PrescribedGrid(AbstractGrid):
         del end
         return self.anchors[jnp.maximum(origin - FIRST_ANCHOR, 0)]
 
-    def pull_back_anchor(
-        self, ct_anchors: _Anchors, origin: _Int, end: _Time, cotangent: _Time
-    ) -> _Anchors:
-        del end
-        return ct_anchors.at[jnp.maximum(origin - FIRST_ANCHOR, 0)].add(cotangent)
-
 
 class UniformGrid(AbstractGrid):
-    """`diffrax.ConstantStepSize`: steps end at fixed fractions of `[t0, t1]`."""
+    """`diffrax.ConstantStepSize`: steps end at fixed fractions of an interval.
 
-    anchors: Real[Array, " 2"]
+    - `anchors`: the ends of this interval, and the time `t1` at which the solve ends.
+      The interval is `[t0, t1]`, or that of another solve if this one continues it
+      with the state of its controller. If `t1` is infinite, the second number is the
+      step size.
+    - `num_steps`: how many steps there are in the interval; -1 if `t1` is infinite.
+    - `is_computed`: whether the solve starts at the start of the interval.
+    """
+
+    anchors: Real[Array, " 3"]
     num_steps: Int[ArrayLike, ""]
+    is_computed: bool = eqx.field(static=True)
 
     def end(self, index: _Int, first_end: _Time) -> _Time:
-        """Computes the end of step `index` as the controller does, to the last bit."""
-        t0, t1 = self.anchors
+        """Computes the end of step `index` as the controller does, to the last bit.
+
+        (Of an infinite solve up to rounding: the controller adds up step sizes.)
+        """
+        start, stop, t1 = self.anchors
         num_steps = jnp.asarray(self.num_steps)
-        # The state of the controller after `index` steps. With a finite `t1` it reads
-        # no other argument: times stand for states.
-        state = index.astype(num_steps.dtype), num_steps, t0, t1
+        # The state of the controller after `index` steps. It reads times alone, which
+        # stand for states here; `previous` only if there is no end.
+        state = index.astype(num_steps.dtype), num_steps, start, stop
+        previous = first_end + (index - 1).astype(stop.dtype) * stop
         step = diffrax.ConstantStepSize().adapt_step_size
-        _, _, end, *_ = step(t0, t1, t0, t0, None, None, 1, state)
+        _, _, end, *_ = step(start, previous, start, start, None, None, 1, state)
         return jnp.where(index == 0, first_end, jnp.minimum(end, t1))
 
     def origin_of(self, index: _Int, logged: _Int | None) -> _Int:
         # The first step ends at `t0 + dt0`, which is not a fraction.
         del logged
-        return jnp.where(index == 0, RATIO, FIRST_ANCHOR)
+        is_ratio = (index == 0) | (jnp.asarray(self.num_steps) < 0)
+        return jnp.where(is_ratio, RATIO, FIRST_ANCHOR)
 
     def anchor_time(self, origin: _Int, end: _Time) -> _Time:
-        # `end` is `(1 - w) * t0 + w * t1`, where the weight `w` is constant. The value
-        # is `end` itself, free of the rounding of that sum.
+        # The value is `end` itself, free of the rounding of this sum.
         del origin
-        t0, t1 = self.anchors
-        end, weight = jax.lax.stop_gradient((end, (end - t0) / (t1 - t0)))
-        moving = (1 - weight) * t0 + weight * t1
+        end = jax.lax.stop_gradient(end)
+        weights = jax.lax.stop_gradient(self._weights(end))
+        # An infinite `t1` has no weight, and no derivative.
+        anchors = jnp.where(weights == 0, 0, self.anchors)
+        moving = jnp.sum(weights * anchors)
         return end + (moving - jax.lax.stop_gradient(moving))
 
     def pull_back_anchor(
         self, ct_anchors: _Anchors, origin: _Int, end: _Time, cotangent: _Time
     ) -> _Anchors:
         del origin
-        t0, t1 = self.anchors
-        weight = (end - t0) / (t1 - t0)
-        return ct_anchors + cotangent * jnp.stack([1 - weight, weight])
+        return ct_anchors + cotangent * self._weights(end)
+
+    def _weights(self, end: _Time) -> Real[Array, " 3"]:
+        """Returns the weights of the anchors in a step that ends at `end`.
+
+        These are `(1 - w, w, 0)` for the fraction `w` of the interval, or `(0, 0, 1)`
+        at `t1`.
+        """
+        start, stop, t1 = self.anchors
+        size = stop - start
+        fraction = (end - start) / jnp.where(size == 0, 1, size)
+        inside = jnp.stack([1 - fraction, fraction, jnp.zeros_like(fraction)])
+        last = jnp.zeros_like(inside).at[2].set(1)
+        return jnp.where(end == t1, last, inside)
 
 
 def may_jump(controller: PyTree) -> bool:
@@ -315,35 +334,6 @@ def without_derivatives(controller: PyTree) -> PyTree:
         # It stops the gradients of its step size factors itself.
         return controller
     return _ConstantSizes(controller)  # pyright: ignore[reportCallIssue]
-
-
-def make_grid(
-    controller: PyTree, t0: _Time, t1: _Time, dt0: _Time | None
-) -> AbstractGrid:
-    """Returns the grid of a step size controller, which holds the anchors."""
-    if isinstance(controller, diffrax.StepTo):
-        return PrescribedGrid(controller.ts)
-    if isinstance(controller, diffrax.ConstantStepSize):
-        # It reads the times alone. The other arguments only have the right types.
-        init, fn = controller.init, lambda *_: t0
-        term = diffrax.ODETerm(fn)
-        _, (_, num_steps, *_) = init(term, t0, t1, t0, dt0, None, fn, None)
-        return UniformGrid(jnp.stack([t0, t1]), num_steps)
-    # `t1` and the times of all clipping controllers around the innermost controller.
-    anchors, ends = [t1[None]], [t1[None]]
-    while isinstance(controller, diffrax.ClipStepSizeController):
-        if controller.step_ts is not None:
-            anchors.append(controller.step_ts.astype(t1.dtype))
-            ends.append(anchors[-1])
-        if controller.jump_ts is not None:
-            anchors.append(controller.jump_ts.astype(t1.dtype))
-            ends.append(prevbefore(anchors[-1]))
-        controller = controller.controller
-    limits = []
-    if isinstance(controller, diffrax.PIDController):
-        limits = [controller.dtmin, controller.dtmax]
-        limits = [jnp.asarray(x, t1.dtype) for x in limits if x is not None]
-    return AdaptiveGrid(jnp.concatenate(anchors), jnp.concatenate(ends), limits)
 
 
 def moving_end(

@@ -1,0 +1,125 @@
+"""Times of steps where they depend on more than `t0`, `t1` and `dt0` of this solve."""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import optimistix as optx
+import pytest
+
+import nodegrad
+
+from ..problems import relative_error
+
+
+DIFFRAX = diffrax.RecursiveCheckpointAdjoint()
+
+
+def _field(t, y, rate):
+    return -rate * y * (1.2 + jnp.cos(3 * t))
+
+
+def test_constant_steps_go_on_with_the_state_of_the_controller():
+    # The steps of the second solve end at fractions of the first interval, not of its
+    # own: at 1.3, 1.5, 1.75, ... and not at multiples of 0.3.
+    def end(p, adjoint):
+        saveat = diffrax.SaveAt(
+            t1=True, solver_state=True, controller_state=True, made_jump=True
+        )
+        options = dict(adjoint=adjoint, max_steps=20)
+        term, solver = diffrax.ODETerm(_field), diffrax.Heun()
+        first = diffrax.diffeqsolve(
+            term, solver, 0.0, 1.0, 0.3, p["y0"], p["rate"], saveat=saveat, **options
+        )
+        return diffrax.diffeqsolve(
+            term, solver, 1.0, p["t1"], 0.3, first.ys[-1], p["rate"],
+            solver_state=first.solver_state,
+            controller_state=first.controller_state,
+            made_jump=first.made_jump,
+            **options,
+        ).ys[-1]  # fmt: skip
+
+    p = {"y0": jnp.array(1.3), "rate": jnp.array(0.8), "t1": jnp.array(3.1)}
+    expected = jax.jit(jax.grad(end), static_argnums=1)(p, DIFFRAX)
+    adjoint = nodegrad.ACAAdjoint()
+    found = jax.jit(jax.grad(end), static_argnums=1)(p, adjoint)
+    assert relative_error(found, expected) < 1e-13
+    forward = jax.jit(jax.jacfwd(end), static_argnums=1)(p, adjoint)
+    assert relative_error(forward, expected) < 1e-13
+
+
+def _distance(found, expected):
+    # Some derivatives are zero but for rounding.
+    apart = jax.tree.map(lambda x, y: jnp.max(jnp.abs(x - y)), found, expected)
+    return max(jax.tree.leaves(apart))
+
+
+_CONTROLLERS = {
+    "constant": lambda ts: diffrax.ConstantStepSize(),
+    "to": lambda ts: diffrax.StepTo(ts),
+    # Two programs round differently: tolerances of three digits hide it.
+    "adaptive": lambda ts: diffrax.PIDController(1e-5, 1e-5),
+}
+
+
+@pytest.mark.parametrize("kind", _CONTROLLERS)
+def test_the_time_of_an_event_without_a_root_finder(kind):
+    # The solve ends at the end of a step, which moves with the times of the grid.
+    event = diffrax.Event(lambda t, y, args, **kwargs: y < 0.5)
+
+    def time_and_state(p, adjoint):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(_field), diffrax.Tsit5(), p["ts"][0], p["ts"][-1],
+            None if kind == "to" else p["dt0"], p["y0"], 0.8,
+            stepsize_controller=_CONTROLLERS[kind](p["ts"]),
+            adjoint=adjoint, event=event, max_steps=64,
+        )  # fmt: skip
+        return sol.ts[0], sol.ys[0]
+
+    p = {
+        "ts": jnp.array([0.0, 0.2, 0.5, 0.9, 1.4, 5.0]),
+        "dt0": jnp.array(0.1),
+        "y0": jnp.array(1.3),
+    }
+    jacobians = [
+        jax.jit(transform(time_and_state), static_argnums=1)
+        for transform in (jax.jacrev, jax.jacfwd)
+    ]
+    expected = jacobians[0](p, DIFFRAX)
+    moved = jax.tree.leaves(expected[0])
+    assert max(jnp.max(jnp.abs(x)) for x in moved) > 0.1
+    for jacobian in jacobians:
+        found = jacobian(p, nodegrad.ACAAdjoint())
+        assert _distance(found, expected) < (1e-7 if kind == "adaptive" else 1e-13)
+
+
+@pytest.mark.parametrize("root_finder", [None, optx.Newton(1e-12, 1e-12)])
+def test_constant_steps_without_an_end(root_finder):
+    event = diffrax.Event(lambda t, y, args, **kwargs: y - 0.9, root_finder)
+
+    def time_and_state(p, adjoint):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, rate: -rate * (y - 0.5)), diffrax.Heun(),
+            p["t0"], jnp.inf, p["dt0"], p["y0"], p["rate"],
+            adjoint=adjoint, event=event, max_steps=64,
+        )  # fmt: skip
+        return sol.ts[0], sol.ys[0]
+
+    numbers = {"t0": 0.0, "dt0": 0.1, "y0": 1.3, "rate": 1.1}
+    p = {name: jnp.array(x) for name, x in numbers.items()}
+    expected = jax.jit(jax.jacrev(time_and_state), static_argnums=1)(p, DIFFRAX)
+    for transform in (jax.jacrev, jax.jacfwd):
+        jacobian = jax.jit(transform(time_and_state), static_argnums=1)
+        found = jacobian(p, nodegrad.ACAAdjoint())
+        assert _distance(found, expected) < 1e-12
+
+
+def test_a_failure_is_told_where_times_are_differentiated():
+    def end(t0, t1):
+        return nodegrad.odesolve(
+            lambda t, y, args: -y, diffrax.Tsit5(), t0, t1, 0.1, 1.0, max_steps=3
+        ).ys[0]
+
+    for argument in (0, 1):
+        for transform in (jax.grad, jax.jacfwd):
+            with pytest.raises(RuntimeError, match=r"after 3 accepted steps"):
+                transform(end, argnums=argument)(0.0, 1.0)
