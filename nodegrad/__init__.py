@@ -18,12 +18,11 @@ from ._check.stability import (
 )
 from ._curvature.curvature import value_grad_and_curvature as value_grad_and_curvature
 from ._curvature.make_steps import make_steps as make_steps
-from ._curvature.products import (
+from ._curvature.operators import (
     ggn_operator as ggn_operator,
-    ggn_vp as ggn_vp,
     hessian_operator as hessian_operator,
-    hvp as hvp,
 )
+from ._curvature.products import ggn_vp as ggn_vp, hvp as hvp
 from ._internal.results import RESULTS as RESULTS
 from ._layers.factors import KroneckerFactors as KroneckerFactors
 from ._optimize.gauss_newton import (

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
+from .._internal.tree import at_least_float32
+
 
 def columns_of(
     of_outputs: Callable[[Array], Array] | None,
@@ -114,8 +116,11 @@ def _hessian_root(
     units = jnp.eye(out[0].size, dtype=out.dtype)
     rows = jax.vmap(lambda unit: _hessian_product(of_outputs, out, unit))(units)
     hessian = jnp.moveaxis(rows, 0, 1)
-    values, vectors = jnp.linalg.eigh(hessian)
+    # LAPACK has no half precision.
+    wide = at_least_float32(hessian.dtype)
+    values, vectors = jnp.linalg.eigh(hessian.astype(wide))
     # Keep columns non-zero: a use whose cotangents are all zero is not counted (see
     # `layer_product.py`).
-    least = jnp.finfo(values.dtype).tiny
-    return vectors * jnp.sqrt(jnp.maximum(values, least))[:, None, :]
+    least = float(jnp.finfo(hessian.dtype).tiny)
+    root = vectors * jnp.sqrt(jnp.maximum(values, least))[:, None, :]
+    return root.astype(hessian.dtype)

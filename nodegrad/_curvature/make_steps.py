@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
@@ -95,6 +96,7 @@ def make_steps(
         **extra: Any,
     ) -> tuple[PyTree, PyTree, Any]:
         params, static = eqx.partition(model, eqx.is_inexact_array)
+        grads = jax.tree.map(jnp.conj, grads)  # which Optax follows
         number, _ = value if has_aux else (value, None)
         value_fn = lambda params: mean_loss(eqx.combine(params, static), args)[0]
         # Optimisers without extra arguments ignore them.

@@ -108,7 +108,7 @@ def refresh(rule: Rule, state: LayerState, factors: KroneckerFactors) -> LayerSt
     # (*stack, d_out, d_in)
     moment = output_values[..., :, None] * input_values[..., None, :]
     if rule.moment == "ekfac":
-        # (draws, *stack, d_out, d_in); `snopt.py` raises if there are none.
+        # (draws, *stack, d_out, d_in); `scale_by_snopt.py` raises if there are none.
         assert factors.draws is not None
         drawn = _rotated(output_basis, factors.draws, input_basis)
         old = _moved_moment(state, output_basis, input_basis)

@@ -35,10 +35,12 @@ from .preconditioner import eigh, Scalar
 # twice what the model predicts.) With 0.5 and 0.85 the median loss of the discs of
 # docs/training.md is 0.045 after 200 steps, and not 0.024.
 _SHRINK_FAST, _SHRINK = 0.7, 0.95
-# Times the mean of the curvature. Where the loss jumps, no damping makes the model
-# right: without a bound it grew by eleven orders of magnitude, and no step led out. The
-# characters of docs/reproduction.md need 100: with a bound of 10 nothing is learned.
-_GREATEST_DAMPING = 1e3
+# In units of the curvature along the direction, which has the unit of the loss. (On the
+# tasks of docs/training.md it is 1 to 10 times the mean of the moments.) Where the loss
+# jumps, no damping makes the model right: without a bound it grew by eleven orders of
+# magnitude, and no step led out. The characters of docs/reproduction.md need 30: with a
+# tenth of that nothing is learned.
+_FIRST_DAMPING, _GREATEST_DAMPING = 0.3, 300.0
 # A step that raises the loss is not taken, and the next one is much shorter.
 _GROW_AFTER_FAILURE, _SHORTEN_AFTER_FAILURE = 4.0, 0.25
 # Otherwise a single step says little about the length of the next one.
@@ -48,7 +50,7 @@ _LENGTH_CHANGE = 0.1, 10.0
 # shorter, and none crosses it. So the loss may rise by this part, and the directions
 # stay so long that their slopes make at least this part. Without both, in float32 with
 # tolerances of 1e-4, the fit of a damped oscillator ends at 1e-4 and not at 2e-5.
-NOISE = 0.01
+_NOISE = 0.01
 # Eigenvalues below this share of the largest one count as zero.
 _RANK = 1e-6
 # Running means are those of the last sixth of the steps, and of at most ten.
@@ -142,8 +144,7 @@ def curvature_in(
     mixed = change[k:] - change[first] - change[second]
     matrix = jnp.zeros((k, k), change.dtype).at[first, second].set(mixed)
     # The rounding of the values counts as curvature: it makes steps short.
-    rounding = 4 * jnp.finfo(change.dtype).eps * jnp.abs(value)
-    diagonal = 2 * (change[:k] - slopes.astype(change.dtype)) + rounding
+    diagonal = 2 * (change[:k] - slopes.astype(change.dtype)) + _rounding(value)
     return matrix + matrix.T + jnp.diag(diagonal)
 
 
@@ -198,13 +199,44 @@ def best_step(
     return Step(update, coefficients, predicted)
 
 
+def curvature_scale(
+    scale: Float[Array, ""],
+    curvature: Float[Array, "k k"],
+    directions: Sequence[PyTree[Array]],
+    value: Float[Array, ""],
+) -> Float[Array, ""]:
+    """Returns the curvature along the first direction, followed slowly.
+
+    `scale` is the one before, or zero. It changes by a factor of two at most: where the
+    loss jumps, the curvature of one batch is of another order. It stays where the
+    direction is so short that its curvature is lost in the rounding of the loss.
+    """
+    is_known = curvature[0, 0] > 10 * _rounding(value)
+    squared = inner(directions[0], directions[0]).astype(scale.dtype)
+    along = curvature[0, 0].astype(scale.dtype)
+    along = along / jnp.where(squared > 0, squared, jnp.nan)
+    near = jnp.where(scale > 0, jnp.clip(along, scale / 2, 2 * scale), along)
+    return jnp.where(is_known & jnp.isfinite(along), near, scale)
+
+
+def first_damping(
+    damping: Float[Array, ""], scale: Float[Array, ""], is_refreshed: Bool[Array, ""]
+) -> Float[Array, ""]:
+    """Returns the damping, or the first one if there was none before.
+
+    Before the first refresh there is none: the direction has another length then.
+    """
+    is_first = is_refreshed & (damping == 0)
+    return jnp.where(is_first, _FIRST_DAMPING * scale, damping)
+
+
 def adapted_damping(
     damping: Float[Array, ""],
     scale: Float[Array, ""],
     ratio: Float[Array, ""],
     accepted: Bool[Array, ""],
 ) -> Float[Array, ""]:
-    """Returns the damping of the next step; `scale` is the mean of the curvature.
+    """Returns the damping of the next step; `scale` is that of the curvature.
 
     It falls where the loss fell by more than 3/4 of what the model predicted, faster
     where by more than 5/4, and grows where it fell by less than 1/4. `ratio` is the
@@ -223,16 +255,37 @@ def adapted_damping(
     return jnp.clip(damping, least * scale, _GREATEST_DAMPING * scale)
 
 
+def ratio_of(
+    actual: Array, predicted: Array, value: Float[Array, ""]
+) -> Float[Array, ""]:
+    """Returns the change of the loss over its prediction.
+
+    It is NaN if no decrease was predicted, or one that is lost in the rounding of the
+    loss.
+    """
+    return actual / jnp.where(predicted < -_rounding(value), predicted, jnp.nan)
+
+
+def noise(value: Float[Array, ""]) -> Float[Array, ""]:
+    """Returns how much the loss may jump."""
+    return _NOISE * jnp.abs(value)
+
+
+def _rounding(value: Float[Array, ""]) -> Float[Array, ""]:
+    """Returns what rounding may change in differences of the loss."""
+    return 4 * jnp.finfo(value.dtype).eps * jnp.abs(value)
+
+
 def length_growth(
     coefficients: Float[Array, " k"],
     slopes: Float[Array, " k"],
-    noise: Float[Array, ""],
+    value: Float[Array, ""],
     accepted: Bool[Array, ""],
 ) -> Float[Array, " k"]:
     """Returns the factors by which the directions of the next step are longer.
 
     They are the coefficients of this step, within bounds, and larger where the slope
-    `slopes` along a direction is less than the `noise` of the loss.
+    `slopes` along a direction is less than the noise of the loss.
     """
     least, most = _LENGTH_CHANGE
     # The mean of gradients need not descend for this batch: then its coefficient is
@@ -240,7 +293,11 @@ def length_growth(
     growth = jnp.clip(jnp.abs(coefficients), least, most)
     growth = jnp.where(accepted, growth, _SHORTEN_AFTER_FAILURE)
     steepness = jnp.abs(slopes).astype(growth.dtype)
-    needed = noise.astype(growth.dtype) / jnp.where(steepness > 0, steepness, jnp.inf)
+    # Where this batch has no slope, it says nothing about the length.
+    growth = jnp.where(steepness > 0, growth, 1)
+    needed = noise(value).astype(growth.dtype) / jnp.where(
+        steepness > 0, steepness, jnp.inf
+    )
     too_short = (steepness > 0) & (needed > 1)
     return jnp.where(too_short, jnp.maximum(growth, jnp.minimum(needed, most)), growth)
 

@@ -26,11 +26,14 @@ from .quadratic_model import (
     best_step,
     combined,
     curvature_in,
+    curvature_scale,
+    first_damping,
     inner,
     length_growth,
-    NOISE,
+    noise,
     products,
     Progress,
+    ratio_of,
     trust,
 )
 from .scale_by_snopt import (
@@ -58,6 +61,7 @@ class SNOptModelState(NamedTuple):
     - `previous`: the last update, a tree like the parameters.
     - `mean`: the running mean of gradients, a tree like the parameters.
     - `damping`: $\lambda$, which is zero before the first curvature.
+    - `scale`: the curvature of the loss along the direction, per squared length.
     - `rest`: running means of the squared gradients of parameters outside of layers;
       `None` in place of the others.
     - `length`: the last coefficient of the preconditioned mean.
@@ -66,7 +70,7 @@ class SNOptModelState(NamedTuple):
     - `accepted`: whether the last step was taken. If not, it was zero. If its loss or
       its gradient was not finite, nothing else changed.
     - `ratio`: the last change of the loss, divided by that which the model predicted;
-      NaN if no decrease was predicted.
+      NaN if no decrease was predicted, or one below the rounding of the loss.
     - `weight_decay`: the state of `optax.add_decayed_weights`.
     """
 
@@ -75,6 +79,7 @@ class SNOptModelState(NamedTuple):
     mean: PyTree[Array]
     rest: PyTree[Array]
     damping: Float[Array, ""]
+    scale: Float[Array, ""]
     length: Float[Array, ""]
     progress: Progress
     accepted: Bool[Array, ""]
@@ -98,19 +103,21 @@ class QuadraticSteps(NamedTuple):
     # States are `Any` for type checkers: Optax's type of states excludes named tuples.
     def init(self, params: PyTree) -> Any:
         """Returns the state before the first step."""
+        _check_whole(params)
         state = initial_snopt_state(self.rule, self.chosen, params)
         dtype = _damping_dtype(state)
-        zero = jnp.zeros((), dtype)
-        # A copy, so that buffers of the parameters may be donated.
+        # Arrays of their own, so that the parameters and the state may be donated.
+        zero = lambda: jnp.zeros((), dtype)
         average = jax.tree.map(jnp.copy, params)
         return SNOptModelState(
             preconditioner=state,
             previous=zeros_like(params),
             mean=zeros_like(params),
             rest=_zero_moments(_outside(params, self.chosen(params))),
-            damping=zero,
+            damping=zero(),
+            scale=zero(),
             length=jnp.ones((), dtype),
-            progress=Progress(average, zero, zero, zero),
+            progress=Progress(average, zero(), zero(), zero()),
             accepted=jnp.array(True),
             ratio=jnp.ones((), dtype),
             weight_decay=None if self.decay is None else self.decay.init(params),
@@ -124,6 +131,7 @@ class QuadraticSteps(NamedTuple):
         *,
         value: Array | None = None,
         value_fn: Callable[[PyTree], Array] | None = None,
+        grad: PyTree | None = None,
         curvature: Mapping[str, KroneckerFactors] | None = None,
         **extra: Any,
     ) -> tuple[PyTree, Any]:
@@ -132,42 +140,42 @@ class QuadraticSteps(NamedTuple):
         if params is None or value is None or value_fn is None:
             raise ValueError(_NO_MODEL)
         gradient, decay_state = self._decayed(updates, state.weight_decay, params)
-
+        # Slopes are those of the loss: transformations before this one do not count.
+        raw = updates if grad is None else grad
+        slope, _ = self._decayed(raw, state.weight_decay, params)
         objective, value = self._penalised(value_fn, value, state, params)
         # A loss or a gradient that is not finite says nothing, and would stay in the
         # means. The loss is not evaluated at parameters that are not finite.
-        usable = jnp.isfinite(value) & all_finite(gradient)
+        usable = jnp.isfinite(value) & all_finite((gradient, slope))
         gradient = where(usable, gradient, zeros_like(gradient))
+        slope = where(usable, slope, zeros_like(slope))
         mean = jax.tree.map(_average, state.mean, gradient)
-        preconditioner, rest, damping, direction = self._preconditioned(
+        preconditioner, rest, direction = self._preconditioned(
             gradient, mean, state, curvature
         )
         count = state.preconditioner.count
-        progress = after_batch(state.progress, params, gradient, value, count)
+        progress = after_batch(state.progress, params, slope, value, count)
         directions = self._directions(direction, state)
-        slopes = products(directions, [gradient])[:, 0]
+        slopes = products(directions, [slope])[:, 0]
         matrix = curvature_in(directions, slopes, objective, value, params)
+        scale = curvature_scale(state.scale, matrix, directions, value)
+        is_refreshed = _is_refreshed(preconditioner)
+        damping = first_damping(state.damping, scale, is_refreshed)
         step = best_step(
             directions, slopes, trust(progress), matrix, damping, self.momentum
         )
 
-        finite = all_finite(step.update)
-        update = where(finite, step.update, zeros_like(step.update))
-        actual = objective(add(params, update)) - value
-        predicted = step.predicted.astype(actual.dtype)
-        noise = NOISE * jnp.abs(value)
-        accepted = usable & finite & jnp.isfinite(actual) & (actual <= noise)
-        update = where(accepted, update, zeros_like(update))
-        ratio = actual / jnp.where(predicted < 0, predicted, jnp.nan)
-        scale = _mean_moment(preconditioner)
+        update, actual, accepted = _tried(step.update, objective, params, value, usable)
+        ratio = ratio_of(actual, step.predicted.astype(actual.dtype), value)
         adapted = adapted_damping(damping, scale, ratio, accepted)
-        growth = length_growth(step.coefficients, slopes, noise, accepted)
+        growth = length_growth(step.coefficients, slopes, value, accepted)
         new = SNOptModelState(
             preconditioner=preconditioner,
             previous=update,
             mean=mean,
             rest=rest,
-            damping=jnp.where(_is_refreshed(preconditioner), adapted, damping),
+            damping=jnp.where(is_refreshed, adapted, damping),
+            scale=scale,
             length=state.length * growth[0].astype(state.length.dtype),
             progress=after_step(progress, add(params, update), count),
             accepted=accepted,
@@ -215,24 +223,18 @@ class QuadraticSteps(NamedTuple):
         mean: PyTree,
         state: Any,
         curvature: Mapping[str, KroneckerFactors] | None,
-    ) -> tuple[Any, PyTree, Float[Array, ""], PyTree]:
-        """Returns the next state, moments of the rest, the damping, and a direction."""
+    ) -> tuple[Any, PyTree, PyTree]:
+        """Returns the next state, moments of the rest, and a direction."""
         preconditioner = state.preconditioner
         if curvature is not None:
             preconditioner = refreshed(
                 self.rule, self.chosen, gradient, preconditioner, curvature
             )
-        # The first curvature sets the scale: at the start the model is trusted little.
-        damping = jnp.where(
-            _is_refreshed(preconditioner) & ~_is_refreshed(state.preconditioner),
-            _mean_moment(preconditioner),
-            state.damping,
-        )
         direction, preconditioner = preconditioned(
             self.rule, self.chosen, gradient, preconditioner, mean
         )
         steps, rest = self._rest(gradient, mean, state.rest, preconditioner)
-        return preconditioner, rest, damping, eqx.combine(steps, direction)
+        return preconditioner, rest, eqx.combine(steps, direction)
 
     def _rest(
         self, gradient: PyTree, mean: PyTree, moments: PyTree, preconditioner: Any
@@ -256,6 +258,24 @@ class QuadraticSteps(NamedTuple):
         return jax.tree.unflatten(structure, steps), jax.tree.unflatten(structure, new)
 
 
+def _tried(
+    update: PyTree,
+    objective: Callable[[PyTree], Array],
+    params: PyTree,
+    value: Array,
+    usable: Bool[Array, ""],
+) -> tuple[PyTree, Array, Bool[Array, ""]]:
+    """Returns the step to take, the change of the loss, and whether it is accepted.
+
+    A step that is not is zero. `usable` is whether one may be.
+    """
+    zeros, usable = zeros_like(update), usable & all_finite(update)
+    update = where(usable, update, zeros)
+    actual = objective(add(params, update)) - value
+    accepted = usable & jnp.isfinite(actual) & (actual <= noise(value))
+    return where(accepted, update, zeros), actual, accepted
+
+
 def _average(mean: Array, gradient: Array) -> Array:
     return (_DECAY * mean + (1 - _DECAY) * gradient).astype(mean.dtype)
 
@@ -265,6 +285,20 @@ _NO_MODEL = (
     "`value` and `value_fn` in `update`. `nodegrad.make_steps` passes them. Or pass a "
     "`learning_rate`."
 )
+
+
+def _check_whole(params: PyTree) -> None:
+    """Raises a `ValueError` if a mask of Optax has hidden parameters."""
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
+    if any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
+        msg = (
+            "`nodegrad.snopt()` without a learning rate needs all parameters, since "
+            "its model is one of the loss: it cannot be part of `optax.partition` or "
+            "`optax.masked`. To freeze parameters, set their gradients to zero before "
+            "it: `optax.chain(optax.masked(optax.set_to_zero(), frozen), "
+            "nodegrad.snopt())`. Or pass a `learning_rate`."
+        )
+        raise ValueError(msg)
 
 
 def _outside(tree: PyTree, layers: list[Layer]) -> PyTree:
@@ -291,14 +325,6 @@ def _damping_dtype(state: Any) -> Any:
     # The widest: strict dtype promotion refuses to combine them.
     moments = [layer.second_moment.dtype for layer in _states(state)]
     return max(moments, key=lambda d: jnp.finfo(d).bits, default=jnp.dtype("float32"))
-
-
-def _mean_moment(state: Any) -> Float[Array, ""]:
-    """Returns the mean of the eigenvalues of the curvature of all layers."""
-    moments = [layer.second_moment for layer in _states(state)]
-    dtype = _damping_dtype(state)
-    total = sum((jnp.sum(x).astype(dtype) for x in moments), jnp.zeros((), dtype))
-    return total / max(sum(x.size for x in moments), 1)
 
 
 def _is_refreshed(state: Any) -> Bool[Array, ""]:

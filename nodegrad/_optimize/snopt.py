@@ -49,11 +49,11 @@ def snopt(
 
     $\Delta W$ is that of a running mean of gradients, over about three steps. $C$ is
     the curvature of the loss of the batch along these two directions, from its values
-    at their ends. The damping $\lambda$ starts at the mean eigenvalue of the curvature.
-    It falls where the model predicts the loss well, and grows where it does not
-    (Levenberg and Marquardt). The step that is best for a small batch is too long for
-    all others, and the parameters scatter around their running mean. Where that costs
-    more than 3 % of what the loss has fallen since the start, the slope
+    at their ends. The damping $\lambda$ starts at a third of the curvature along
+    $\Delta W$. It falls where the model predicts the loss well, and grows where it does
+    not (Levenberg and Marquardt). The step that is best for a small batch is too long
+    for all others, and the parameters scatter around their running mean. Where that
+    costs more than 3 % of what the loss has fallen since the start, the slope
     $\langle g, \Delta W \rangle$ counts less, down to 15 %. A step that raises the loss
     of its batch by more than a hundredth, or makes it NaN, is not taken. With the
     preset `"robust"` nothing is left to tune. (If a solve in the loss may fail at other

@@ -113,8 +113,9 @@ def terminal_time(
         dtype = jnp.dtype(jnp.float32)
         if jax.tree.leaves(params):
             dtype = at_least_float32(_end_time(where, params, "params").dtype)
-        zero = jnp.zeros((), dtype)
-        return TerminalTimeState(jnp.zeros((), jnp.int32), zero, zero)
+        # Arrays of their own, so that the state may be donated.
+        first, second = jnp.zeros((), dtype), jnp.zeros((), dtype)
+        return TerminalTimeState(jnp.zeros((), jnp.int32), first, second)
 
     def update_fn(
         updates: PyTree,

@@ -126,9 +126,10 @@ def as_times(
             "vector field, or use `jax.vmap`."
         )
         raise ValueError(msg)
-    # For a traced NaN the result of the solve says so.
+    # For a traced NaN the result of the solve says so. With JAX, an operation on a
+    # constant is traced as well.
     for name, t in (("t0", t0), ("t1", t1)):
-        if not is_traced(t) and not jnp.isfinite(t):
+        if not is_traced(t) and not np.isfinite(np.asarray(t)):
             msg = f"`{name}` must be a finite number; got {t}."
             raise ValueError(msg)
     return t0, t1, None if dt0 is None else _as_dt0(jnp.asarray(dt0, dtype), t0, t1)
@@ -220,14 +221,15 @@ def check_ts(saveat: diffrax.SaveAt, t0: Real[Array, ""], t1: Real[Array, ""]) -
         # Traced times are checked at run time (`forwards`).
         if sub.ts is None or any(map(is_traced, (sub.ts, t0, t1))):
             continue
-        ts, backwards = np.asarray(sub.ts), t1 < t0
+        ts, start, end = map(np.asarray, (sub.ts, t0, t1))
+        backwards = end < start
         if ts.ndim != 1:
             msg = (
                 "`SaveAt(ts=...)` must be one sequence of times; got an array of shape "
                 f"{ts.shape}."
             )
             raise ValueError(msg)
-        low, high = (t1, t0) if backwards else (t0, t1)
+        low, high = (end, start) if backwards else (start, end)
         steps = np.diff(ts, prepend=ts[:1])
         unordered = steps > 0 if backwards else steps < 0
         # Also true for NaN.

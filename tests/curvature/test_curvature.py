@@ -469,6 +469,55 @@ def test_stacked_layers_are_layers_each():
         assert relative_error(ours, apart[f"[{i}]"]) < 1e-12
 
 
+@pytest.mark.parametrize("t1", [1.0, 1e-5])
+def test_short_intervals_count_in_float32(t1):
+    # The corner of an input factor is the time of all samples.
+    make = lambda key: eqx.nn.Linear(SIZE, SIZE, dtype=jnp.float32, key=key)
+    layers = eqx.filter_vmap(make)(jr.split(jr.PRNGKey(0), 2))
+    y0 = jr.normal(jr.PRNGKey(1), (3, SIZE), jnp.float32)
+    t0, end = jnp.zeros((), jnp.float32), jnp.asarray(t1, jnp.float32)
+    dt0 = end / 4
+
+    def loss(layers, y0):
+        arrays, static = eqx.partition(layers, eqx.is_array)
+
+        def field(t, y, args):
+            step = lambda y, x: (jnp.tanh(eqx.combine(x, static)(y)), None)
+            return jax.lax.scan(step, y, arrays)[0]
+
+        sol = nodegrad.odesolve(
+            field, diffrax.Heun(), t0, end, dt0, y0, batched=True, max_steps=4
+        )
+        return jnp.sum(sol.ys**2, axis=(1, 2))
+
+    _, _, curvature = nodegrad.value_grad_and_curvature(loss)(layers, y0)
+    corners = curvature[""].input_factor[:, -1, -1]
+    assert jnp.max(jnp.abs(corners / (3 * t1) - 1)) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_exact_gauss_newton_factors_of_half_precision(dtype):
+    model = eqx.nn.Linear(SIZE, 3, dtype=dtype, key=jr.PRNGKey(0))
+    x = jr.normal(jr.PRNGKey(1), (8, SIZE))
+
+    def factor(cast):
+        fn = nodegrad.value_grad_and_curvature(
+            lambda out, x: jnp.sum(out**4, axis=1),
+            predict=lambda model, x: jax.vmap(model)(x),
+            kind="ggn",
+            num_draws="exact",
+        )
+        _, _, curvature = fn(jax.tree.map(cast, model), cast(x))
+        return curvature[""].output_factor
+
+    half, single = (
+        factor(lambda a: a.astype(dtype)),
+        factor(lambda a: a.astype(dtype).astype(jnp.float32)),
+    )
+    assert relative_error(half.astype(jnp.float32), single) < 0.03
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["forward", "reverse"])
 def test_trace_of_the_jacobian_uses_the_layer_again(mode):

@@ -270,6 +270,7 @@ def _network_of_few_data():
     return residual_fn, params
 
 
+@pytest.mark.slow
 def test_many_parameters_fit_few_data_through_a_solve():
     residual_fn, params = _network_of_few_data()
     optim = optax.chain(

@@ -381,3 +381,27 @@ def test_goes_to_t1_from_where_diffrax_does(t1, dtype):
         assert 100 * expected <= before < 0
     else:
         assert before == expected
+
+
+def test_times_may_be_arrays_from_outside_of_a_jitted_function():
+    # They are constants there, but operations on them are traced.
+    t0, t1, ts = jnp.array(0.0), jnp.array(1.0), jnp.array([0.5, 1.0])
+
+    @jax.jit
+    def solve(y0):
+        return nodegrad.odesolve(
+            lambda t, y, args: -y, diffrax.Tsit5(), t0, t1, 0.05, y0,
+            saveat=diffrax.SaveAt(ts=ts), max_steps=32,
+        ).ys  # fmt: skip
+
+    assert jnp.max(jnp.abs(solve(1.0) - jnp.exp(-ts))) < 1e-7
+
+    @jax.jit
+    def backwards(y0):
+        return nodegrad.odesolve(
+            lambda t, y, args: -y, diffrax.Tsit5(), t0, t1, -0.05, y0,
+            saveat=diffrax.SaveAt(ts=ts),
+        ).ys  # fmt: skip
+
+    with pytest.raises(RuntimeError, match="`dt0` must point from `t0` to `t1`"):
+        backwards(1.0)
