@@ -104,7 +104,8 @@ def snopt(
     `nodegrad.scale_by_snopt` for the argument `curvature` of its `update`. Without a
     learning rate `update` also needs `params`, and the extra arguments `value`, the
     loss of the batch at `params`, and `value_fn`, the loss of the batch as a function
-    of parameters. `nodegrad.make_steps` passes all of these.
+    of parameters. If transformations before it change the gradient, it also needs
+    `grad`, the gradient of that loss. `nodegrad.make_steps` passes all of these.
 
     **Raises:** as `nodegrad.scale_by_snopt`; `ValueError` for missing arguments of
     `update`, and for arguments that need a learning rate.
