@@ -120,6 +120,7 @@ def test_complex_parameters_descend():
         assert jnp.abs(found.point - goal) < 0.02
 
 
+@pytest.mark.slow
 def test_the_model_is_one_of_the_loss_whatever_comes_before():
     # A transformation of the gradients changes the direction, and not its slope.
     batches, ends = 40 * [(X, Y)], []

@@ -18,6 +18,7 @@ def _field(t, y, rate):
     return -rate * y * (1.2 + jnp.cos(3 * t))
 
 
+@pytest.mark.slow
 def test_constant_steps_go_on_with_the_state_of_the_controller():
     # The steps of the second solve end at fractions of the first interval, not of its
     # own: at 1.3, 1.5, 1.75, ... and not at multiples of 0.3.
@@ -61,6 +62,7 @@ _CONTROLLERS = {
 }
 
 
+@pytest.mark.rows(test=1, ci=3)
 @pytest.mark.parametrize("kind", _CONTROLLERS)
 def test_the_time_of_an_event_without_a_root_finder(kind):
     # The solve ends at the end of a step, which moves with the times of the grid.
@@ -92,6 +94,7 @@ def test_the_time_of_an_event_without_a_root_finder(kind):
         assert _distance(found, expected) < (1e-7 if kind == "adaptive" else 1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("root_finder", [None, optx.Newton(1e-12, 1e-12)])
 def test_constant_steps_without_an_end(root_finder):
     event = diffrax.Event(lambda t, y, args, **kwargs: y - 0.9, root_finder)
