@@ -224,9 +224,10 @@ def _nan_where_failed(sol: diffrax.Solution) -> diffrax.Solution:
     failed = _failed(sol)
 
     def spoil(x: Any) -> Any:
+        if not eqx.is_inexact_array(x):
+            return x
         # A solve of a batch has a result for each row.
-        nan = lambda: jnp.full_like(x, jnp.nan)
-        return where(failed, nan(), x) if eqx.is_inexact_array(x) else x
+        return where(failed, jnp.full_like(x, jnp.nan), x)
 
     outputs = lambda sol: (sol.ys, sol.interpolation)
     spoiled = jax.tree.map(spoil, outputs(sol))

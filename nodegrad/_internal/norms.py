@@ -7,11 +7,12 @@ sizes relative to a scale for each entry.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
+
+from .tree import widest
 
 
 # In `ratios`, an entry of the scale is at least this many units of rounding of the
@@ -72,8 +73,7 @@ def _reduced(
 ) -> Float[Array, ""]:
     """Combines real scalars of several dtypes into one, of the widest dtype."""
     leaves = jax.tree.leaves(numbers)
-    dtypes = [x.dtype for x in leaves] or [jnp.finfo(float).dtype]
-    dtype: Any = max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
+    dtype = widest([x.dtype for x in leaves], jnp.finfo(float).dtype)
     return functools.reduce(
         combine, [x.astype(dtype) for x in leaves], jnp.zeros((), dtype)
     )

@@ -1,7 +1,7 @@
 """Elementwise arithmetic, flattening and dtypes of pytrees of arrays."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import equinox as eqx
@@ -157,6 +157,15 @@ def check_unchanged(y0: PyTree[Array], y1: PyTree[Array]) -> None:
                 "`y0`."
             )
             raise ValueError(msg)
+
+
+def widest(dtypes: Iterable[Any], default: Any = jnp.float32) -> Any:
+    """The widest of floating point types; strict dtype promotion combines none.
+
+    It is `default` if there are none.
+    """
+    bits = lambda dtype: jnp.finfo(dtype).bits
+    return max(dtypes, key=bits, default=jnp.dtype(default))
 
 
 def at_least_float32(dtype: Any) -> Any:

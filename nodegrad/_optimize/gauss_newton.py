@@ -6,19 +6,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import cho_factor, cho_solve
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Real
 
-from .._internal.tree import all_finite, at_least_float32, check_numbers
+from .._internal.tree import (
+    all_finite,
+    as_arrays,
+    at_least_float32,
+    check_numbers,
+    flatten,
+    widest,
+)
+from .quadratic_model import damping_factor
 
 
 # Transtrum and Sethna (arXiv:1201.5885) refuse a step whose acceleration is longer than
 # this part of its velocity: the quadratic path does not describe the residuals there.
 _LONGEST_ACCELERATION = 0.75
-# A step that raises the loss is not taken. After a good one the damping falls faster
-# than it grows after a poor one, so that it is small near the solution.
-_GROW_AFTER_FAILURE, _GROW, _SHRINK = 4.0, 2.0, 1 / 3
+# After a good step the damping falls faster than it grows after a poor one, so that it
+# is small near the solution.
+_GROW, _SHRINK = 2.0, 1 / 3
 
 _Vector = Float[Array, " n"]
 _Matrix = Float[Array, "k n"]
@@ -216,20 +223,19 @@ class _GaussNewton(NamedTuple):
         """Returns the step, and the next state."""
         del extra
         self._check_arguments(params, columns, residual_fn)
+        g, as_updates = _flattened(updates)
         if residual_fn is None:
             _check_columns(updates, columns)
-            g, unravel = _flattened(updates)
             p = jax.vmap(lambda c: _flattened(c)[0].astype(g.dtype))(columns)
             step, new = self._from_gradient(g, p, state)
         else:
-            x, unravel = _flattened(params)
+            x, as_params = _flattened(params)
 
             def residuals(x: _Vector) -> Array:
-                r = residual_fn(jax.tree.map(_as_given, unravel(x), params))
-                return _flattened(r)[0].astype(x.dtype)
+                return _flattened(residual_fn(as_params(x)))[0].astype(x.dtype)
 
             step, new = self._from_residuals(residuals, x, state)
-        return jax.tree.map(_as_given, unravel(step), updates), new
+        return as_updates(step), new
 
     def _from_gradient(
         self, g: _Vector, p: _Matrix, state: Any
@@ -265,7 +271,8 @@ class _GaussNewton(NamedTuple):
         whole = step
         if self.acceleration:
             curve = solve(_second_derivative(residuals, x, step))
-            short = 2 * _norm(curve) <= _LONGEST_ACCELERATION * _norm(step)
+            norm = jnp.linalg.norm
+            short = 2 * norm(curve) <= _LONGEST_ACCELERATION * norm(step)
             whole = step + jnp.where(short, curve / 2, 0)
         if not self.adaptive:
             return whole, self._next(state, whole)
@@ -309,25 +316,15 @@ class _GaussNewton(NamedTuple):
 
 def _flattened(tree: PyTree) -> tuple[_Vector, Callable[[_Vector], PyTree]]:
     """Returns all leaves as one vector, in float32 or wider, and the way back."""
-    leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree)]
-    if any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in leaves):
+    tree = as_arrays(tree)
+    dtypes = [x.dtype for x in jax.tree.leaves(tree)]
+    if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
         msg = (
             "`scale_by_gauss_newton` takes real arrays; got complex ones. Pass their "
             "real and imaginary parts."
         )
         raise TypeError(msg)
-    # The widest dtype: strict promotion refuses to combine several.
-    dtypes = [at_least_float32(x.dtype) for x in leaves]
-    dtype = max(dtypes, key=lambda d: jnp.finfo(d).bits, default=jnp.dtype("float32"))
-    return ravel_pytree(jax.tree.map(lambda x: jnp.asarray(x).astype(dtype), tree))
-
-
-def _as_given(new: Array, old: Array) -> Array:
-    return new.astype(jnp.asarray(old).dtype)
-
-
-def _norm(x: _Vector) -> Float[Array, ""]:
-    return jnp.linalg.norm(x)
+    return flatten(tree, widest(map(at_least_float32, dtypes)))
 
 
 def _linearized(
@@ -374,11 +371,7 @@ def _adapted(
 ) -> Float[Array, ""]:
     """Returns the damping of the next step."""
     ratio = actual / jnp.where(predicted < 0, predicted, jnp.nan)
-    factor = jnp.select(
-        [~accepted, ratio > 0.75, ratio < 0.25],
-        [_GROW_AFTER_FAILURE, _SHRINK, _GROW],
-        1.0,
-    )
+    factor = damping_factor(ratio, accepted, (_SHRINK, _SHRINK, _GROW))
     least = jnp.finfo(damping.dtype).eps
     return jnp.clip(damping * factor.astype(damping.dtype), least, 1 / least)
 

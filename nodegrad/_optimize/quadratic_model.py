@@ -238,21 +238,30 @@ def adapted_damping(
 ) -> Float[Array, ""]:
     """Returns the damping of the next step; `scale` is that of the curvature.
 
-    It falls where the loss fell by more than 3/4 of what the model predicted, faster
-    where by more than 5/4, and grows where it fell by less than 1/4. `ratio` is the
-    change of the loss over its prediction, NaN if no decrease was predicted; then the
-    damping stays.
+    `ratio` and `accepted`: as for `damping_factor`.
     """
-    # All comparisons with NaN are false.
-    factor = jnp.select(
-        [ratio > 1.25, ratio > 0.75, ratio < 0.25],
-        [_SHRINK_FAST, _SHRINK, 1 / _SHRINK],
-        1.0,
-    )
-    factor = jnp.where(accepted, factor, _GROW_AFTER_FAILURE)
+    factors = _SHRINK_FAST, _SHRINK, 1 / _SHRINK
+    factor = damping_factor(ratio, accepted, factors)
     damping = damping * factor.astype(damping.dtype)
     least = jnp.finfo(damping.dtype).eps
     return jnp.clip(damping, least * scale, _GREATEST_DAMPING * scale)
+
+
+def damping_factor(
+    ratio: Float[Array, ""],
+    accepted: Bool[Array, ""],
+    factors: tuple[float, float, float],
+) -> Float[Array, ""]:
+    """Returns the factor of a damping, by the rule of Levenberg and Marquardt.
+
+    `factors` are those where the loss fell by more than 5/4 or 3/4 of what the model
+    predicted, and by less than 1/4. `ratio` is the change of the loss over its
+    prediction, NaN if no decrease was predicted; then the damping stays.
+    """
+    # All comparisons with NaN are false.
+    cases = [ratio > 1.25, ratio > 0.75, ratio < 0.25]
+    factor = jnp.select(cases, list(factors), 1.0)
+    return jnp.where(accepted, factor, _GROW_AFTER_FAILURE)
 
 
 def ratio_of(
@@ -295,9 +304,8 @@ def length_growth(
     steepness = jnp.abs(slopes).astype(growth.dtype)
     # Where this batch has no slope, it says nothing about the length.
     growth = jnp.where(steepness > 0, growth, 1)
-    needed = noise(value).astype(growth.dtype) / jnp.where(
-        steepness > 0, steepness, jnp.inf
-    )
+    steep = jnp.where(steepness > 0, steepness, jnp.inf)
+    needed = noise(value).astype(growth.dtype) / steep
     too_short = (steepness > 0) & (needed > 1)
     return jnp.where(too_short, jnp.maximum(growth, jnp.minimum(needed, most)), growth)
 

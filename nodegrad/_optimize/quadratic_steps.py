@@ -14,6 +14,7 @@ from .._internal.tree import (
     all_finite,
     at_least_float32,
     where,
+    widest,
     zeros_like,
 )
 from .._layers.factors import KroneckerFactors
@@ -322,9 +323,7 @@ def _states(state: Any) -> list[LayerState]:
 
 
 def _damping_dtype(state: Any) -> Any:
-    # The widest: strict dtype promotion refuses to combine them.
-    moments = [layer.second_moment.dtype for layer in _states(state)]
-    return max(moments, key=lambda d: jnp.finfo(d).bits, default=jnp.dtype("float32"))
+    return widest(layer.second_moment.dtype for layer in _states(state))
 
 
 def _is_refreshed(state: Any) -> Bool[Array, ""]:

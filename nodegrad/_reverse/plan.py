@@ -191,12 +191,12 @@ def make_grid(
     if isinstance(controller, diffrax.StepTo):
         return PrescribedGrid(controller.ts)
     if isinstance(controller, diffrax.ConstantStepSize):
-        # It reads the times alone. The other arguments only have the right types.
-        init, fn = controller.init, lambda *_: t0
-        term = diffrax.ODETerm(fn)
-        _, state = init(term, t0, t1, t0, dt0, None, fn, None)
-        if passed_state is not None:
-            state = passed_state
+        state = passed_state
+        if state is None:
+            # It reads the times alone. The other arguments only have the right types.
+            fn = lambda *_: t0
+            term = diffrax.ODETerm(fn)
+            _, state = controller.init(term, t0, t1, t0, dt0, None, fn, None)
         _, num_steps, start, stop = state
         return UniformGrid(
             anchors=jnp.stack([start, stop, t1]),

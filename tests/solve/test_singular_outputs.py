@@ -11,24 +11,15 @@ import pytest
 
 import nodegrad
 
+from ..matrix import DOORS
+
 
 ACA = nodegrad.ACAAdjoint()
+_DOORS = ["native", pytest.param("diffrax", marks=pytest.mark.slow)]
 
 
-def _odesolve(field, solver, t0, t1, dt0, y0, args, **kwargs):
-    return nodegrad.odesolve(field, solver, t0, t1, dt0, y0, args, **kwargs)
-
-
-def _diffeqsolve(field, solver, t0, t1, dt0, y0, args, **kwargs):
-    term = diffrax.ODETerm(field)
-    return diffrax.diffeqsolve(term, solver, t0, t1, dt0, y0, args, **kwargs)
-
-
-DOORS = [_odesolve, pytest.param(_diffeqsolve, marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("solve", DOORS)
-def test_at_the_start(solve):
+@pytest.mark.parametrize("door", _DOORS)
+def test_at_the_start(door):
     # The derivative of y log(t) is infinite at t = 0.
     saveat = diffrax.SaveAt(
         ts=jnp.array([1.0, 2.0]), fn=lambda t, y, args: y * jnp.log(t)
@@ -36,8 +27,9 @@ def test_at_the_start(solve):
 
     @jax.jit
     def loss(y0):
-        sol = solve(
-            lambda t, y, args: -y, diffrax.Tsit5(), 0.0, 2.0, 0.05, y0, None,
+        sol = DOORS[door](
+            diffrax.ODETerm(lambda t, y, args: -y),
+            diffrax.Tsit5(), 0.0, 2.0, 0.05, y0, None,
             saveat=saveat, adjoint=ACA, max_steps=64,
         )  # fmt: skip
         return jnp.sum(sol.ys)
@@ -65,12 +57,14 @@ def test_rows_of_a_solve_without_steps_are_those_of_its_start():
     assert jnp.max(jnp.abs(found - jnp.exp(-ts) * (1 + ts))) < 1e-8
 
 
-@pytest.mark.parametrize("solve", DOORS)
-def test_at_steps_that_are_not_saved(solve):
+@pytest.mark.parametrize("door", _DOORS)
+def test_at_steps_that_are_not_saved(door):
     # After odd steps the state is -1, where the root has no derivative.
     def loss(rate):
-        sol = solve(
-            lambda t, y, rate: -2 * rate * jnp.sign(jnp.sin(jnp.pi * (t + 1e-9))),
+        sol = DOORS[door](
+            diffrax.ODETerm(
+                lambda t, y, rate: -2 * rate * jnp.sign(jnp.sin(jnp.pi * (t + 1e-9)))
+            ),
             diffrax.Euler(), 0.0, 8.0, 1.0, jnp.array(1.0), rate,
             saveat=diffrax.SaveAt(steps=2, fn=lambda t, y, args: jnp.sqrt(y)),
             adjoint=ACA, max_steps=8,
@@ -82,12 +76,12 @@ def test_at_steps_that_are_not_saved(solve):
     assert jax.jit(jax.grad(loss))(1.0) == 0
 
 
-@pytest.mark.parametrize("solve", DOORS)
-def test_of_other_samples(solve):
+@pytest.mark.parametrize("door", _DOORS)
+def test_of_other_samples(door):
     # The root of a state that another sample extrapolates to is NaN.
     def loss(scale, rate, y0):
-        sol = solve(
-            lambda t, y, args: -args[0] * args[1] * y,
+        sol = DOORS[door](
+            diffrax.ODETerm(lambda t, y, args: -args[0] * args[1] * y),
             diffrax.Tsit5(), 0.0, 6.0, None, y0, (scale, rate),
             saveat=diffrax.SaveAt(
                 ts=jnp.array([0.0, 3.0, 5.9]), fn=lambda t, y, args: jnp.sqrt(y)
