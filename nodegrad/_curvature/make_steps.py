@@ -1,5 +1,6 @@
 """`make_steps`: two training steps, with and without new curvature."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -99,10 +100,10 @@ def make_steps(
         grads = jax.tree.map(jnp.conj, grads)  # which Optax follows
         number, _ = value if has_aux else (value, None)
         value_fn = lambda params: mean_loss(eqx.combine(params, static), args)[0]
-        # Optimisers without extra arguments ignore them.
         extra = dict(value=number, grad=grads, value_fn=value_fn, **extra)
-        any_optim = optax.with_extra_args_support(optim)
-        updates, opt_state = any_optim.update(grads, opt_state, params, **extra)
+        if not _takes_extra_args(optim):
+            extra = {}
+        updates, opt_state = optim.update(grads, opt_state, params, **extra)
         return eqx.apply_updates(model, updates), opt_state, value
 
     @eqx.filter_jit
@@ -125,3 +126,10 @@ def make_steps(
         return update(model, opt_state, args, value, grads, curvature=curvature)
 
     return Steps(step, refresh)
+
+
+def _takes_extra_args(optim: Any) -> bool:
+    """Returns whether `update` passes extra arguments on, or ignores those unknown."""
+    # `optax.MultiSteps` has no type that says so.
+    parameters = inspect.signature(optim.update).parameters.values()
+    return any(x.kind is inspect.Parameter.VAR_KEYWORD for x in parameters)

@@ -42,11 +42,13 @@ class GaussNewtonState(NamedTuple):
       curvature; `None` if it does not adapt.
     - `accepted`: whether the last step lowered the loss. If not, it was zero. `None` if
       the damping does not adapt.
+    - `scales`: the diagonal of $D$, a vector; `None` if the damping does not adapt.
     """
 
     previous: _Vector | None
     damping: Float[Array, ""] | None
     accepted: Bool[Array, ""] | None
+    scales: _Vector | None
 
 
 def scale_by_gauss_newton(
@@ -85,8 +87,10 @@ def scale_by_gauss_newton(
 
     It is left out where it is longer than 3/8 of the step.
 
-    *Adaptive damping* is the method of Levenberg and Marquardt. A step that does not
-    lower the loss is zero, and the next one is damped four times as much.
+    *Adaptive damping* is the method of Levenberg and Marquardt, with Moré's scales:
+    $\lambda D^2$ is in the place of $\lambda I$, and $D_{ii}$ is the largest norm that
+    column $i$ of $P$ has had. So the units of the parameters do not matter. A step that
+    does not lower the loss is zero, and the next one is damped four times as much.
 
     ```python
     import diffrax
@@ -102,22 +106,14 @@ def scale_by_gauss_newton(
     def residuals(log_rates):
         field = lambda t, y, rates: -rates[0] * y / (rates[1] + y)
         sol = nodegrad.odesolve(
-            field,
-            diffrax.Tsit5(),
-            0.0,
-            3.0,
-            0.1,
-            jnp.array(2.0),
-            jnp.exp(log_rates),
+            field, diffrax.Tsit5(), 0.0, 3.0, 0.1, jnp.array(2.0), jnp.exp(log_rates),
             saveat=diffrax.SaveAt(ts=times),
         )
         return sol.ys - jnp.array([2.0, 1.52, 1.1, 0.73, 0.45, 0.26, 0.14])
 
 
-    optim = optax.chain(
-        nodegrad.scale_by_gauss_newton(acceleration=True, adaptive=True),
-        optax.scale(-1.0),
-    )
+    method = nodegrad.scale_by_gauss_newton(acceleration=True, adaptive=True)
+    optim = optax.chain(method, optax.scale(-1.0))
 
 
     @jax.jit
@@ -126,8 +122,7 @@ def scale_by_gauss_newton(
         return x + updates, state
 
 
-    x = jnp.zeros(2)
-    state = optim.init(x)
+    x, state = jnp.zeros(2), optim.init(jnp.zeros(2))
     for _ in range(20):
         x, state = step(x, state)
     print(jnp.exp(x).round(1))  # [1.5 1. ]
@@ -136,7 +131,8 @@ def scale_by_gauss_newton(
     **Arguments:**
 
     - `damping`: $\lambda > 0$. With `adaptive`, that of the first step, in units of the
-      mean of the eigenvalues of $P^\top P$ or $P P^\top$, whichever is smaller.
+      mean eigenvalue of $P D^{-2} P^\top$, or of $D^{-1} P^\top P D^{-1}$ if that is
+      smaller.
     - `momentum`: $\mu$ in $[0, 1)$.
     - `acceleration`: whether to add the geodesic acceleration.
     - `adaptive`: whether the damping adapts. Then the step has to be taken as it is:
@@ -208,6 +204,7 @@ class _GaussNewton(NamedTuple):
             previous=None if self.momentum is None else jnp.zeros_like(flat),
             damping=jnp.asarray(self.damping, flat.dtype) if self.adaptive else None,
             accepted=jnp.array(True) if self.adaptive else None,
+            scales=jnp.zeros_like(flat) if self.adaptive else None,
         )
 
     def update(
@@ -251,13 +248,21 @@ class _GaussNewton(NamedTuple):
             step = (g - p.T @ cho_solve(factor, p @ g)) / damping
         else:
             step = cho_solve(factor, g)
-        return step, self._next(state, step)
+        return step, self._after(state, step)
 
     def _from_residuals(
         self, residuals: Callable[[_Vector], Array], x: _Vector, state: Any
     ) -> tuple[_Vector, GaussNewtonState]:
         """Returns the step for half the sum of the squares of `residuals`."""
         r, p = _linearized(residuals, x)  # (k,), (k, n)
+        scales, units = state.scales, jnp.ones_like(x)
+        if self.adaptive:
+            norms = jnp.linalg.norm(p, axis=0)
+            scales = jnp.maximum(scales, jnp.where(jnp.isfinite(norms), norms, 0))
+            units = jnp.where(scales > 0, scales, 1)
+        # From here on, steps are in units of `1 / units`.
+        after = lambda step: residuals(x - step / units)
+        p = p / units[None]
         damping = jnp.asarray(self.damping).astype(x.dtype)
         if self.adaptive:
             damping = state.damping * jnp.sum(p**2) / min(p.shape)
@@ -266,33 +271,33 @@ class _GaussNewton(NamedTuple):
         if self.momentum is None:
             step = solve(r)
         else:
-            drift = self._drift(state)
+            drift = self._drift(state) * units
             step = drift + solve(r - p @ drift)
         whole = step
         if self.acceleration:
-            curve = solve(_second_derivative(residuals, x, step))
+            curve = solve(_second_derivative(after, step))
             norm = jnp.linalg.norm
             short = 2 * norm(curve) <= _LONGEST_ACCELERATION * norm(step)
             whole = step + jnp.where(short, curve / 2, 0)
         if not self.adaptive:
-            return whole, self._next(state, whole)
+            return whole, self._after(state, whole)
 
         half_square = lambda r: jnp.sum(r**2) / 2
         value = half_square(r)
         predicted = half_square(r - p @ step) - value
-        actual = half_square(residuals(x - whole)) - value
+        actual = half_square(after(whole)) - value
         # All comparisons with NaN are false.
         accepted = all_finite(whole) & (actual <= 0)
-        whole = jnp.where(accepted, whole, 0)
+        whole = jnp.where(accepted, whole / units, 0)
         new = _adapted(state.damping, actual, predicted, accepted)
-        return whole, self._next(state, whole, new, accepted)
+        state = state._replace(damping=new, accepted=accepted, scales=scales)
+        return whole, self._after(state, whole)
 
     def _drift(self, state: Any) -> _Vector:
         return jnp.asarray(self.momentum).astype(state.previous.dtype) * state.previous
 
-    def _next(self, state: Any, step: _Vector, *adapted: Array) -> Any:
-        previous = None if self.momentum is None else step
-        return GaussNewtonState(previous, *(adapted or (state.damping, state.accepted)))
+    def _after(self, state: Any, step: _Vector) -> GaussNewtonState:
+        return state._replace(previous=None if self.momentum is None else step)
 
     def _check_arguments(
         self, params: PyTree | None, columns: PyTree | None, residual_fn: Any
@@ -317,11 +322,12 @@ class _GaussNewton(NamedTuple):
 def _flattened(tree: PyTree) -> tuple[_Vector, Callable[[_Vector], PyTree]]:
     """Returns all leaves as one vector, in float32 or wider, and the way back."""
     tree = as_arrays(tree)
-    dtypes = [x.dtype for x in jax.tree.leaves(tree)]
-    if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
+    dtypes = [getattr(x, "dtype", object) for x in jax.tree.leaves(tree)]
+    if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
         msg = (
-            "`scale_by_gauss_newton` takes real arrays; got complex ones. Pass their "
-            "real and imaginary parts."
+            "`scale_by_gauss_newton` takes real floating point arrays; got "
+            f"{sorted(map(str, dtypes))}. Pass `eqx.filter(model, "
+            "eqx.is_inexact_array)`, and of complex arrays both parts."
         )
         raise TypeError(msg)
     return flatten(tree, widest(map(at_least_float32, dtypes)))
@@ -339,12 +345,10 @@ def _linearized(
     return r, jax.vmap(pushforward, out_axes=1)(jnp.eye(n, dtype=x.dtype))
 
 
-def _second_derivative(
-    residuals: Callable[[_Vector], Array], x: _Vector, v: _Vector
-) -> Array:
-    """Returns the second derivative of `residuals` along `v`."""
-    along = lambda x: jax.jvp(residuals, (x,), (v,))[1]
-    return jax.jvp(along, (x,), (v,))[1]
+def _second_derivative(after: Callable[[_Vector], Array], step: _Vector) -> Array:
+    """Returns the second derivative of `after` at no step, along `step`."""
+    along = lambda at: jax.jvp(after, (at,), (step,))[1]
+    return jax.jvp(along, (jnp.zeros_like(step),), (step,))[1]
 
 
 def _factor(p: _Matrix, damping: Float[Array, ""]) -> Any:

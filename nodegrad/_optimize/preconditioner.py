@@ -66,7 +66,8 @@ class Rule(NamedTuple):
         """Whether the state keeps running averages of the factors."""
         # The structure of the state depends on this, so the value must be static: an
         # array of zero keeps averages, and gives them no weight.
-        return not (isinstance(self.factor_decay, float) and self.factor_decay == 0)
+        is_number = isinstance(self.factor_decay, int | float)
+        return not (is_number and self.factor_decay == 0)
 
 
 def initial_state(layer: Layer, dtype: Any, rule: Rule) -> LayerState:

@@ -32,8 +32,7 @@ from .preconditioner import eigh, Scalar
 
 # Martens and Grosse (section 6.5) take 0.95 for both. The first one brings a damping
 # that dominates the curvature to its size in a few steps. (Then the loss falls by up to
-# twice what the model predicts.) With 0.5 and 0.85 the median loss of the discs of
-# docs/training.md is 0.045 after 200 steps, and not 0.024.
+# twice what the model predicts.) With 0.5 and 0.85 losses ended higher.
 _SHRINK_FAST, _SHRINK = 0.7, 0.95
 # In units of the curvature along the direction, which has the unit of the loss. (On the
 # tasks of docs/training.md it is 1 to 10 times the mean of the moments.) Where the loss
@@ -48,8 +47,8 @@ _LENGTH_CHANGE = 0.1, 10.0
 # A loss with adaptive solves jumps where a solve takes one step more or less. A model
 # fitted to such a jump has a huge curvature: the steps before it become shorter and
 # shorter, and none crosses it. So the loss may rise by this part, and the directions
-# stay so long that their slopes make at least this part. Without both, in float32 with
-# tolerances of 1e-4, the fit of a damped oscillator ends at 1e-4 and not at 2e-5.
+# stay so long that their slopes make at least this part. Without both, the fit of a
+# damped oscillator in float32 ends at 1e-4 and not at 2e-5.
 _NOISE = 0.01
 # Eigenvalues below this share of the largest one count as zero.
 _RANK = 1e-6
@@ -194,9 +193,7 @@ def best_step(
         rest = -_solve(matrix[:-1, :-1], steady[:-1] + matrix[:-1, -1] * last)
         coefficients = jnp.append(rest, last)
     predicted = coefficients @ (slopes + matrix @ coefficients / 2)
-
-    update = combined(coefficients, directions)
-    return Step(update, coefficients, predicted)
+    return Step(combined(coefficients, directions), coefficients, predicted)
 
 
 def curvature_scale(
@@ -209,11 +206,13 @@ def curvature_scale(
 
     `scale` is the one before, or zero. It changes by a factor of two at most: where the
     loss jumps, the curvature of one batch is of another order. It stays where the
-    direction is so short that its curvature is lost in the rounding of the loss.
+    curvature is negative, unless there was none before, or where the direction is so
+    short that its curvature is lost in the rounding of the loss.
     """
-    is_known = curvature[0, 0] > 10 * _rounding(value)
+    size = jnp.where(scale > 0, curvature[0, 0], jnp.abs(curvature[0, 0]))
+    is_known = size > 10 * _rounding(value)
     squared = inner(directions[0], directions[0]).astype(scale.dtype)
-    along = curvature[0, 0].astype(scale.dtype)
+    along = size.astype(scale.dtype)
     along = along / jnp.where(squared > 0, squared, jnp.nan)
     near = jnp.where(scale > 0, jnp.clip(along, scale / 2, 2 * scale), along)
     return jnp.where(is_known & jnp.isfinite(along), near, scale)
@@ -297,16 +296,16 @@ def length_growth(
     `slopes` along a direction is less than the noise of the loss.
     """
     least, most = _LENGTH_CHANGE
-    # The mean of gradients need not descend for this batch: then its coefficient is
-    # negative, and as long.
+    # The mean of gradients need not descend for this batch: a coefficient is negative.
     growth = jnp.clip(jnp.abs(coefficients), least, most)
     growth = jnp.where(accepted, growth, _SHORTEN_AFTER_FAILURE)
-    steepness = jnp.abs(slopes).astype(growth.dtype)
     # Where this batch has no slope, it says nothing about the length.
+    steepness = jnp.abs(slopes).astype(growth.dtype)
     growth = jnp.where(steepness > 0, growth, 1)
     steep = jnp.where(steepness > 0, steepness, jnp.inf)
     needed = noise(value).astype(growth.dtype) / steep
-    too_short = (steepness > 0) & (needed > 1)
+    # Not after a failure: on a whole set nothing else changes before the next step.
+    too_short = (steepness > 0) & (needed > 1) & accepted
     return jnp.where(too_short, jnp.maximum(growth, jnp.minimum(needed, most)), growth)
 
 

@@ -47,9 +47,9 @@ from .scale_by_snopt import (
 
 
 # Of the running mean of gradients. The step for the gradient of one batch fits that
-# batch: without a mean the digits have a test loss of 0.13 and not 0.10, and the
-# circles need 73 steps and not 57 to Adam's loss. With 0.9 the mean is too old. On a
-# whole set there is nothing to average, and it costs steps: discs need 98 and not 78.
+# batch: with a mean the digits have a lower test loss, and the circles need fewer
+# steps. With 0.9 the mean is too old. On a whole set, as on the discs, there is nothing
+# to average, and it costs steps. docs/tried.md has the numbers.
 _DECAY = 0.7
 
 
@@ -61,10 +61,10 @@ class SNOptModelState(NamedTuple):
     - `preconditioner`: a `nodegrad.SNOptState`.
     - `previous`: the last update, a tree like the parameters.
     - `mean`: the running mean of gradients, a tree like the parameters.
-    - `damping`: $\lambda$, which is zero before the first curvature.
-    - `scale`: the curvature of the loss along the direction, per squared length.
     - `rest`: running means of the squared gradients of parameters outside of layers;
       `None` in place of the others.
+    - `damping`: $\lambda$, which is zero before the first curvature.
+    - `scale`: the curvature of the loss along the direction, per squared length.
     - `length`: the last coefficient of the preconditioned mean.
     - `progress`: how far the loss fell, and how far the parameters scatter around their
       running mean. The mean is `progress.average`, and mostly has the lower test loss.
@@ -334,5 +334,6 @@ def _is_refreshed(state: Any) -> Bool[Array, ""]:
 
 def _num_samples(state: Any) -> Float[Array, ""]:
     """Returns the batch size of the last refresh; 1 before it, or without layers."""
-    states = _states(state)
-    return jnp.mean(states[0].num_samples) if states else jnp.ones(())
+    # A layer that is not used keeps the number it started with, which is 1.
+    numbers = [jnp.max(layer.num_samples) for layer in _states(state)]
+    return jnp.max(jnp.stack(numbers)) if numbers else jnp.ones(())

@@ -217,9 +217,10 @@ def initial_snopt_state(rule: Rule, chosen: Chosen, params: PyTree) -> Any:
         # find it where the state depends on them.
         return SNOptState(count, params)
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        if not hasattr(leaf, "dtype"):
+        if not jnp.issubdtype(getattr(leaf, "dtype", object), jnp.inexact):
             msg = (
-                f"`init` takes arrays; got {leaf!r} at {jax.tree_util.keystr(path)}. "
+                f"`init` takes arrays of floating point numbers; got {leaf!r} at "
+                f"{jax.tree_util.keystr(path)}. "
                 "Pass `eqx.filter(model, eqx.is_inexact_array)`."
             )
             raise TypeError(msg)
@@ -333,8 +334,8 @@ def _refreshed(
         factors = _fitted(layer, curvature[layer.key])
         if rule.moment == "ekfac" and factors.draws is None:
             msg = (
-                f"`moment='ekfac'` needs the `draws` of {layer.key}, and its curvature "
-                "has none: pass `moments=True` to `make_steps` (or to "
+                f"`moment='ekfac'` needs the `draws` of {layer.name}, and its "
+                "curvature has none: pass `moments=True` to `make_steps` (or to "
                 "`value_grad_and_curvature`), or choose `moment='running'`."
             )
             raise ValueError(msg)
@@ -353,13 +354,13 @@ def _fitted(layer: Layer, factors: KroneckerFactors) -> KroneckerFactors:
     expected = (*stack, d_in, d_in), (*stack, d_out, d_out)
     if (a.shape, b.shape) != expected:
         msg = (
-            f"The factors of {layer.key} must have shapes {expected}; got {a.shape} "
+            f"The factors of {layer.name} must have shapes {expected}; got {a.shape} "
             f"and {b.shape}. (The input factor counts the bias, which comes last.)"
         )
         raise ValueError(msg)
     if draws is not None and draws.shape[1:] != layer.shape:
         msg = (
-            f"The draws of {layer.key} must have shape {('K', *layer.shape)}; got "
+            f"The draws of {layer.name} must have shape {('K', *layer.shape)}; got "
             f"{draws.shape}."
         )
         raise ValueError(msg)

@@ -15,7 +15,20 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Real
 
-from .._internal.tree import at_least_float32, check_numbers, is_real
+from .._internal.compat import default_floating_dtype
+from .._internal.tree import (
+    all_finite,
+    at_least_float32,
+    check_numbers,
+    is_real,
+    where as select,
+)
+
+
+_NO_GRADIENT = (
+    "`terminal_time` needs the parameters and the gradient: "
+    "`optim.update(grads, state, params, grad=grads)`."
+)
 
 
 class TerminalTimeState(NamedTuple):
@@ -128,13 +141,8 @@ def terminal_time(
     ) -> tuple[PyTree, Any]:
         del extra
         if params is None or grad is None:
-            msg = (
-                "`terminal_time` needs the parameters and the gradient: "
-                "`optim.update(grads, state, params, grad=grads)`."
-            )
-            raise ValueError(msg)
-        dtype = state.first.dtype
-        as_dtype = lambda x: jnp.asarray(x).astype(dtype)
+            raise ValueError(_NO_GRADIENT)
+        as_dtype = lambda x: jnp.asarray(x).astype(state.first.dtype)
         t1 = _end_time(where, params, "params")
         slope = as_dtype(_end_time(where, grad, "grad"))
         square = slope**2 if squared_slope is None else as_dtype(squared_slope)
@@ -148,11 +156,13 @@ def terminal_time(
         step = first + slope * as_dtype(_feedback(where, grad, updates))
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         new = jnp.clip(as_dtype(t1) - as_dtype(rate) * step / second, low, high)
+        # A NaN, such as that of a failed solve, would stay in the averages.
+        usable = all_finite((step, second))
         count: Any = optax.safe_increment(state.count)
-        moves = count % update_every == 0
+        moves = usable & (count % update_every == 0)
         change = jnp.where(moves, new - as_dtype(t1), 0).astype(t1.dtype)
-        updates = eqx.tree_at(where, updates, change)
-        return updates, TerminalTimeState(count, first, second)
+        state = select(usable, TerminalTimeState(count, first, second), state)
+        return eqx.tree_at(where, updates, change), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -301,24 +311,34 @@ def terminal_time_derivatives(
     if jnp.shape(t1) != ():
         msg = f"`t1` must be a scalar; got an array of shape {jnp.shape(t1)}."
         raise ValueError(msg)
+    # An integer has no derivative.
     t1 = jnp.asarray(t1)
+    t1 = t1.astype(jnp.result_type(t1, default_floating_dtype()))
     diff, static = eqx.partition(params, eqx.is_inexact_array)
     y1, pull = jax.vjp(lambda diff: solve(eqx.combine(diff, static)), diff)
+
+    def field(t: Real[Array, ""], y: PyTree[Array], params: PyTree) -> PyTree[Array]:
+        # A scalar is broadcast to its leaf, as in a solve.
+        like = lambda y, f: jnp.broadcast_to(f, jnp.shape(y)).astype(y.dtype)
+        return jax.tree.map(like, y, vector_field(t, y, params))
 
     def slope(
         t: Real[Array, ""], y: PyTree[Array], diff: PyTree[Array]
     ) -> Float[Array, ""]:
         params = eqx.combine(diff, static)
-        _, out = jax.jvp(terminal_loss, (y,), (vector_field(t, y, params),))
+        _, out = jax.jvp(terminal_loss, (y,), (field(t, y, params),))
         return out if running_cost is None else out + running_cost(t, y, params)
 
     sigma, (by_t, by_y, by_u) = jax.value_and_grad(slope, (0, 1, 2))(t1, y1, diff)
-    field = vector_field(t1, y1, params)
+    # JAX's gradient times the field. Of a complex state nothing is conjugated.
+    terms = jax.tree.map(
+        lambda g, f: jnp.sum((g * f).real), by_y, field(t1, y1, params)
+    )
     # The parameters also change the slope through the state at the end.
     (through_state,) = pull(by_y)
     penalty = jnp.asarray(penalty).astype(sigma.dtype)
     return TerminalTimeDerivatives(
         first=penalty * t1 + sigma,
-        second=penalty + by_t + optax.tree_utils.tree_vdot(by_y, field),
+        second=penalty + by_t + sum(jax.tree.leaves(terms)),
         mixed=jax.tree.map(jnp.add, by_u, through_state),
     )

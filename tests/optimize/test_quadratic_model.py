@@ -289,23 +289,54 @@ def test_training_goes_on_where_the_loss_jumps():
     assert np.median([ratio(seed) for seed in (1, 2, 3)]) < 0.5
 
 
-@pytest.mark.parametrize("at", ["refresh", "step"])
-def test_a_batch_without_a_gradient_is_left_out(at):
+def test_refused_steps_do_not_follow_each_other_for_long():
+    # On a whole set nothing but the state changes after a step that is refused.
+    f32 = jnp.float32
+    x = jr.normal(jr.PRNGKey(3), (256, 4), f32)
+    y = 3 * jnp.sin(2 * x[:, :1]) + x[:, 1:2]
+    loss = lambda model, x, y: (jax.vmap(model)(x) - y)[:, 0] ** 2
+    optim = nodegrad.snopt()
+    step, refresh = nodegrad.make_steps(optim, loss, moments=True)
+
+    def start(key):
+        model = eqx.nn.MLP(4, 1, 16, 1, jnp.tanh, dtype=f32, key=key)
+        return model, _init(optim, model)
+
+    def over_seeds(run):
+        one = lambda model, state, key: run(model, state, x, y, key=key)
+        axes = eqx.if_array(0), eqx.if_array(0), None
+        return eqx.filter_jit(eqx.filter_vmap(one, in_axes=axes))
+
+    step, refresh = over_seeds(step), over_seeds(refresh)
+    model, state = eqx.filter_vmap(start)(jr.split(jr.PRNGKey(0), 64))
+    accepted, values = [], []
+    for i in range(25):
+        run = refresh if i % 10 == 0 else step
+        model, state, value = run(model, state, jr.PRNGKey(i))
+        accepted.append(np.asarray(state.accepted))
+        values.append(value)
+    refused = np.lib.stride_tricks.sliding_window_view(~np.array(accepted), 8, axis=0)
+    assert not np.any(np.all(refused, axis=-1))
+    assert np.all(values[-1] < values[0])
+
+
+def test_a_batch_without_a_gradient_is_left_out():
     optim, model = nodegrad.snopt(), _net()
     step, refresh = _steps(optim, "ggn")
     state = _init(optim, model)
     for i in range(4):
         run = refresh if i == 0 else step
         model, state, _ = run(model, state, X, Y, key=jr.PRNGKey(i))
-    run, old = refresh if at == "refresh" else step, state
-    same, state, value = run(model, state, X, Y * jnp.nan, key=jr.PRNGKey(4))
-    assert jnp.isnan(value)
-    assert not state.accepted
-    assert eqx.tree_equal(same, model)
-    assert eqx.tree_equal(state._replace(accepted=old.accepted), old)
-    model, state, value = step(model, state, X, Y)
-    assert state.accepted
-    assert jnp.mean(_loss(model, X, Y)) < value
+    for run in (refresh, step):
+        old = state
+        same, state, value = run(model, state, X, Y * jnp.nan, key=jr.PRNGKey(4))
+        assert jnp.isnan(value)
+        assert not state.accepted
+        assert eqx.tree_equal(same, model)
+        assert eqx.tree_equal(state._replace(accepted=old.accepted), old)
+        model, state, value = step(model, state, X, Y)
+        assert state.accepted
+        assert jnp.mean(_loss(model, X, Y)) < value
 
 
 def test_a_step_into_nan_is_not_taken_and_the_next_one_is_shorter():

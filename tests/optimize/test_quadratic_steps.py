@@ -49,6 +49,16 @@ def test_targets_may_have_any_unit():
     assert values[-1] < 1.01 * unit**2 * least / 64
 
 
+def test_a_layer_that_is_not_used_changes_nothing():
+    # Names are sorted in a jitted function: the unused layer comes first, or last.
+    def losses(unused):
+        model = {"m": _linear(), unused: _linear(), "shift": jnp.zeros(())}
+        loss = lambda model, x, y: _squares(model["m"], x, y - model["shift"])
+        return _train(nodegrad.snopt(), model, 12 * [(X, Y)], loss)[-1]
+
+    assert np.allclose(losses("a"), losses("z"), rtol=1e-12)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("factor", [1e-9, 1e9])
 def test_a_factor_of_the_loss_makes_little_difference(factor):

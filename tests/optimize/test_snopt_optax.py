@@ -175,6 +175,24 @@ def test_gradients_are_accumulated(name):
     assert relative_error(updates, expected) < 1e-5
 
 
+@pytest.mark.parametrize("rate", [None, 0.1])
+def test_make_steps_passes_curvature_to_accumulated_gradients(rate):
+    # `optax.MultiSteps` takes extra arguments, and has no type that says so.
+    optim = optax.MultiSteps(nodegrad.snopt(rate), every_k_schedule=2)
+    loss = lambda model, x: jnp.sum(jax.vmap(model)(x) ** 2, axis=1)
+    step, refresh = nodegrad.make_steps(optim, loss, moments=True)
+    model, x = eqx.nn.Linear(3, 2, key=jr.PRNGKey(0)), jnp.eye(3)
+    state, values = optim.init(eqx.filter(model, eqx.is_inexact_array)), []
+    for i in range(8):
+        run = refresh if i % 4 == 1 else step
+        model, state, value = run(model, state, x, key=jr.PRNGKey(i))
+        values.append(float(value))
+    inner = state.inner_opt_state
+    inner = inner[0] if rate is not None else inner.preconditioner
+    assert [int(layer.num_refreshes) for layer in inner.layers.values()] == [2]
+    assert values[-1] < 0.5 * values[0]
+
+
 @every_optim
 def test_infinite_gradients_are_left_to_optax(name):
     optim, params = OPTIMS[name](), make_params()

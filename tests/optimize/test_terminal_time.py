@@ -63,6 +63,39 @@ def test_exact_derivatives_match_automatic_differentiation():
 
 
 @pytest.mark.slow
+def test_an_end_time_may_be_an_integer():
+    # $y = e^{-r t}$, and the loss is $y$.
+    solve = lambda rate: jnp.exp(-rate)
+    field = lambda t, y, rate: -rate * y
+    rate = jnp.array(2.0)
+    out = nodegrad.terminal_time_derivatives(lambda y: y, field, solve, 1, rate)
+    # The derivatives of $e^{-r t}$: by t, twice by t, and by t and r.
+    expected = jnp.array([-2.0, 4.0, 1.0]) * jnp.exp(-2.0)
+    assert jnp.allclose(jnp.stack(list(out)), expected, rtol=1e-14)
+
+
+def test_a_complex_state_has_real_derivatives():
+    # $y = e^{i r t}$, and the loss is its real part, $\cos(r t)$.
+    field = lambda t, y, rate: 1j * rate * y
+    solve = lambda rate: jnp.exp(1j * rate)
+    rate = jnp.array(2.0)
+    out = nodegrad.terminal_time_derivatives(jnp.real, field, solve, 1.0, rate)
+    sine, cosine = jnp.sin(2.0), jnp.cos(2.0)
+    expected = jnp.stack([-2 * sine, -4 * cosine, -sine - 2 * cosine])
+    assert jnp.allclose(jnp.stack(list(out)), expected, rtol=1e-13)
+
+
+def test_a_gradient_with_a_nan_is_left_out():
+    params, grads = _make()
+    optim = nodegrad.terminal_time(PICK, penalty=0.1, update_every=1)
+    state = optim.init(params)
+    _, state = optim.update(grads, state, params, grad=grads)
+    failed = jax.tree.map(lambda g: jnp.nan * g, grads)
+    updates, after = optim.update(failed, state, params, grad=failed)
+    assert PICK(updates) == 0
+    assert eqx.tree_equal(after, state)
+
+
 def test_running_cost_counts():
     params, y0, terminal_loss = _problem()
     t1 = jnp.array(1.3)
