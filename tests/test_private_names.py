@@ -15,6 +15,8 @@ import pathlib
 import re
 import tomllib
 
+import diffrax
+import jax.numpy as jnp
 import pytest
 
 
@@ -119,8 +121,8 @@ def test_private_functions_take_what_they_took(name):
     assert " ".join(parameters) == SIGNATURES[name], f"changed in {VERSIONS}"
 
 
-# The layout of the state of Diffrax's loop, which `recorded_loop` reads, and of the
-# buffers of Equinox's loop, which `put_row` writes.
+# The layout of the state of Diffrax's loop, which `recorded_loop` reads, of the buffers
+# of Equinox's loop, which `put_row` writes, and of results.
 FIELDS = {
     "State": (
         "y tprev tnext made_jump solver_state controller_state progress_meter_state "
@@ -130,17 +132,29 @@ FIELDS = {
     ),
     "SaveState": "saveat_ts_index ts ys save_index",
     "_Buffer": "_array _pred _tag _makes_false_steps",
+    "EnumerationItem": "_value _enumeration",
+}
+MODULES = {
+    "_Buffer": "equinox.internal._loop.common",
+    "EnumerationItem": "equinox._enum",
 }
 
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_states_of_loops_have_the_fields_they_had(name):
-    loops = (
-        "equinox.internal._loop.common" if name == "_Buffer" else "diffrax._integrate"
-    )
-    cls = getattr(importlib.import_module(loops), name)
+    module = MODULES.get(name, "diffrax._integrate")
+    cls = getattr(importlib.import_module(module), name)
     fields = [field.name for field in dataclasses.fields(cls)]
     assert " ".join(fields) == FIELDS[name], f"changed in {VERSIONS}"
+
+
+def test_constant_steps_have_the_state_they_had():
+    # `UniformGrid` computes their ends from such a state. It fails in silence.
+    field = lambda *_: 0.0
+    t0, t1, dt0 = (jnp.array(x) for x in (1.0, 2.0, 0.25))
+    init = diffrax.ConstantStepSize().init
+    _, state = init(diffrax.ODETerm(field), t0, t1, t0, dt0, None, field, None)
+    assert tuple(map(float, state)) == (1, 4, 1.0, 2.0)
 
 
 def test_all_functions_are_in_the_table():

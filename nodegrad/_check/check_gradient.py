@@ -96,8 +96,8 @@ def check_gradient(
       size of its parameter. An array that matters a hundred times less than another
       one is held to a hundredth of that one's gradient.
     - `adjoints`: the adjoints to compare in time and memory; `()` for none.
-    - `num_directions`: at most how many directions to take differences in. Each moves
-      other arrays of `params`; together they move all.
+    - `num_directions`: how many random directions to take differences in. Each moves
+      a part of the arrays of `params`; together they move all.
     - `repeats`: how often to time each adjoint; 0 for not at all.
     - `memory_limit`: programs that need more bytes are not run.
 

@@ -70,33 +70,37 @@ class Differences:
 def element_scales(params: PyTree[Array]) -> list[np.ndarray]:
     """Returns the sizes of changes of parameters that count as equally large.
 
-    That is the absolute value of a parameter, but at least a thousandth of the root
-    mean square of its leaf; 1 in a leaf of zeros. One array for each leaf.
+    That is the absolute value of a parameter. For a zero it is a thousandth of the root
+    mean square of its leaf, and 1 in a leaf of zeros. One array for each leaf.
     """
 
     def scales(x: Array) -> np.ndarray:
         sizes = np.abs(np.asarray(x, complex))
         typical = np.sqrt(np.mean(sizes**2)) if x.size else 0.0
-        return np.maximum(sizes, 1e-3 * typical if typical else 1.0)
+        return np.where(sizes > 0, sizes, 1e-3 * typical if typical else 1.0)
 
     return [scales(x) for x in jax.tree.leaves(params)]
 
 
 def directions(params: PyTree[Array], num: int) -> list[PyTree[Array]]:
-    """Returns at most `num` directions, each of which moves other leaves.
+    """Returns `num` random directions, each of which moves a part of the leaves.
 
-    An entry of a direction is plus or minus the scale of its parameter, at random. The
-    leaves that it does not move have entries of zero.
+    An entry of a direction is the scale of its parameter, times a number between 1/2
+    and 1 with a random sign. The leaves that it does not move have entries of zero.
     """
     leaves, structure = jax.tree.flatten(params)
-    random = np.random.default_rng(0)
-    moves = [s * random.choice([-1.0, 1.0], s.shape) for s in element_scales(params)]
-    num = min(num, len(leaves))
+    scales, random = element_scales(params), np.random.default_rng(0)
+    groups = min(num, len(leaves))
+
+    def move(scale: np.ndarray) -> np.ndarray:
+        # Random sizes, so that errors of two entries cannot cancel in all directions.
+        sizes = random.uniform(0.5, 1.0, scale.shape)
+        return scale * sizes * random.choice([-1.0, 1.0], scale.shape)
 
     def direction(j: int) -> PyTree[Array]:
         new = [
-            jnp.asarray(move if i % num == j else np.zeros_like(move), x.dtype)
-            for i, (x, move) in enumerate(zip(leaves, moves, strict=True))
+            jnp.asarray(move(s) if i % groups == j % groups else 0 * s, x.dtype)
+            for i, (x, s) in enumerate(zip(leaves, scales, strict=True))
         ]
         return jax.tree.unflatten(structure, new)
 

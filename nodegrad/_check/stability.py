@@ -98,7 +98,7 @@ def is_stable(
     **Returns:** an array of booleans with the shape of `z`.
 
     **Raises:** `TypeError` for other solvers. `ValueError` if `coupling_parameter` is
-    given for a solver that has one already.
+    given for a solver that has one already, or is not in (0, 1].
 
     **Cost:** arithmetic in double precision; nothing is compiled.
 
@@ -108,12 +108,16 @@ def is_stable(
         2024, arXiv:2410.11648, section 2.3, for real $z$.
     """
     z = np.asarray(z, dtype=complex)
+    if coupling_parameter is not None:
+        if isinstance(solver, ALF | Reversible):
+            msg = "`coupling_parameter` is for a plain solver: this one has its own."
+            raise ValueError(msg)
+        if not 0 < coupling_parameter <= 1:
+            msg = f"`coupling_parameter` must be in (0, 1]; got {coupling_parameter}."
+            raise ValueError(msg)
     if isinstance(solver, ALF):
         return _is_in_leapfrog_ellipse(z, solver.damping)
     if type(solver) is Reversible:
-        if coupling_parameter is not None:
-            msg = "`coupling_parameter` is for a plain solver: this one has its own."
-            raise ValueError(msg)
         coupling_parameter = solver.coupling_parameter
     polynomial = np.polynomial.Polynomial(stability_polynomial(solver))
     if coupling_parameter is None:

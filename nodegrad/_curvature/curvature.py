@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from .._internal.closure_convert import closure_convert
 from .._internal.devices import on_each_device
 from .._layers.factors import KroneckerFactors
+from .._layers.find_products import check_products
 from .._layers.layer_product import Statistics
 from .._layers.layers import Layer, layers_of, Leaves
 from .columns import columns_of
@@ -73,7 +75,8 @@ def value_grad_and_curvature(
     steps, of the states and cotangents at the ends of the steps. The stages of the
     solver do not enter, so the factors have a limit for small steps that does not
     depend on the solver. A use of a layer outside of a solve counts as one unit of
-    time. All uses (positions of a convolution, several solves) are summed.
+    time. All uses (positions of a convolution, several solves, solves in the field of
+    another solve) are summed, but for those whose gradients $g$ are all zero.
 
     **Arguments:**
 
@@ -207,7 +210,10 @@ def _linearized(
         static_aux.append(static)
         return out, aux
 
-    out, push, aux = jax.linearize(arrays, diff, probes, has_aux=True)
+    consts, pure = closure_convert(arrays, diff, probes)
+    check_products(pure.jaxpr, pure.jaxpr.invars[len(jax.tree.leaves(diff)) :])
+    run = lambda diff, probes: pure(consts, diff, probes)
+    out, push, aux = jax.linearize(run, diff, probes, has_aux=True)
     return out, push, eqx.combine(aux, static_aux[0])
 
 

@@ -179,7 +179,8 @@ def _direction(params: PyTree[Array], v: PyTree) -> PyTree[Array]:
     if expected != received:
         msg = (
             "`v` must have the structure of the floating point arrays in `params`: "
-            f"expected {expected}, received {received}. (Integers do not count.)"
+            f"expected {expected}, received {received}. (Integers and Python "
+            "numbers do not count: for a number use `jnp.asarray`.)"
         )
         raise ValueError(msg)
     paths, _ = jax.tree.flatten_with_path(params)

@@ -46,6 +46,10 @@ Diffrax:
 - `WrapTerm`: a term as a function of reversed time, for solves with `t1 < t0`.
 - `solver_loop`: Diffrax's solver loop, which takes the `while` loop to run as an
   argument. With it comes the layout of the loop's state (see `recorded_loop.py`).
+
+Layouts that other files read, without a name that is private: the state of
+`diffrax.ConstantStepSize` (`plan.py`, `step_times.py`), and the fields of an item of
+`diffrax.RESULTS` (`results.py`).
 """
 
 import logging

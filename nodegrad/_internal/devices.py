@@ -26,6 +26,7 @@ from .compat import (
     ad,
     batching,
     checks_vma,
+    Jaxpr,
     mlir,
     NamedAxisEffect,
     Primitive,
@@ -47,6 +48,12 @@ _COLLECTIVE = (
     "{!r} in it. Devices take different numbers of steps, and would wait for each "
     "other forever. Move the collective out of the solve; or, if all devices make the "
     "same steps, pass `check_vma=False`."
+)
+_COLLECTIVE_OF_VMAP = (
+    "In a solve there is a collective such as `jax.lax.psum` over the axis {!r} of "
+    "`jax.vmap`, and the solve is differentiated in forward mode, or outside of this "
+    "`vmap`. Take reverse mode inside of it (`jax.vmap(jax.grad(f), axis_name=...)`), "
+    "solve for the whole batch as one state, or use `diffrax.DirectAdjoint()`."
 )
 
 
@@ -137,10 +144,23 @@ def without_collectives(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
     return checked
 
 
+def check_no_collective_over(name: Any, jaxprs: list[Jaxpr]) -> None:
+    """Raises if a part of a solve has collectives over this axis of a `jax.vmap`.
+
+    A derivative evaluates these parts after that `vmap` has ended. The name is then
+    unknown, or that of another axis.
+    """
+    if any(name in _axes_of_collectives(jaxpr) for jaxpr in jaxprs):
+        raise ValueError(_COLLECTIVE_OF_VMAP.format(name))
+
+
+def _axes_of_collectives(jaxpr: Jaxpr) -> set[Any]:
+    return {x.name for x in jaxpr.effects if isinstance(x, NamedAxisEffect)}
+
+
 def _check_no_collective(pure: Pure) -> None:
-    for effect in pure.jaxpr.effects:
-        if isinstance(effect, NamedAxisEffect):
-            raise ValueError(_COLLECTIVE.format(effect.name))
+    for name in _axes_of_collectives(pure.jaxpr):
+        raise ValueError(_COLLECTIVE.format(name))
 
 
 def _union(arrays: PyTree[Array]) -> tuple[str, ...]:

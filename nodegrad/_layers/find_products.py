@@ -5,7 +5,7 @@ of layers. To collect the statistics of a layer, a solve must know which of the
 constants are its probes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,14 @@ from jaxtyping import PyTree
 from .._internal.closure_convert import closure_convert
 from .._internal.compat import Jaxpr, jaxprs_in_params, Literal
 from .layer_product import layer_product_p, Statistics, Use
+
+
+_COMPUTED = (
+    "The layer `{}` of the model was computed from the model before it was used, as by "
+    "`jax.tree.map` over all leaves, so its curvature is not available. Pass the "
+    "changed model to this function, or leave the layer out with "
+    "`value_grad_and_curvature(..., layers=...)`."
+)
 
 
 class Slots(NamedTuple):
@@ -28,7 +36,7 @@ class Slots(NamedTuple):
 # operand first and one result. Checked on JAX 0.10.2 and 0.12.0.
 _STRUCTURAL = frozenset(
     "broadcast_in_dim convert_element_type copy dynamic_slice gather pvary reshape "
-    "slice squeeze transpose".split()
+    "sharding_constraint slice squeeze stop_gradient transpose".split()
 )
 
 
@@ -52,6 +60,18 @@ def find_products(jaxpr: Jaxpr) -> list[tuple[Slots, Use]]:
         offset, *statistics = known
         out.append((Slots(offset, Statistics(*statistics)), use))
     return out
+
+
+def check_products(jaxpr: Jaxpr, probes: Sequence[Any]) -> None:
+    """Raises `ValueError` if a layer of `jaxpr` does not use `probes` as they are.
+
+    `probes` are variables of `jaxpr`. With other values the statistics would be wrong.
+    """
+    found: list[tuple[list[int | None], Use]] = []
+    _walk(jaxpr, {v: i for i, v in enumerate(probes)}, found)
+    for slots, use in found:
+        if None in slots:
+            raise ValueError(_COMPUTED.format(use.key or "(the model)"))
 
 
 def has_products(jaxpr: Jaxpr) -> bool:

@@ -306,7 +306,7 @@ def _transpose(
         ct_x = layer_product_p.bind(weight, ct, offset, *probes, use=use.transpose)
         # Results have an axis for every level, `x` may not.
         axes = tuple(i for i, level in enumerate(use.levels) if not level.x)
-        ct_x = jnp.sum(ct_x, axis=axes)
+        ct_x = jnp.sum(ct_x, axis=axes).astype(x.aval.dtype)
     return [None, ct_x, None, *(None for _ in probes)]
 
 

@@ -36,6 +36,11 @@ class Layer(NamedTuple):
     stack: int
     shape: tuple[int, ...]
 
+    @property
+    def name(self) -> str:
+        """How a message calls the layer."""
+        return f"`{self.key}`" if self.key else "the model (itself a layer)"
+
 
 _CELLS = eqx.nn.GRUCell | eqx.nn.LSTMCell
 _MODULES = eqx.nn.Linear | eqx.nn.Conv | _CELLS

@@ -178,10 +178,12 @@ class NodeStatistics(eqx.Module):
             carried = jax.tree.leaves(self._carried(slots.statistics))
             for slot, value in zip(carried, jax.tree.leaves(probe), strict=True):
                 consts[slot] = value
-            # An offset of zero would mean a weight of one.
-            old = consts[slots.offset]
-            offset = jnp.where(weight > 0, weight, -1).astype(old.dtype)
-            consts[slots.offset] = jnp.broadcast_to(offset, old.shape)
+            # In the vector field of another solve, the offset is the weight of a node
+            # of that one. An offset of zero means a weight of one.
+            outer = consts[slots.offset]
+            factor = jnp.where(outer == 0, 1, jnp.maximum(outer, 0))
+            product = factor * weight.astype(outer.dtype)
+            consts[slots.offset] = jnp.where(product > 0, product, -1)
         return consts
 
     def _whole_cotangents(
@@ -226,14 +228,15 @@ class NodeStatistics(eqx.Module):
         batch = recording.batch
         cts: list[Any] = [None] * len(consts)
         for slots, statistics in zip(self.slots, total, strict=True):
-            # Sums are not reported: the curvature does not need them.
-            reported = slots.statistics._replace(x_sum=None, g_sum=None)
+            reported = self._carried(slots.statistics)
             if self.reduction == "reduce":
                 # Square the sums of each solve, then add the solves that share a layer.
+                # The sums are for another solve around this one: it squares its own.
+                reported = slots.statistics
                 statistics = jax.tree.map(
                     lambda slot, x: batch.total(x, batch.all_axes, axes[slot]),
                     reported,
-                    _products(statistics),
+                    _with_products(statistics),
                 )
             positions, values = jax.tree.leaves(reported), jax.tree.leaves(statistics)
             # Two entries of `slots` may share a probe. Their statistics add up.
@@ -242,23 +245,16 @@ class NodeStatistics(eqx.Module):
         return cts, [None] * len(replay_state_consts)
 
 
-def _products(sums: Statistics) -> Statistics:
-    """Returns the `inputs`, `outputs` and `count` of `reduction="reduce"`, from sums.
+def _with_products(sums: Statistics) -> Statistics:
+    """Returns the sums with the `inputs` and `outputs` of `reduction="reduce"`.
 
     They are the outer products of the mean input and of the summed gradient with
-    themselves. The count is one for a solve that used the layer, and otherwise zero.
-    Batch axes come first in every array.
+    themselves. Batch axes come first in every array.
     """
     # Without any use the sums are zero, and the mean should be zero, too.
     is_any = sums.count > 0
     x_mean = sums.x_sum / jnp.where(is_any, sums.count, 1)[..., None]
-    return Statistics(
-        inputs=_outer(x_mean),
-        outputs=_outer(sums.g_sum),
-        count=is_any.astype(sums.count.dtype),
-        x_sum=None,
-        g_sum=None,
-    )
+    return sums._replace(inputs=_outer(x_mean), outputs=_outer(sums.g_sum))
 
 
 def _outer(x: Float[Array, "... d"]) -> Float[Array, "... d d"]:

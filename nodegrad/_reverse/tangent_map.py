@@ -36,7 +36,7 @@ from .._internal.compat import (
     Primitive,
     ShapedArray,
 )
-from .._internal.devices import without_collectives
+from .._internal.devices import check_no_collective_over, without_collectives
 from .._trajectory.recording import Inputs, moving_times, Outputs, Plan, Recording
 from .._trajectory.trajectory import Trajectory
 from .gradient import pull_back
@@ -332,6 +332,7 @@ def _jvp(
 
 
 def _batch(
+    axis: Any,
     operands: Sequence[Any],
     dims: Sequence[int | None],
     *,
@@ -340,8 +341,13 @@ def _batch(
 ) -> tuple[list[Array], list[int]]:
     """The rule for `vmap`: the same primitive, with a new outermost level.
 
-    `dims` are the positions of the batch axis in the operands; `None` for no axis.
+    `axis` is JAX's description of that `vmap`. `dims` are the positions of the batch
+    axis in the operands; `None` for no axis.
     """
+    plan = static.plan
+    fns = [*plan.parts.values()]
+    fns += [x for save in plan.saves for x in (save.at_end, save.inside) if x]
+    check_no_collective_over(axis.name, [fn.jaxpr for fn in fns])
     size = mapped_size(operands, dims)
     num_own, num_primals = static.num_own, static.num_primals
     is_batched = [d is not None for d in dims]
@@ -387,4 +393,4 @@ tangent_map_p.def_abstract_eval(_abstract)
 mlir.register_lowering(tangent_map_p, mlir.lower_fun(_evaluate, multiple_results=True))
 ad.primitive_jvps[tangent_map_p] = _jvp
 ad.primitive_transposes[tangent_map_p] = _transpose
-batching.primitive_batchers[tangent_map_p] = _batch
+batching.fancy_primitive_batchers[tangent_map_p] = _batch

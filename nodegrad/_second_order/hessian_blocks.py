@@ -14,10 +14,12 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree, Real
 
 from .._internal.compat import nondifferentiable, nondifferentiable_backward
+from .._internal.devices import on_each_device
 from .._internal.tree import flatten, with_fields
 from .._solve.aca_adjoint import ACAAdjoint
 from .._solve.odesolve import raised
 from .._solve.recorded_adjoint import AbstractRecordedAdjoint
+from .._steps.rosenbrock import AbstractRosenbrock
 from .discrete_blocks import differentiate_steps, linearized
 from .loss import checked_loss, common_dtype, plain_field
 
@@ -36,6 +38,14 @@ _FROZEN = (
     "The Gauss-Newton blocks of a loss with a running cost, "
     "`nodegrad.hessian_blocks(..., running_cost=..., exact=False)`, cannot be "
     "differentiated. Those with `exact=True` can, by forward mode."
+)
+
+
+_LINEARIZED = (
+    "`nodegrad.hessian_blocks(..., running_cost=..., exact=False)` differentiates the "
+    "steps with a linearised vector field, and a step of `{}` contains derivatives of "
+    "the vector field. Pass `exact=True`, take another solver, or add the cost to the "
+    "state by hand."
 )
 
 
@@ -182,7 +192,9 @@ def hessian_blocks(
         plain_field(
             loss.terms, "A `running_cost`", "Add the cost to the state by hand."
         )
-    sol = _discrete_blocks(
+        if isinstance(solver, AbstractRosenbrock) and not exact:
+            raise ValueError(_LINEARIZED.format(type(solver).__name__))
+    return on_each_device(_raised_blocks)(
         loss.terms,
         solver,
         loss.t0,
@@ -198,7 +210,12 @@ def hessian_blocks(
         adjoint=adjoint,
         max_steps=max_steps,
     )
-    blocks: Any = raised(sol).ys
+
+
+def _raised_blocks(*args: Any, **kwargs: Any) -> HessianBlocks:
+    """Returns the blocks, and raises an error if the solve fails."""
+    # Outside of the jitted function, as in `odesolve`.
+    blocks: Any = raised(_discrete_blocks(*args, **kwargs)).ys
     return blocks
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PyTree, Real
 
+from .._internal.devices import on_each_device
 from .._solve.aca_adjoint import ACAAdjoint
 from .._solve.arguments import as_state, as_times
 from .._solve.odesolve import odesolve
@@ -113,7 +114,7 @@ def low_rank_blocks(
         Liu, Chen, Theodorou: Second-order Neural ODE Optimizer, NeurIPS 2021,
         Proposition 2.
     """
-    return _low_rank_blocks(
+    return on_each_device(_low_rank_blocks)(
         terms,
         solver,
         t0,

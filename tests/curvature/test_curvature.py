@@ -348,6 +348,35 @@ def test_models_cast_inside_of_the_loss_are_refused():
         value_grad_and_curvature(loss)(MODEL, X, TARGET)
 
 
+@pytest.mark.parametrize("change", [lambda w: w + 0.01, lambda w: w / 2])
+def test_models_changed_inside_of_the_loss_are_refused(change):
+    # Their probes are changed with them.
+    def loss(model, x, target):
+        changed = lambda a: change(a) if eqx.is_inexact_array(a) else a
+        decode = jax.tree.map(changed, model.decode)
+        return jnp.sum(jax.vmap(decode)(jax.vmap(model.encode)(x)) ** 2, axis=1)
+
+    with pytest.raises(ValueError, match=r"`.decode` of the model was computed"):
+        value_grad_and_curvature(loss)(MODEL, X, TARGET)
+    others = value_grad_and_curvature(loss, layers=lambda key: key == ".encode")
+    _, _, curvature = others(MODEL, X, TARGET)
+    assert float(curvature[".encode"].input_factor[-1, -1]) == BATCH
+
+
+def test_layers_of_two_dtypes_in_a_row():
+    cast = lambda a: a.astype(jnp.float32) if eqx.is_inexact_array(a) else a
+    narrow = jax.tree.map(cast, MODEL.encode)
+    loss = lambda model, x: jnp.sum(
+        jax.vmap(lambda x: model[1](jnp.tanh(model[0](x))))(x) ** 2, axis=1
+    )
+    model, x = (narrow, MODEL.inner), X.astype(jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):
+        _, grads, _ = value_grad_and_curvature(loss)(model, x)
+        expected = eqx.filter_grad(lambda model: jnp.mean(loss(model, x)))(model)
+    assert relative_error(grads[0], expected[0]) < 1e-6
+    assert relative_error(grads[1], expected[1]) < 1e-12
+
+
 def test_a_convolution_that_calls_itself_differently_is_no_layer():
     class Doubled(eqx.nn.Conv1d):
         def __call__(self, x, *, key=None):
@@ -668,6 +697,33 @@ def test_reductions_are_exact_where_nothing_changes_in_time():
     assert relative_error(products["integral"], exact) < 1e-12
     assert relative_error(products["reduce"], exact) < 1e-12
     assert relative_error(steps * products["expand"], exact) < 1e-12
+
+
+@pytest.mark.parametrize("reduction", ["integral", "reduce"])
+def test_a_solve_in_the_field_of_another_one(reduction):
+    # z' = w z over a unit of time is the field of y, so that y' = e^w y. Everything
+    # is an integral of exponentials over both times.
+    layer = eqx.nn.Linear(1, 1, use_bias=False, key=jr.PRNGKey(0))
+    w = 0.3
+    layer = eqx.tree_at(lambda x: x.weight, layer, jnp.array([[w]]))
+
+    def loss(layer, y0):
+        inner = lambda s, z, args: layer(z)
+        field = lambda t, y, args: solve(inner, y, steps=12)[-1]
+        return jax.vmap(lambda y: jnp.sum(solve(field, y, steps=12)))(y0)
+
+    fn = value_grad_and_curvature(loss, reduction=reduction)
+    _, _, curvature = eqx.filter_jit(fn)(layer, jnp.array([[1.0], [0.5]]))
+    a, b, *_ = curvature[""]
+    rate = jnp.exp(w)
+    mean = lambda rate: (jnp.exp(rate) - 1) / rate
+    if reduction == "integral":
+        one_a = one_b = mean(2 * w) * mean(2 * rate)
+    else:
+        one_a = one_b = (mean(w) * mean(rate)) ** 2
+    # The input of a sample is proportional to its start, the gradient is not.
+    assert relative_error(a[0, 0], 1.25 * one_a) < 5e-3
+    assert relative_error(b[0, 0], 2 * one_b) < 5e-3
 
 
 @pytest.mark.exhaustive

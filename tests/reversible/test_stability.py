@@ -107,3 +107,12 @@ def test_refuses_what_has_no_polynomial():
         nodegrad.is_stable(
             nodegrad.Reversible(diffrax.Heun(), resync_every=None), 0.1, 0.9
         )
+
+
+def test_misuse_is_refused():
+    for solver in (nodegrad.ALF(), nodegrad.Reversible(diffrax.Heun())):
+        with pytest.raises(ValueError, match="is for a plain solver"):
+            nodegrad.is_stable(solver, -0.1, coupling_parameter=0.9)
+    for wrong in (-0.5, 0.0, 1.5):
+        with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
+            nodegrad.is_stable(diffrax.Heun(), -0.1, coupling_parameter=wrong)

@@ -884,6 +884,25 @@ def test_misuse_is_refused():
         _low_rank(jnp.ones(2))
 
 
+@pytest.mark.parametrize("solver", [nodegrad.Rosenbrock23(), nodegrad.Rodas5P()])
+def test_steps_with_derivatives_inside_have_no_linearised_field(solver):
+    # Their first derivatives contain second ones of the vector field.
+    problem = lambda t, y, u: -u * y**2, solver, 0.0, 1.0, 0.25, jnp.array(1.0)
+    costs = dict(terminal_cost=lambda y: y**2, running_cost=lambda t, y, u: u * y)
+    rate = jnp.array(1.3)
+    with pytest.raises(ValueError, match="Pass `exact=True`"):
+        nodegrad.hessian_blocks(*problem, rate, max_steps=4, **costs)
+
+    def loss(rate):
+        field = lambda t, y, u: (-u * y[0] ** 2, u * y[0])
+        y0 = jnp.array(1.0), jnp.array(0.0)
+        sol = nodegrad.odesolve(field, solver, 0.0, 1.0, 0.25, y0, rate, max_steps=4)
+        return sol.ys[0][0] ** 2 + sol.ys[1][0]
+
+    blocks = nodegrad.hessian_blocks(*problem, rate, max_steps=4, exact=True, **costs)
+    assert relative_error(blocks.grad_args, jax.grad(loss)(rate)) < 1e-12
+
+
 def test_what_cannot_be_differentiated_says_so():
     kwargs = dict(dt0=0.25, stepsize_controller=CONSTANT)
     total = lambda y0, **more: jnp.sum(_blocks(RK4, y0=y0, **kwargs, **more).hess_yy)

@@ -207,6 +207,26 @@ for kwargs in (
 print("all equal")
 """
 
+_BLOCKS = """
+field = lambda t, y, u: -u * y**2
+problem = field, diffrax.Heun(), 0.0, 1.0, 0.25
+u, starts = jnp.array([0.5, 0.7]), jnp.linspace(0.5, 1.2, 16).reshape(8, 2)
+terminal = dict(terminal_cost=lambda y: jnp.sum(y**2), max_steps=4)
+for fn in (
+    lambda y, u: nodegrad.hessian_blocks(*problem, y, u, exact=True, **terminal),
+    lambda y, u: nodegrad.hessian_blocks(
+        *problem, y, u, running_cost=lambda t, y, u: jnp.sum(u * y), **terminal
+    ),
+    lambda y, u: nodegrad.low_rank_blocks(
+        *problem, y, u, columns=jnp.eye(2), max_steps=4
+    ),
+):
+    on_each = lambda u, y: jax.tree.map(lambda x: x[None], fn(y[0], u))
+    on_all = jax.shard_map(on_each, mesh=mesh, in_specs=(P(), P("b")), out_specs=P("b"))
+    check(jax.jit(on_all)(u, starts), jax.vmap(lambda y: fn(y, u))(starts))
+print("all equal")
+"""
+
 _CHAINS = """
 import numpy as np, numpyro
 
@@ -330,6 +350,11 @@ def test_sharded_training_with_curvature_equals_that_of_one_device():
 @pytest.mark.exhaustive
 def test_derivatives_in_shard_map_equal_those_of_one_device():
     run_on_eight_devices(_MAPPED + _DERIVATIVES)
+
+
+@pytest.mark.slow
+def test_blocks_in_shard_map_equal_those_of_one_device():
+    run_on_eight_devices(_MAPPED + _BLOCKS)
 
 
 @pytest.mark.slow

@@ -6,11 +6,14 @@ for the discrete solution: a step of size `h` multiplies the state by
 reference is the program with Diffrax's `DirectAdjoint`.
 """
 
+import gc
+
 import diffrax
 import jax
 import jax.numpy as jnp
 import optimistix as optx
 import pytest
+from jax.core import Tracer
 
 import nodegrad
 
@@ -193,3 +196,43 @@ def test_a_scan_of_adaptive_solves_has_the_derivatives_of_a_loop(door):
     p = jnp.array([0.7, 1.3, 0.1, 2.0])
     found, expected = (jax.jit(jax.hessian(f))(p) for f in (scan, loop))
     assert relative_error(found, expected) < 1e-10
+
+
+def test_no_tracer_outlives_its_trace():
+    # What JAX keeps of a solve must not hold the user's arrays.
+    def loss(rate):
+        field = lambda t, y, rate: -rate * jnp.sin(y)
+        sol = nodegrad.odesolve(field, diffrax.Heun(), 0.0, 1.0, 0.1, 2.0, rate)
+        return sol.ys[0]
+
+    def num_alive():
+        gc.collect()
+        return sum(isinstance(x, Tracer) for x in gc.get_objects())
+
+    before = num_alive()
+    assert jnp.isfinite(jax.jit(jax.grad(loss))(0.5))
+    assert num_alive() == before
+
+
+def test_a_collective_is_no_part_of_a_derivative_outside_of_its_axis():
+    field = lambda t, y, rate: -rate * y + 0.5 * jax.lax.pmean(y, "b")
+    rates, y0 = jnp.array([0.7, 1.5]), jnp.array([1.0, 2.0])
+
+    def last(rate, y0, adjoint=None):
+        adjoint = nodegrad.ACAAdjoint() if adjoint is None else adjoint
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(field), diffrax.Heun(), 0.0, 1.0, 0.25, y0, rate,
+            adjoint=adjoint, max_steps=4,
+        ).ys[0]  # fmt: skip
+
+    inside = lambda adjoint: jax.vmap(
+        jax.grad(lambda rate, y0: last(rate, y0, adjoint)), axis_name="b"
+    )(rates, y0)
+    found = inside(nodegrad.ACAAdjoint())
+    assert relative_error(found, inside(diffrax.DirectAdjoint())) < 1e-13
+    mean = lambda rate: jnp.mean(jax.vmap(last, (None, 0), axis_name="b")(rate, y0))
+    # The axis outside has the same name: without the check it would be summed over.
+    outside = jax.vmap(jax.grad(mean), axis_name="b")
+    for derivative in (outside, lambda rates: jax.jvp(mean, (rates[0],), (1.0,))):
+        with pytest.raises(ValueError, match="collective .* over the axis 'b'"):
+            derivative(rates)
