@@ -49,9 +49,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **kwargs: object) -> str:
-    """Fills in measured numbers and tables, and links names to the reference."""
+    """Fills in tables of results, and links names to the reference."""
     del kwargs
-    # Most pages name no result.
+    # Links are those of the repository, where notebooks have a folder of their own.
+    markdown = markdown.replace("](../notebooks/", "](notebooks/")
+    # Most pages show no table.
     if "{{ " in markdown:
         results = benchmark_tables.load()
         tables, rates = benchmark_tables.tables(results), benchmark_tables.error_rates()

@@ -2,8 +2,8 @@
 
 Reads the JSON files that `scripts/benchmark.py SUBCOMMAND --output FILE` writes, from
 `docs/benchmarks`. The documentation site shows these tables. Its pages also name single
-results, such as `{{ examples.time }}`; `--refresh README.md` writes these into a file
-in which they follow the number as a comment, `0.73<!-- examples.time -->`.
+results in a comment, as in `0.73<!-- examples.time -->`; `--refresh FILE...` writes the
+numbers before these comments.
 """
 
 import argparse
@@ -170,13 +170,9 @@ def shown(name: str, results: Results) -> str:
 
 
 def filled(text: str, results: Results) -> str:
-    """`text` with every `{{ name }}` replaced by that quantity.
-
-    `{{ tables of NAME }}` is replaced by the tables of that subcommand.
-    """
+    """`text` with every `{{ tables of NAME }}` replaced by those of that subcommand."""
     whole = lambda match: tables_of(match[1], results)
-    text = re.sub(r"\{\{ tables of ([\w-]+) \}\}", whole, text)
-    return re.sub(r"\{\{ ([\w.]+) \}\}", lambda m: shown(m[1], results), text)
+    return re.sub(r"\{\{ tables of ([\w-]+) \}\}", whole, text)
 
 
 def refreshed(text: str, results: Results) -> str:

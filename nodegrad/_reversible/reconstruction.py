@@ -188,15 +188,20 @@ class ReconstructedStates(AbstractStateSource):
         walk = _Walk(y, state, peak, error, trajectory.num_stored)
         init = jnp.max(num_steps) - 1, walk, carry
         undo = ft.partial(self._undo_step, steps, visit, linearizes, last_times)
+        stored = RestartRows.of(self.restarts, steps)
         if self.restarts.are_thinned:
-            _, walk, carry = self._undo_thinned(steps, undo, init)
+            _, walk, carry = self._undo_thinned(steps, undo, stored, init)
         else:
-            undo_step = ft.partial(undo, RestartRows.of(steps))
+            undo_step = ft.partial(undo, stored)
             _, walk, carry = batch.while_loop(lambda c: c[0] >= 0, undo_step, init)
         return carry, walk.error
 
     def _undo_thinned(
-        self, steps: RecordedSteps, undo: Callable, init: _Walked[C]
+        self,
+        steps: RecordedSteps,
+        undo: Callable,
+        stored: RestartRows,
+        init: _Walked[C],
     ) -> _Walked[C]:
         """Undoes all steps, if there may be more restarts than rows for them."""
         valid = init[1].y, init[1].replay_state
@@ -224,8 +229,8 @@ class ReconstructedStates(AbstractStateSource):
         _, walked = steps.batch.while_loop(
             lambda c: c[1][0] >= 0,
             undo_some,
-            (RestartRows.of(steps), init),
-            lambda c: c[0].rows,
+            (stored, init),
+            lambda c: c[0].again,
         )
         return walked
 

@@ -5,8 +5,8 @@ a resync. The restarts of a solve are numbered from 0. The state before a restar
 stored. There are `_KEPT` rows for these states, and if a solve has more restarts, their
 states are thinned out as `Checkpoints` thins out those of steps: only multiples of a
 stride keep their rows. The backward pass makes the steps from a kept restart to the
-next one again, and keeps the states before the restarts on the way in `_AGAIN` further
-rows. If there are more, only the last ones, and those before them another time.
+next one again, and keeps the states before the restarts on the way in `_AGAIN` rows of
+its own. If there are more, only the last ones, and those before them another time.
 
 So memory does not depend on the number of steps. A solve with at most `_KEPT` restarts
 makes no step again, one with at most `_KEPT * _AGAIN` makes every step again at most
@@ -14,6 +14,7 @@ once.
 """
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree
 
@@ -25,10 +26,11 @@ from .._trajectory.step_times import StepTimes
 from .invertible_step import is_regular_resync, Resync
 
 
-# Rows for kept restarts, and for those that are found again. The product is the number
-# of restarts up to which a gradient makes every step again at most once; with fewer
-# rows, long solves take longer. On 320 random problems (docs/reversible_solvers.md) 318
-# solves by Tsit5 and 270 by Bosh3 resync at most that often.
+# Rows for kept restarts, and at most as many for those that are found again. The
+# product is the number of restarts up to which a gradient makes every step again at
+# most once; with fewer rows, long solves take longer. On 320 random problems
+# (docs/reversible_solvers.md) 318 solves by Tsit5 and 270 by Bosh3 resync at most that
+# often.
 _KEPT = 16
 _AGAIN = 16
 
@@ -71,11 +73,9 @@ class Restarts(eqx.Module):
 
     @property
     def rows(self) -> int:
-        """The number of rows to allocate; 0 if there are no restarts."""
-        if self.limit == 0:
-            return 0
+        """The number of rows of the forward pass; 0 if there are no restarts."""
         # One row more: `row_to_write` needs it for what is not stored.
-        return min(_KEPT, self.limit) + (_AGAIN if self.are_thinned else 1)
+        return 0 if self.limit == 0 else min(_KEPT, self.limit) + 1
 
     def is_restart(
         self, index: _Ints, step_offset: _Ints, made_jump: _Bools, resync: _Bools
@@ -107,29 +107,38 @@ class Restarts(eqx.Module):
 class RestartRows(eqx.Module):
     """The states before restarts that the backward pass has at hand.
 
-    - `rows`: the stored states, with the batch axes first and then that of the rows;
-      see `AbstractStateSource.to_store`.
+    - `kept`: the states that the forward pass stored, with the batch axes first and
+      then that of the rows; see `AbstractStateSource.to_store`.
+    - `again`: those found again, in `_AGAIN` rows; `None` if all restarts are kept.
     - `total`: for each solve, the number of its restarts.
     - `first`: for each solve, the smallest number of a restart with a row at hand.
     """
 
-    rows: PyTree[Array]
+    kept: PyTree[Array]
+    again: PyTree[Array]
     total: _Ints
     first: _Ints
 
     @classmethod
-    def of(cls, steps: RecordedSteps) -> "RestartRows":
+    def of(cls, restarts: Restarts, steps: RecordedSteps) -> "RestartRows":
         """Returns the rows that the forward pass has stored."""
-        total = steps.trajectory.num_stored
+        kept, total = steps.trajectory.rows, steps.trajectory.num_stored
+        again = None
+        if restarts.are_thinned:
+            # Rows of the right shape. They are written before they are read.
+            rows = (slice(None),) * total.ndim + (slice(_AGAIN),)
+            again = jax.tree.map(lambda x: x[rows], kept)
         # Until `found_again`, solves with more restarts than rows have none at hand.
-        return cls(steps.trajectory.rows, total, jnp.where(total > _KEPT, total, 0))
+        return cls(kept, again, total, jnp.where(total > _KEPT, total, 0))
 
     def take(self, steps: RecordedSteps, number: _Ints) -> PyTree[Array]:
         """Returns the row of restart `number`; an arbitrary one if not at hand."""
         # While all restarts have rows, these are in order.
-        again = _KEPT + number % _AGAIN
-        row = jnp.where(self.total > _KEPT, again, number)
-        return steps.batch.map(take)(self.rows, row)
+        row = steps.batch.map(take)(self.kept, number)
+        if self.again is None:
+            return row
+        again = steps.batch.map(take)(self.again, number % _AGAIN)
+        return where(self.total > _KEPT, again, row)
 
     def found_again(
         self,
@@ -154,8 +163,8 @@ class RestartRows(eqx.Module):
         kept = (jnp.maximum(last, 0) >> level) << level
         active = (self.total > _KEPT) & (number > 0)
         start = _step_of(restarts, steps, index, number, kept, active)
-        stored = batch.map(take)(self.rows, checkpoints.slot(kept))
-        rows = self._put(steps, self.rows, stored, kept, active)
+        stored = batch.map(take)(self.kept, checkpoints.slot(kept))
+        again = _put(steps, self.again, stored, kept, active)
         first = where(active, source.from_store(stored), other)
 
         def is_before(walk: tuple) -> _Bools:
@@ -166,7 +175,7 @@ class RestartRows(eqx.Module):
         def body(walk: tuple) -> tuple:
             # Invariant: `state` is that before step `at`. Restarts up to `found`, the
             # last one before or in this step, have been written.
-            rows, at, state, found = walk
+            again, at, state, found = walk
             moves = is_before(walk)
             times = steps.times(at)
             y1, state1, _ = source.step(
@@ -177,27 +186,27 @@ class RestartRows(eqx.Module):
             arrives = moves & restarts.is_at(steps.times(at))
             found = found + arrives.astype(found.dtype)
             row = only_arrays(source.to_store(*new))
-            return self._put(steps, rows, row, found, arrives), at, new, found
+            return _put(steps, again, row, found, arrives), at, new, found
 
-        rows, *_ = batch.while_loop(
+        again, *_ = batch.while_loop(
             lambda walk: jnp.any(is_before(walk)),
             body,
-            (rows, start, first, kept),
+            (again, start, first, kept),
             lambda walk: walk[0],
         )
         least = jnp.where(active, jnp.maximum(kept, number - _AGAIN), self.first)
-        return RestartRows(rows, self.total, least)
+        return RestartRows(self.kept, again, self.total, least)
 
-    def _put(
-        self,
-        steps: RecordedSteps,
-        rows: PyTree[Array],
-        values: PyTree[Array],
-        number: _Ints,
-        chosen: _Bools,
-    ) -> PyTree[Array]:
-        """Writes `values` to the row of restart `number`, for some of the solves."""
-        return steps.batch.map(put)(rows, _KEPT + number % _AGAIN, values, chosen)
+
+def _put(
+    steps: RecordedSteps,
+    again: PyTree[Array],
+    values: PyTree[Array],
+    number: _Ints,
+    chosen: _Bools,
+) -> PyTree[Array]:
+    """Writes `values` to the row of restart `number`, for some of the solves."""
+    return steps.batch.map(put)(again, number % _AGAIN, values, chosen)
 
 
 def _step_of(

@@ -87,10 +87,10 @@ class ACAAdjoint(AbstractRecordedAdjoint):
     once. The pullback evaluates each stage again if the vector field consists of
     elementwise operations, and evaluates nothing if matrix products dominate.
 
-    Memory: the states kept and, with adaptive steps, 9 bytes (in float32: 5; with
-    `jump_ts` 18 and 10) for each of `max_recorded_steps`; forward mode: none. With an
-    adaptive solver and `SaveAt(ts=...)`, `SaveAt(dense=True)` or an event, each replay
-    also evaluates the last stage, which interpolation needs.
+    Memory: the states kept and, with adaptive steps, at most 9 bytes (in float32: 5;
+    with `jump_ts` 18 and 10) for each of `max_recorded_steps`; forward mode: none. With
+    an adaptive solver and `SaveAt(ts=...)`, `SaveAt(dense=True)` or an event, each
+    replay also evaluates the last stage, which interpolation needs.
 
     **When not to use it:** if memory must not grow with the number of steps
     (`nodegrad.ReversibleAdjoint`); for steady states (`diffrax.ImplicitAdjoint`).

@@ -12,7 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Int, PyTree, Real
+from jaxtyping import Array, ArrayLike, Int, PyTree, Real
 
 from .._internal.compat import default_floating_dtype, use_stepsize_tol
 from .._internal.tree import as_arrays, is_traced
@@ -46,6 +46,8 @@ def check_no_others(others: dict[str, Any]) -> None:
                 " Tolerances belong to the controller: "
                 "`stepsize_controller=diffrax.PIDController(rtol=..., atol=...)`."
             )
+        if name in ("t_eval", "ts"):
+            msg += " Pass the times as `saveat=diffrax.SaveAt(ts=...)`."
         if name in inspect.signature(diffrax.diffeqsolve).parameters:
             msg += (
                 " It is in Diffrax, with the same gradients: `diffrax.diffeqsolve(..., "
@@ -118,42 +120,49 @@ def as_times(
     elif not jnp.issubdtype(dtype, jnp.floating):
         msg = f"Times must be real numbers; `t0`, `t1`, `dt0` or `ts` are {dtype}."
         raise ValueError(msg)
-    t0, t1 = jnp.asarray(t0, dtype), jnp.asarray(t1, dtype)
-    if t0.ndim or t1.ndim:
+    if jnp.ndim(t0) or jnp.ndim(t1):
         msg = (
             f"`t0` and `t1` must be scalars, also with `batched=True`; got shapes "
-            f"{t0.shape} and {t1.shape}. Put a time scale of each sample into the "
-            "vector field, or use `jax.vmap`."
+            f"{jnp.shape(t0)} and {jnp.shape(t1)}. Put a time scale of each sample "
+            "into the vector field, or use `jax.vmap`."
         )
         raise ValueError(msg)
-    # For a traced NaN the result of the solve says so. With JAX, an operation on a
-    # constant is traced as well.
+    # For a traced NaN the result of the solve says so. These are the user's numbers:
+    # in a jitted function also an array of a constant is traced.
     for name, t in (("t0", t0), ("t1", t1)):
         if not is_traced(t) and not np.isfinite(np.asarray(t)):
             msg = f"`{name}` must be a finite number; got {t}."
             raise ValueError(msg)
-    return t0, t1, None if dt0 is None else _as_dt0(jnp.asarray(dt0, dtype), t0, t1)
+    start, end = jnp.asarray(t0, dtype), jnp.asarray(t1, dtype)
+    if dt0 is None:
+        return start, end, None
+    return start, end, _as_dt0(dt0, t0, t1, dtype)
 
 
-def _as_dt0(
-    dt0: Real[Array, "..."], t0: Real[Array, ""], t1: Real[Array, ""]
-) -> Real[Array, ""]:
+def _as_dt0(dt0: Any, t0: Any, t1: Any, dtype: Any) -> Real[Array, ""]:
     """Returns `dt0`; raises an error if it does not point from `t0` to `t1`."""
-    if dt0.ndim:
+    if jnp.ndim(dt0):
         msg = (
-            f"`dt0` must be a scalar; got shape {dt0.shape}. For a first step of each "
-            "sample use `jax.vmap`."
+            f"`dt0` must be a scalar; got shape {jnp.shape(dt0)}. For a first step of "
+            "each sample use `jax.vmap`."
         )
         raise ValueError(msg)
-    # False for NaN, so that a traced NaN fails its own sample. The product of the times
-    # may underflow, and that of their signs not. With `t0 == t1` no step is made.
-    wrong = (jnp.sign(t1 - t0) * jnp.sign(dt0) <= 0) & (t0 != t1)
-    known = "" if is_traced(wrong) else f"; got t0={t0}, t1={t1}, dt0={dt0}"
     msg = (
-        f"`dt0` must point from `t0` to `t1`, and must not be zero{known}. For a solve "
+        "`dt0` must point from `t0` to `t1`, and must not be zero{}. For a solve "
         "backwards in time it is negative."
     )
-    return _checked(dt0, wrong, msg)
+    # The product of the times may underflow, and that of their signs not. With
+    # `t0 == t1` no step is made.
+    if not any(map(is_traced, (dt0, t0, t1))):
+        step, start, end = (np.asarray(x, dtype) for x in (dt0, t0, t1))
+        if start != end and not np.sign(end - start) * np.sign(step) > 0:
+            msg = msg.format(f"; got t0={t0}, t1={t1}, dt0={dt0}")
+            raise ValueError(msg)
+        return jnp.asarray(dt0, dtype)
+    step, start, end = (jnp.asarray(x, dtype) for x in (dt0, t0, t1))
+    # False for NaN, so that a NaN fails its own sample.
+    wrong = (jnp.sign(end - start) * jnp.sign(step) <= 0) & (start != end)
+    return eqx.error_if(step, wrong, msg.format(""))
 
 
 def as_state(time_dtype: Any, x: Any) -> Array:
@@ -253,15 +262,6 @@ def check_batched(y0: PyTree[Array]) -> None:
             f"got shapes {shapes}."
         )
         raise ValueError(msg)
-
-
-def _checked(x: Array, pred: Bool[Array, "..."], msg: str) -> Array:
-    """Returns `x`; raises an error if `pred` is true, at run time if it is traced."""
-    if is_traced(pred):
-        return eqx.error_if(x, pred, msg)
-    if pred.any():
-        raise ValueError(msg)
-    return x
 
 
 def forwards(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools as ft
+import os
 from collections.abc import Callable
 from typing import Any, TYPE_CHECKING
 
@@ -107,9 +108,9 @@ def odesolve(
       error for a failure contains the number of the sample.
 
     **Returns:** a `diffrax.Solution`. Its `stats` are Diffrax's and
-    `"num_vector_field_evaluations"` (`None` for solvers that iterate) and
-    `"time_reached"`. Its `result` is one of `nodegrad.RESULTS`, which can be compared
-    with those of `diffrax.RESULTS`.
+    `"num_vector_field_evaluations"` (`None` if not known, as for solvers that iterate)
+    and `"time_reached"`. Its `result` is one of `nodegrad.RESULTS`, which can be
+    compared with those of `diffrax.RESULTS`.
 
     If the solve fails, `ys` hold the finite solution up to `stats["time_reached"]`, and
     the gradient is that of this part. In a batch, or under `jax.vmap`, the failure of
@@ -226,7 +227,8 @@ def raised(sol: diffrax.Solution) -> diffrax.Solution:
     that failed. `sol.result` is a scalar, or has shape `(batch,)`.
     """
     failed = sol.result != RESULTS.successful
-    if is_traced(failed):
+    # The user may have asked Equinox to return NaN instead, or to open a debugger.
+    if is_traced(failed) or os.environ.get("EQX_ON_ERROR", "raise") != "raise":
         # Inside of `jax.jit` the message cannot contain numbers. `error_if` puts what
         # it returns on one device: a scalar, on which the solution then depends.
         missing = sol.result.error_if(jnp.array(False), failed)

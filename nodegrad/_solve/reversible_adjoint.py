@@ -67,16 +67,17 @@ class ReversibleAdjoint(AbstractRecordedAdjoint):
     evaluations and one pullback.
 
     Memory: no state, for any number of steps, if the solver does not resync. Otherwise
-    the states before resyncs are kept in at most 32 rows, of two states each for
+    the states before resyncs are kept in at most 33 rows, of two states each for
     `nodegrad.Reversible`. If a solve resyncs more than 16 times, only every second,
     fourth, ... of these states is kept, and the steps between two of them are made
     again: once for up to 256 resyncs, and at most $n / 256 + 1 / 2$ times for $n$ of
-    them. Times: 9 bytes for each of `max_recorded_steps` where an error
+    them. Times: at most 9 bytes for each of `max_recorded_steps` where an error
     estimate chooses the steps, none with `diffrax.ConstantStepSize` and
     `diffrax.StepTo`; and one byte for each step where the solver decides to resync.
 
     **When not to use it:** if there is memory for about `2.5 sqrt(max_steps)` states: a
-    plain solver with `nodegrad.ACAAdjoint` takes half the evaluations. With a solver
+    plain solver with `nodegrad.ACAAdjoint` takes half the evaluations. (With resyncs it
+    also takes no more memory up to about a thousand steps.) With a solver
     that does not resync, not on decaying problems: rounding errors grow in the backward
     pass at the rate at which the solution decays.
 

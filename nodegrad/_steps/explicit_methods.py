@@ -187,7 +187,7 @@ class EES25(EffectivelySymmetric):
     **Arguments:**
 
     - `resync_every`: an integer `K`. The backward pass of `nodegrad.ReversibleAdjoint`
-      continues from the exact state before every `K`-th step. It stores 32 states at
+      continues from the exact state before every `K`-th step. It stores 33 states at
       most, and computes the others again from these. On a problem that decays at
       the rate $a$, the defects grow by $e^{a T}$ in the backward pass from time $T$ on,
       as all errors do if such a problem is solved backwards. With `resync_every` they

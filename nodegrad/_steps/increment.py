@@ -146,7 +146,7 @@ class Increment:
         # Only `product` is traced, not all stages: the loops below call it.
         del t1
         consts, product = closure_convert(self.product, *as_struct((t0, y0, control)))
-        return consts, StagedIncrement(self, product)
+        return consts, StagedIncrement(Increment(self.tableau, product, self.returns))
 
 
 class _Cotangents(NamedTuple):
@@ -166,14 +166,17 @@ class _Cotangents(NamedTuple):
 class StagedIncrement:
     """The closure-converted form of an `Increment`, with the interface of `Pure`."""
 
-    def __init__(self, increment: Increment, product: Pure):
-        """`product` is the closure-converted `increment.product`."""
+    def __init__(self, increment: Increment):
+        """The `product` of `increment` is closure-converted.
+
+        So it holds no tracer: JAX keeps this object after the trace has ended.
+        """
         self.increment = increment
-        self.product = product
+        self.product: Any = increment.product
         #: The traced vector field.
-        self.jaxpr = product.jaxpr
+        self.jaxpr = self.product.jaxpr
         #: Whether the stages and their pullbacks are loops.
-        self.scanned = is_scanned(increment.tableau, product.jaxpr)
+        self.scanned = is_scanned(increment.tableau, self.jaxpr)
         inner = num_inner_stages(increment.tableau)
         #: The coefficients for two registers; `None` to use the tableau itself. A stage
         #: that is shared with the next step has no place in that form.

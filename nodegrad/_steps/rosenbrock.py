@@ -159,7 +159,7 @@ class AbstractRosenbrock(diffrax.AbstractAdaptiveSolver):
         push = lambda t, y: jax.jvp(product, (t0, y0), (t, y))
         f0, columns = jax.vmap(push, out_axes=(None, 1))(times, states)
         f_t, jacobian = columns[:, 0], columns[:, 1:]
-        matrix = jnp.eye(n, dtype=y0.dtype) / tableau.gamma - jacobian
+        matrix = jnp.eye(n, dtype=y0.dtype) / float(tableau.gamma) - jacobian
         # The rule for derivatives uses `matrix`, and the factors as they are.
         factors = jax.lax.stop_gradient(jax.scipy.linalg.lu_factor(matrix))
 

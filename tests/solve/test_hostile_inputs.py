@@ -95,6 +95,7 @@ REFUSED = {
     "dt0 points away": (dict(dt0=-0.1), r"`dt0` must point from.*dt0=-0\.1"),
     "dt0 points away, backwards": (dict(t1=-1.0), "it is negative"),
     "dt0 is zero": (dict(dt0=0.0), "must not be zero"),
+    "dt0 is NaN": (dict(dt0=math.nan), "`dt0` must point from.*dt0=nan"),
     "dt0 is a vector": (dict(dt0=jnp.ones(1)), r"must be a scalar; got shape \(1,\)"),
     "dt0 is a string": (dict(dt0="small"), "`dt0` must be a real number; got 'small'"),
     "dt0 is missing": (dict(dt0=None), "please pass a value for `dt0`"),
@@ -163,6 +164,7 @@ REFUSED = {
     ),
     "misspelt": (dict(save_at=None), "has no argument `save_at`.$"),
     "rtol": (dict(rtol=1e-3), "Tolerances belong to the controller"),
+    "times of SciPy": (dict(t_eval=[1.0]), r"`saveat=diffrax.SaveAt\(ts=...\)`"),
 }
 # What Diffrax leaves to the adjoint, and so to nodegrad.
 REFUSED_BY_BOTH = [

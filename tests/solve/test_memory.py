@@ -73,6 +73,32 @@ def test_memory_follows_the_checkpoints_and_not_the_rejections():
     assert abs((wide - before) / per_state - 16) < 3
 
 
+@pytest.mark.parametrize(
+    "kind", [pytest.param("auto", marks=pytest.mark.slow), 10, "EES25"]
+)
+def test_resyncs_allocate_the_rows_that_are_stated(kind):
+    # 17 rows in the forward pass, and 16 more in the backward pass.
+    if kind == "EES25":
+        make, states = (lambda every: nodegrad.EES25(resync_every=every)), 1
+    else:
+        make = lambda every: nodegrad.Reversible(diffrax.Heun(), resync_every=every)
+        states = 2
+
+    def needed(every):
+        def loss(rate):
+            field = lambda t, y, rate: -rate * jnp.sin(y)
+            sol = nodegrad.odesolve(
+                field, make(every), 0.0, 1.0, 1e-3, jnp.ones(5000), rate,
+                adjoint=nodegrad.ReversibleAdjoint(), max_steps=4096,
+            )  # fmt: skip
+            return jnp.sum(sol.ys)
+
+        return _temporary_bytes(jax.grad(loss), 0.5) / (8 * 5000)
+
+    extra = needed(10 if kind == "EES25" else kind) - needed(None)
+    assert 33 * states <= extra <= 33 * states + 4
+
+
 @pytest.mark.exhaustive
 def test_a_batch_needs_an_eighth_of_the_memory_of_diffrax():
     field = Field(128, 128, jr.PRNGKey(0))

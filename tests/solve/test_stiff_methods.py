@@ -448,6 +448,27 @@ def test_states_of_several_arrays():
     assert abs(grad(1.3, nodegrad.Rodas5P()) / jax.grad(exact)(1.3) - 1) < 1e-5
 
 
+@by_name
+def test_states_of_float32_stay_so(solver):
+    # Also where float64 is on, as here.
+    f32 = jnp.float32
+
+    def last(rate, dtype):
+        times = (jnp.asarray(t, dtype) for t in (0.0, 1.0, 0.02))
+        field = lambda t, y, rate: -rate * (y - jnp.cos(t))
+        sol = nodegrad.odesolve(
+            field, solver, *times, jnp.zeros(2, dtype), rate.astype(dtype)
+        )
+        return sol.ys[0, 0]
+
+    value_and_grad = jax.jit(jax.value_and_grad(last), static_argnums=1)
+    rate = jnp.array(30.0)
+    found, expected = value_and_grad(rate, f32), value_and_grad(rate, jnp.float64)
+    assert found[0].dtype == f32
+    assert relative_error(found[0].astype(float), expected[0]) < 1e-6
+    assert relative_error(found[1], expected[1]) < 1e-4
+
+
 def test_samples_take_their_own_steps():
     rates = jnp.array([1.0, 1e2, 1e5])
 
