@@ -58,7 +58,8 @@ def make_steps(
     - `optim`: an optax optimiser, usually with `nodegrad.scale_by_snopt` in it. Its
       `update` gets the extra arguments `value`, `grad` and `value_fn` (as `optax.lbfgs`
       takes them), and in `refresh` also `curvature`.
-    - `loss`, `predict`, `options`: as in `nodegrad.value_grad_and_curvature`.
+    - `loss`, `predict`, and the `options` `kind`, `reduction`, `num_draws`, `moments`,
+      `batch_size`, `layers` and `has_aux`: as in `nodegrad.value_grad_and_curvature`.
 
     **Returns:** `Steps(step, refresh)`, two functions
     `(model, opt_state, *args, key=None) -> (model, opt_state, value)`. With `has_aux`

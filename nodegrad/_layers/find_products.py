@@ -32,11 +32,12 @@ class Slots(NamedTuple):
 
 
 # Primitives that may lie between a constant and its use as a probe, by name: `jax.vmap`
-# and `jax.lax.scan` over stacked layers add them, casts and sharding do. Each has its
-# operand first and one result. Checked on JAX 0.10.2 and 0.12.0.
+# and `jax.lax.scan` over stacked layers add them, casts and sharding do. Each result
+# belongs to the operand at its place. Checked on JAX 0.10.2 and 0.12.0.
 _STRUCTURAL = frozenset(
-    "broadcast_in_dim convert_element_type copy dynamic_slice gather pvary reshape "
-    "sharding_constraint slice squeeze stop_gradient transpose".split()
+    "broadcast_in_dim convert_element_type copy device_put dynamic_slice gather "
+    "optimization_barrier pvary reshape reshard sharding_constraint slice squeeze "
+    "stop_gradient transpose".split()
 )
 
 
@@ -105,9 +106,10 @@ def _walk(
             _, _, *probes = eqn.invars
             found.append(([root(v) for v in probes], eqn.params["use"]))
         elif eqn.primitive.name in _STRUCTURAL:
-            source = root(eqn.invars[0])
-            if source is not None:
-                roots[eqn.outvars[0]] = source
+            for v, out in zip(eqn.invars, eqn.outvars, strict=False):
+                source = root(v)
+                if source is not None:
+                    roots[out] = source
         for inner in jaxprs_in_params(eqn.params):
             inner = getattr(inner, "jaxpr", inner)
             # The arguments of a body are the last operands of its equation: `cond` has

@@ -42,7 +42,8 @@ class GaussNewtonState(NamedTuple):
       curvature; `None` if it does not adapt.
     - `accepted`: whether the last step lowered the loss. If not, it was zero. `None` if
       the damping does not adapt.
-    - `scales`: the diagonal of $D$, a vector; `None` if the damping does not adapt.
+    - `scales`: the diagonal of $D$, a vector (zeros if there are fewer residuals than
+      parameters); `None` if the damping does not adapt.
     """
 
     previous: _Vector | None
@@ -87,10 +88,11 @@ def scale_by_gauss_newton(
 
     It is left out where it is longer than 3/8 of the step.
 
-    *Adaptive damping* is the method of Levenberg and Marquardt, with Moré's scales:
-    $\lambda D^2$ is in the place of $\lambda I$, and $D_{ii}$ is the largest norm that
-    column $i$ of $P$ has had. So the units of the parameters do not matter. A step that
-    does not lower the loss is zero, and the next one is damped four times as much.
+    *Adaptive damping* is the method of Levenberg and Marquardt. A step that does not
+    lower the loss is zero, and the next one is damped four times as much. With at least
+    as many residuals as parameters it has Moré's scales: $\lambda D^2$ is in the place
+    of $\lambda I$, and $D_{ii}$ is the largest norm that column $i$ of $P$ has had.
+    Then the units of the parameters do not matter.
 
     ```python
     import diffrax
@@ -131,8 +133,7 @@ def scale_by_gauss_newton(
     **Arguments:**
 
     - `damping`: $\lambda > 0$. With `adaptive`, that of the first step, in units of the
-      mean eigenvalue of $P D^{-2} P^\top$, or of $D^{-1} P^\top P D^{-1}$ if that is
-      smaller.
+      mean eigenvalue of $D^{-1} P^\top P D^{-1}$, or of $P P^\top$ if that is smaller.
     - `momentum`: $\mu$ in $[0, 1)$.
     - `acceleration`: whether to add the geodesic acceleration.
     - `adaptive`: whether the damping adapts. Then the step has to be taken as it is:
@@ -255,14 +256,15 @@ class _GaussNewton(NamedTuple):
     ) -> tuple[_Vector, GaussNewtonState]:
         """Returns the step for half the sum of the squares of `residuals`."""
         r, p = _linearized(residuals, x)  # (k,), (k, n)
-        scales, units = state.scales, jnp.ones_like(x)
-        if self.adaptive:
+        scales, diagonal = state.scales, jnp.ones_like(x)
+        # With fewer residuals than parameters, some hardly matter, and would move most.
+        if self.adaptive and p.shape[0] >= p.shape[1]:
             norms = jnp.linalg.norm(p, axis=0)
             scales = jnp.maximum(scales, jnp.where(jnp.isfinite(norms), norms, 0))
-            units = jnp.where(scales > 0, scales, 1)
-        # From here on, steps are in units of `1 / units`.
-        after = lambda step: residuals(x - step / units)
-        p = p / units[None]
+            diagonal = jnp.where(scales > 0, scales, 1)
+        # From here on, steps are multiplied by $D$.
+        after = lambda step: residuals(x - step / diagonal)
+        p = p / diagonal[None]
         damping = jnp.asarray(self.damping).astype(x.dtype)
         if self.adaptive:
             damping = state.damping * jnp.sum(p**2) / min(p.shape)
@@ -271,7 +273,7 @@ class _GaussNewton(NamedTuple):
         if self.momentum is None:
             step = solve(r)
         else:
-            drift = self._drift(state) * units
+            drift = self._drift(state) * diagonal
             step = drift + solve(r - p @ drift)
         whole = step
         if self.acceleration:
@@ -288,7 +290,7 @@ class _GaussNewton(NamedTuple):
         actual = half_square(after(whole)) - value
         # All comparisons with NaN are false.
         accepted = all_finite(whole) & (actual <= 0)
-        whole = jnp.where(accepted, whole / units, 0)
+        whole = jnp.where(accepted, whole / diagonal, 0)
         new = _adapted(state.damping, actual, predicted, accepted)
         state = state._replace(damping=new, accepted=accepted, scales=scales)
         return whole, self._after(state, whole)

@@ -52,6 +52,11 @@ _REVERSE_AGAIN = (
 )
 
 
+# The fields of `Inputs` of one solve, and those that solves may share.
+_OWN = "y", "replay_state"
+_SHARED = tuple(name for name in Inputs.__dataclass_fields__ if name not in _OWN)
+
+
 class Level(NamedTuple):
     """One `vmap` around the primitive.
 
@@ -99,7 +104,8 @@ class _Static:
         shared = jax.tree.unflatten(
             self.shared, operands[self.num_own : self.num_primals]
         )
-        return Inputs(*first, *shared), trajectory
+        fields = dict(zip((*_OWN, *_SHARED), (*first, *shared), strict=True))
+        return Inputs(**fields), trajectory
 
     def tangents(self, leaves: list[Any]) -> Inputs:
         """Returns the tangents as `Inputs`, with `None` where there is no tangent."""
@@ -109,9 +115,8 @@ class _Static:
 
 def _split(inputs: Inputs) -> tuple[tuple, tuple]:
     """Splits the fields into those of one solve and those that solves may share."""
-    # The order of the fields of `Inputs` is part of the layout of the operands.
-    fields = [getattr(inputs, name) for name in inputs.__dataclass_fields__]
-    return tuple(fields[:2]), tuple(fields[2:])
+    own = tuple(getattr(inputs, name) for name in _OWN)
+    return own, tuple(getattr(inputs, name) for name in _SHARED)
 
 
 def tangent_map(
@@ -344,9 +349,8 @@ def _batch(
     `axis` is JAX's description of that `vmap`. `dims` are the positions of the batch
     axis in the operands; `None` for no axis.
     """
-    plan = static.plan
-    fns = [*plan.parts.values()]
-    fns += [x for save in plan.saves for x in (save.at_end, save.inside) if x]
+    fns: list[Any] = [*static.plan.parts.values()]
+    fns += [fn for save in static.plan.saves for fn in (save.at_end, save.inside) if fn]
     check_no_collective_over(axis.name, [fn.jaxpr for fn in fns])
     size = mapped_size(operands, dims)
     num_own, num_primals = static.num_own, static.num_primals

@@ -363,6 +363,31 @@ def test_models_changed_inside_of_the_loss_are_refused(change):
     assert float(curvature[".encode"].input_factor[-1, -1]) == BATCH
 
 
+@pytest.mark.parametrize(
+    "move",
+    [
+        jax.lax.optimization_barrier,
+        jax.lax.stop_gradient,
+        lambda arrays: jax.device_put(arrays, jax.devices()[0]),
+    ],
+)
+def test_models_moved_inside_of_the_loss_are_not(move):
+    def loss(model, x, moved):
+        if moved:
+            arrays, static = eqx.partition(model, eqx.is_array)
+            model = eqx.combine(move(arrays), static)
+        return jnp.sum(jax.vmap(model)(x) ** 2, axis=1)
+
+    fn = eqx.filter_jit(value_grad_and_curvature(loss))
+    value, grads, curvature = fn(MODEL.encode, X, True)
+    if move is jax.lax.stop_gradient:
+        assert not any(jnp.any(x) for x in jax.tree.leaves((grads, curvature[""][:2])))
+        assert value == fn(MODEL.encode, X, False)[0]
+    else:
+        found = value, grads, curvature
+        assert relative_error(found, fn(MODEL.encode, X, False)) < 1e-14
+
+
 def test_layers_of_two_dtypes_in_a_row():
     cast = lambda a: a.astype(jnp.float32) if eqx.is_inexact_array(a) else a
     narrow = jax.tree.map(cast, MODEL.encode)
