@@ -22,6 +22,9 @@ Scalar = Float[Array, ""]
 _NUM_IMPROVEMENTS = 10
 #: What is added to the eigenvalues of the Hessian, in units of the largest one.
 _DAMPINGS = 10.0 ** jnp.arange(-14.0, 8.0, 0.5)
+#: The part of the way to a bound that a step may go. With the whole way parameters get
+#: stuck at bounds: of 40 starts of Sneyd's model 3 reach the best end, and not 6.
+_ROOM = 0.9
 
 
 class Quadratic(NamedTuple):
@@ -125,7 +128,8 @@ def minimise(
 
     def iterate(state: _State) -> _State:
         x, model, radius = state.x, state.model, state.radius
-        step = best_step(model.gradient, model.hessian, lower - x, upper - x, radius)
+        room = _ROOM * (lower - x), _ROOM * (upper - x)
+        step = best_step(model.gradient, model.hessian, *room, radius)
         predicted = -(model.gradient @ step + 0.5 * step @ model.hessian @ step)
         trial = jnp.clip(x + step, lower, upper)
         decrease = model.value - fit.negative_log_likelihood(trial)
