@@ -51,11 +51,6 @@ from .scale_by_snopt import (
 # steps. With 0.9 the mean is too old. On a whole set, as on the discs, there is nothing
 # to average, and it costs steps. docs/tried.md has the numbers.
 _DECAY = 0.7
-# Of the mean loss of the last batches. On the neural CDE of docs/training.md most
-# batches come to a loss of 1e-9. Without this, steps for them put a path of another
-# batch on the wrong side now and then: in three of five runs the last losses have a
-# mean of 0.03, and with it of less than 1e-7.
-_NEGLIGIBLE = 0.01
 
 
 class SNOptModelState(NamedTuple):
@@ -167,8 +162,9 @@ class QuadraticSteps(NamedTuple):
         scale = curvature_scale(state.scale, matrix, directions, value)
         is_refreshed = _is_refreshed(preconditioner)
         damping = first_damping(state.damping, scale, is_refreshed)
-        share = trust(progress) * _importance(progress, value)
-        step = best_step(directions, slopes, share, matrix, damping, self.momentum)
+        step = best_step(
+            directions, slopes, trust(progress), matrix, damping, self.momentum
+        )
 
         update, actual, accepted = _tried(step.update, objective, params, value, usable)
         ratio = ratio_of(actual, step.predicted.astype(actual.dtype), value)
@@ -279,17 +275,6 @@ def _tried(
     actual = objective(add(params, update)) - value
     accepted = usable & jnp.isfinite(actual) & (actual <= noise(value))
     return where(accepted, update, zeros), actual, accepted
-
-
-def _importance(progress: Progress, value: Array) -> Float[Array, ""]:
-    """Returns a factor of the slopes: 1, or less where the loss of a batch is small.
-
-    The step that is best for a batch is as long if its loss is negligible, and other
-    batches pay for it.
-    """
-    least = _NEGLIGIBLE * jnp.abs(progress.level)
-    part = jnp.abs(value).astype(least.dtype) / jnp.where(least > 0, least, 1)
-    return jnp.where(least > 0, jnp.minimum(part, 1), 1)
 
 
 def _average(mean: Array, gradient: Array) -> Array:

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .._internal.batch import Axes, Batch, in_front, mapped_size
+from .._internal.batch import Axes, Batch, in_front
 from .._internal.compat import (
     ad,
     batching,
@@ -343,22 +343,22 @@ def _batch(
     *,
     static: _Static,
     levels: tuple[Level, ...],
-) -> tuple[list[Array], list[int]]:
+) -> tuple[list[Array], list[int | None]]:
     """The rule for `vmap`: the same primitive, with a new outermost level.
 
     `axis` is JAX's description of that `vmap`. `dims` are the positions of the batch
     axis in the operands; `None` for no axis.
     """
-    fns: list[Any] = [*static.plan.parts.values()]
-    fns += [fn for save in static.plan.saves for fn in (save.at_end, save.inside) if fn]
-    check_no_collective_over(axis.name, [fn.jaxpr for fn in fns])
-    size = mapped_size(operands, dims)
+    check_no_collective_over(axis.name, static.plan.jaxprs)
+    if all(d is None for d in dims):
+        out = tangent_map_p.bind(*operands, static=static, levels=levels)
+        return out, [None for _ in out]
     num_own, num_primals = static.num_own, static.num_primals
     is_batched = [d is not None for d in dims]
     # If only tangents are batched, one solve has many tangents, e.g. in `jax.jacfwd`.
     solves = any(is_batched[:num_primals])
     level = Level(
-        size=size,
+        size=axis.size,
         solves=solves,
         shared=tuple(is_batched[num_own:num_primals]),
         tangents=tuple(is_batched[num_primals:]),
@@ -366,7 +366,7 @@ def _batch(
 
     # All `own` operands have the axis; `shared` ones and tangents need no copies.
     operands = [
-        x if d is None and not (solves and i < num_own) else in_front(x, d, size)
+        x if d is None and not (solves and i < num_own) else in_front(x, d, axis.size)
         for i, (x, d) in enumerate(zip(operands, dims, strict=True))
     ]
     out = tangent_map_p.bind(*operands, static=static, levels=(level, *levels))

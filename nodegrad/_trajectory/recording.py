@@ -49,6 +49,13 @@ class Plan(NamedTuple):
     event: bool
     throw: bool
 
+    @property
+    def jaxprs(self) -> list[Any]:
+        """The traced functions of the steps and of the saves."""
+        fns: list[Any] = [*self.parts.values()]
+        fns += [fn for save in self.saves for fn in (save.at_end, save.inside) if fn]
+        return [fn.jaxpr for fn in fns]
+
 
 class Inputs(eqx.Module):
     """What a recorded solve depends on.

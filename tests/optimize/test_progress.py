@@ -133,13 +133,3 @@ def test_the_excess_of_a_quadratic_loss_is_exact():
     np.testing.assert_allclose([new.excess, new.level, new.start], [0.5, 1.5, 2.8])
     moved = after_step(new, jnp.array([0.5]), jnp.array(4))
     np.testing.assert_allclose(moved.average, [0.25])
-
-
-@pytest.mark.parametrize(
-    ("value", "level", "expected"),
-    [(1.0, 1.0, 1), (1e-4, 1.0, 0.01), (0.0, 1.0, 0), (-1e-4, -1.0, 0.01), (0, 0, 1)],
-)
-def test_batches_of_negligible_loss_count_less(value, level, expected):
-    level = jnp.array(level, float)
-    factor = quadratic_steps._importance(_progress(level=level), jnp.array(value))
-    np.testing.assert_allclose(factor, expected, rtol=1e-6)
