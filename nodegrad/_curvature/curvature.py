@@ -122,7 +122,7 @@ def value_grad_and_curvature(
     **Raises:** `ValueError` or `TypeError` for options and shapes that do not fit
     together; for layers inside a stochastic differential equation, or inside a
     `diffrax.diffeqsolve` whose adjoint is not nodegrad's; for weights that are used
-    other than by calling their layer.
+    other than by calling their layer, and layers that are computed inside of the loss.
 
     **Cost:** the gradient, and per step two evaluations of the vector field with their
     pullbacks, and a product of matrices for each factor. `moments` or `kind="ggn"`: one

@@ -152,8 +152,9 @@ def hessian_blocks(
     **Returns:** `nodegrad.HessianBlocks`, at `t0` or along `ts`.
 
     **Raises:** `ValueError` or `TypeError` for arguments that do not fit together, at
-    trace time if they are known then. `RuntimeError` if a solve fails, and for reverse
-    mode through the result. Forward mode gives third derivatives.
+    trace time if they are known then, and for Rosenbrock methods with a running cost
+    and `exact=False`. `RuntimeError` if a solve fails, and for reverse mode through the
+    result. Forward mode gives third derivatives.
 
     **Cost:** for $m$ states and $n$ parameters, a step costs $m + n$ second-order
     pullbacks; Gauss-Newton without a running cost $m$ pullbacks (or $m + n$
