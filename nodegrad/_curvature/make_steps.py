@@ -131,6 +131,8 @@ def make_steps(
 
 def _takes_extra_args(optim: Any) -> bool:
     """Returns whether `update` passes extra arguments on, or ignores those unknown."""
+    if isinstance(optim, optax.GradientTransformationExtraArgs):
+        return True
     # `optax.MultiSteps` has no type that says so.
     parameters = inspect.signature(optim.update).parameters.values()
     return any(x.kind is inspect.Parameter.VAR_KEYWORD for x in parameters)

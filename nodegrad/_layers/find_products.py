@@ -14,10 +14,16 @@ from jaxtyping import PyTree
 from .._internal.closure_convert import closure_convert
 from .._internal.compat import Jaxpr, jaxprs_in_params, Literal
 from .layer_product import layer_product_p, Statistics, Use
+from .layers import name_of
 
 
-_COMPUTED = (
-    "The layer `{}` of the model was computed from the model before it was used, as by "
+_COMPUTED_IN_FIELD = (
+    "The layer {} inside a vector field was computed from other arrays before it was "
+    "used, so its curvature is not available. Leave it out with "
+    "`value_grad_and_curvature(..., layers=...)`."
+)
+_COMPUTED_IN_LOSS = (
+    "The layer {} of the model was computed from the model before it was used, as by "
     "`jax.tree.map` over all leaves, so its curvature is not available. Pass the "
     "changed model to this function, or leave the layer out with "
     "`value_grad_and_curvature(..., layers=...)`."
@@ -46,21 +52,12 @@ def find_products(jaxpr: Jaxpr) -> list[tuple[Slots, Use]]:
 
     Raises `ValueError` if a probe is computed from constants, instead of being one.
     """
-    found: list[tuple[list[int | None], Use]] = []
-    _walk(jaxpr, {v: i for i, v in enumerate(jaxpr.constvars)}, found)
-    out = []
-    for slots, use in found:
-        known = [slot for slot in slots if slot is not None]
-        if len(known) != len(slots):
-            msg = (
-                f"The layer {use.key} inside a vector field was computed from other "
-                "arrays before it was used, so its curvature is not available. Leave "
-                "it out with `value_grad_and_curvature(..., layers=...)`."
-            )
-            raise ValueError(msg)
-        offset, *statistics = known
-        out.append((Slots(offset, Statistics(*statistics)), use))
-    return out
+    return [
+        (Slots(offset, Statistics(*statistics)), use)
+        for (offset, *statistics), use in _used(
+            jaxpr, jaxpr.constvars, _COMPUTED_IN_FIELD
+        )
+    ]
 
 
 def check_products(jaxpr: Jaxpr, probes: Sequence[Any]) -> None:
@@ -68,11 +65,25 @@ def check_products(jaxpr: Jaxpr, probes: Sequence[Any]) -> None:
 
     `probes` are variables of `jaxpr`. With other values the statistics would be wrong.
     """
+    _used(jaxpr, probes, _COMPUTED_IN_LOSS)
+
+
+def _used(
+    jaxpr: Jaxpr, probes: Sequence[Any], message: str
+) -> list[tuple[list[int], Use]]:
+    """Returns every use of a layer, with the numbers of its probes among `probes`.
+
+    Raises `ValueError` with `message` if a use has others.
+    """
     found: list[tuple[list[int | None], Use]] = []
     _walk(jaxpr, {v: i for i, v in enumerate(probes)}, found)
+    out = []
     for slots, use in found:
-        if None in slots:
-            raise ValueError(_COMPUTED.format(use.key or "(the model)"))
+        known = [slot for slot in slots if slot is not None]
+        if len(known) != len(slots):
+            raise ValueError(message.format(name_of(use.key)))
+        out.append((known, use))
+    return out
 
 
 def has_products(jaxpr: Jaxpr) -> bool:

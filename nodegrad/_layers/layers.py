@@ -39,7 +39,12 @@ class Layer(NamedTuple):
     @property
     def name(self) -> str:
         """How a message calls the layer."""
-        return f"`{self.key}`" if self.key else "the model (itself a layer)"
+        return name_of(self.key)
+
+
+def name_of(key: str) -> str:
+    """How a message calls the layer with this key."""
+    return f"`{key}`" if key else "(the model itself)"
 
 
 _CELLS = eqx.nn.GRUCell | eqx.nn.LSTMCell

@@ -311,9 +311,10 @@ def terminal_time_derivatives(
     if jnp.shape(t1) != ():
         msg = f"`t1` must be a scalar; got an array of shape {jnp.shape(t1)}."
         raise ValueError(msg)
-    # An integer has no derivative.
     t1 = jnp.asarray(t1)
-    t1 = t1.astype(jnp.result_type(t1, default_floating_dtype()))
+    if not is_real(t1):
+        # An integer has no derivative.
+        t1 = t1.astype(default_floating_dtype())
     diff, static = eqx.partition(params, eqx.is_inexact_array)
     y1, pull = jax.vjp(lambda diff: solve(eqx.combine(diff, static)), diff)
 

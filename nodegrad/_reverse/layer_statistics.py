@@ -228,8 +228,9 @@ class NodeStatistics(eqx.Module):
         batch = recording.batch
         cts: list[Any] = [None] * len(consts)
         for slots, statistics in zip(self.slots, total, strict=True):
-            reported = self._carried(slots.statistics)
-            if self.reduction == "reduce":
+            if self.reduction != "reduce":
+                reported = self._carried(slots.statistics)
+            else:
                 # Square the sums of each solve, then add the solves that share a layer.
                 # The sums are for another solve around this one: it squares its own.
                 reported = slots.statistics

@@ -350,11 +350,11 @@ def _batch(
     axis in the operands; `None` for no axis.
     """
     check_no_collective_over(axis.name, static.plan.jaxprs)
-    if all(d is None for d in dims):
+    is_batched = [d is not None for d in dims]
+    if not any(is_batched):
         out = tangent_map_p.bind(*operands, static=static, levels=levels)
         return out, [None for _ in out]
     num_own, num_primals = static.num_own, static.num_primals
-    is_batched = [d is not None for d in dims]
     # If only tangents are batched, one solve has many tangents, e.g. in `jax.jacfwd`.
     solves = any(is_batched[:num_primals])
     level = Level(

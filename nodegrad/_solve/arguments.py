@@ -151,17 +151,19 @@ def _as_dt0(dt0: Any, t0: Any, t1: Any, dtype: Any) -> Real[Array, ""]:
         "`dt0` must point from `t0` to `t1`, and must not be zero{}. For a solve "
         "backwards in time it is negative."
     )
-    # The product of the times may underflow, and that of their signs not. With
-    # `t0 == t1` no step is made.
-    if not any(map(is_traced, (dt0, t0, t1))):
-        step, start, end = (np.asarray(x, dtype) for x in (dt0, t0, t1))
-        if start != end and not np.sign(end - start) * np.sign(step) > 0:
-            msg = msg.format(f"; got t0={t0}, t1={t1}, dt0={dt0}")
-            raise ValueError(msg)
-        return jnp.asarray(dt0, dtype)
-    step, start, end = (jnp.asarray(x, dtype) for x in (dt0, t0, t1))
+    is_known = not any(map(is_traced, (dt0, t0, t1)))
+    # JAX would trace an operation on known numbers, in a jitted function.
+    xp: Any = np if is_known else jnp
+    step, start, end = (xp.asarray(x, dtype) for x in (dt0, t0, t1))
+    # The product of the times may underflow, and that of their signs not.
+    towards_t1 = xp.sign(end - start) * xp.sign(step)
+    # With `t0 == t1` no step is made.
+    if is_known and start != end and not towards_t1 > 0:
+        raise ValueError(msg.format(f"; got t0={t0}, t1={t1}, dt0={dt0}"))
+    if is_known:
+        return jnp.asarray(step)
     # False for NaN, so that a NaN fails its own sample.
-    wrong = (jnp.sign(end - start) * jnp.sign(step) <= 0) & (start != end)
+    wrong = (towards_t1 <= 0) & (start != end)
     return eqx.error_if(step, wrong, msg.format(""))
 
 

@@ -63,15 +63,21 @@ def test_exact_derivatives_match_automatic_differentiation():
 
 
 @pytest.mark.slow
-def test_an_end_time_may_be_an_integer():
+@pytest.mark.parametrize(
+    ("t1", "dtype"),
+    [(1, jnp.float64), (jnp.int32(1), jnp.float64), (jnp.float32(1), jnp.float32)],
+)
+def test_an_end_time_may_be_an_integer_or_of_float32(t1, dtype):
     # $y = e^{-r t}$, and the loss is $y$.
     solve = lambda rate: jnp.exp(-rate)
     field = lambda t, y, rate: -rate * y
-    rate = jnp.array(2.0)
-    out = nodegrad.terminal_time_derivatives(lambda y: y, field, solve, 1, rate)
+    rate = jnp.array(2.0, dtype)
+    out = nodegrad.terminal_time_derivatives(lambda y: y, field, solve, t1, rate)
     # The derivatives of $e^{-r t}$: by t, twice by t, and by t and r.
-    expected = jnp.array([-2.0, 4.0, 1.0]) * jnp.exp(-2.0)
-    assert jnp.allclose(jnp.stack(list(out)), expected, rtol=1e-14)
+    expected = jnp.array([-2.0, 4.0, 1.0], dtype) * jnp.exp(jnp.array(-2.0, dtype))
+    assert all(x.dtype == dtype for x in out)
+    tol = 10 * jnp.finfo(dtype).eps
+    assert jnp.allclose(jnp.stack(list(out)), expected, rtol=tol)
 
 
 def test_a_complex_state_has_real_derivatives():
