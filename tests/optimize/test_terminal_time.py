@@ -62,7 +62,6 @@ def test_exact_derivatives_match_automatic_differentiation():
     assert relative_error(ours.mixed, mixed) < 1e-9
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("t1", "dtype"),
     [(1, jnp.float64), (jnp.int32(1), jnp.float64), (jnp.float32(1), jnp.float32)],
@@ -102,6 +101,7 @@ def test_a_gradient_with_a_nan_is_left_out():
     assert eqx.tree_equal(after, state)
 
 
+@pytest.mark.slow
 def test_running_cost_counts():
     params, y0, terminal_loss = _problem()
     t1 = jnp.array(1.3)
