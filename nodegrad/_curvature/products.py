@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from .second_order import second_order
+from .._layers.second_order import second_order
 
 
 def hvp(
@@ -46,8 +46,8 @@ def hvp(
     of `params` that are not floating point arrays.
 
     **Raises:** `ValueError` if `v` does not fit `params`, or if there is nothing to
-    differentiate. `TypeError` for complex parameters, and for a loss with a solve whose
-    adjoint allows first derivatives only.
+    differentiate. `TypeError` for complex parameters, and for a loss with a
+    `jax.custom_vjp`, or a solve with an adjoint, that allows first derivatives only.
 
     **Cost:** two to three and a half gradients, and two to three times the memory of
     one. Independent of the number of parameters otherwise.

@@ -3,6 +3,7 @@
 # Annotations stay strings, so `help` shows them as they are written here.
 from __future__ import annotations
 
+import functools as ft
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from jaxtyping import Array, ArrayLike, Float, PyTree, Real
 from .._internal.compat import nondifferentiable, nondifferentiable_backward
 from .._internal.devices import on_each_device
 from .._internal.tree import flatten, with_fields
+from .._layers.second_order import second_order
 from .._solve.aca_adjoint import ACAAdjoint
 from .._solve.odesolve import raised
 from .._solve.recorded_adjoint import AbstractRecordedAdjoint
@@ -153,8 +155,9 @@ def hessian_blocks(
 
     **Raises:** `ValueError` or `TypeError` for arguments that do not fit together, at
     trace time if they are known then, and for Rosenbrock methods with a running cost
-    and `exact=False`. `RuntimeError` if a solve fails, and for reverse mode through the
-    result. Forward mode gives third derivatives.
+    and `exact=False`. `TypeError` for a vector field with a `jax.custom_vjp`, unless
+    reverse mode is all that is needed. `RuntimeError` if a solve fails, and for reverse
+    mode through the result. Forward mode gives third derivatives.
 
     **Cost:** for $m$ states and $n$ parameters, a step costs $m + n$ second-order
     pullbacks; Gauss-Newton without a running cost $m$ pullbacks (or $m + n$
@@ -216,7 +219,8 @@ def hessian_blocks(
 def _raised_blocks(*args: Any, **kwargs: Any) -> HessianBlocks:
     """Returns the blocks, and raises an error if the solve fails."""
     # Outside of the jitted function, as in `odesolve`.
-    blocks: Any = raised(_discrete_blocks(*args, **kwargs)).ys
+    sol = second_order(ft.partial(_discrete_blocks, **kwargs), *args)
+    blocks: Any = raised(sol).ys
     return blocks
 
 

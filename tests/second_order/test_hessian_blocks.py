@@ -912,6 +912,48 @@ def test_what_cannot_be_differentiated_says_so():
         jax.jvp(lambda y0: total(y0, running_cost=running_cost), (Y0,), (Y0,))
 
 
+@jax.custom_vjp
+def _sine(x):
+    return jnp.sin(x)
+
+
+_sine.defvjp(lambda x: (jnp.sin(x), x), lambda x, ct: (ct * jnp.cos(x),))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("running", [None, lambda t, y, u: jnp.sum(y**2)])
+def test_rules_for_reverse_mode_alone_are_refused_as_by_products(exact, running):
+    problem = lambda t, y, u: u * _sine(y), RK4, 0.0, 1.0, 0.25
+    square = lambda y: jnp.sum(y**2)
+
+    def blocks(rate):
+        return nodegrad.hessian_blocks(
+            *problem, Y0, rate, terminal_cost=square, running_cost=running, exact=exact
+        )
+
+    loss = lambda rate: square(nodegrad.odesolve(*problem, Y0, rate).ys)
+    rate = jnp.array(0.7)
+    with pytest.raises(TypeError, match="give it a `jax.custom_jvp` instead") as ours:
+        blocks(rate)
+    with pytest.raises(TypeError) as traced:
+        jax.jit(blocks)(rate)
+    with pytest.raises(TypeError) as of_product:
+        nodegrad.hvp(loss, rate, rate)
+    assert str(ours.value) == str(traced.value) == str(of_product.value)
+
+
+def test_rules_for_reverse_mode_alone_do_where_it_is_all_that_is_needed():
+    # More parameters than states: Gauss-Newton takes pullbacks alone.
+    def blocks(sine):
+        field = lambda t, y, u: u[0] * sine(y) + u[1] * y + u[2]
+        u = jnp.array([0.7, -0.2, 0.1])
+        return nodegrad.hessian_blocks(
+            field, RK4, 0.0, 1.0, 0.25, Y0, u, terminal_cost=lambda y: jnp.sum(y**2)
+        )
+
+    assert relative_error(blocks(_sine), blocks(jnp.sin)) < 1e-12
+
+
 def test_the_example_of_theorem1_prints_what_it_says(capsys):
     doc = inspect.getdoc(nodegrad.theorem1_blocks)
     (code,) = re.findall(r"```python\n(.*?)```", doc, re.DOTALL)

@@ -1,22 +1,21 @@
-"""Second-order products, with errors that say which derivative rule is missing."""
+"""Second derivatives, with errors that say which derivative rule is missing."""
 
 import contextlib
 from collections.abc import Callable, Iterator
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
-from .._internal.compat import eval_jaxpr, Jaxpr, jaxprs_in_params
+from .._internal.closure_convert import closure_convert
+from .._internal.compat import Jaxpr, jaxprs_in_params
 from .._internal.tree import is_traced
 
 
 _FOREIGN = (
-    "A second-order product met something that JAX cannot differentiate by forward "
-    "mode over reverse mode: a `jax.custom_vjp` inside the loss or a vector field (it "
-    "has first derivatives only; give it a `jax.custom_jvp` instead), or a "
-    "differential equation solve. If it is a solve, its adjoint allows first "
-    "derivatives only, such as "
+    "A second derivative met something that JAX cannot differentiate by forward mode: "
+    "a `jax.custom_vjp` inside the loss or a vector field (it has a rule for reverse "
+    "mode only; give it a `jax.custom_jvp` instead), or a differential equation solve. "
+    "If it is a solve, its adjoint allows first derivatives only, such as "
     "`diffrax.RecursiveCheckpointAdjoint` (Diffrax's default), "
     "`diffrax.BacksolveAdjoint`, or `diffrax.ForwardMode`. Pass "
     "`adjoint=nodegrad.ACAAdjoint()` (or `nodegrad.ReversibleAdjoint()`) to every "
@@ -29,25 +28,27 @@ _FOREIGN = (
 _SYMPTOMS = (
     "can't apply forward-mode autodiff (jvp) to a custom_vjp function",
     "can't apply forward-mode differentiation (jvp) to a custom_vjp function",
+    "Differentiation rule for 'custom_lin' not implemented",
     "`filter_custom_vjp` cannot be autodifferentiated",
     "Reverse-mode differentiation does not work for lax.while_loop",
 )
 
 
-def second_order(product: Callable, params: PyTree, v: PyTree) -> PyTree[Array]:
-    """Returns `product(params, v)`; errors of JAX explain which adjoints to use."""
-    with _first_order_adjoints_explained():
+def second_order(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
+    """Returns `fn(*args)`, which differentiates a loss twice.
+
+    Errors of JAX about missing derivative rules say what to do instead.
+    """
+    with _missing_rules_explained():
         # Constants are traced inside of `jax.jit` (or a loop), and nowhere else.
         if not is_traced(jnp.zeros(())):
-            return product(params, v)
+            return fn(*args)
         # Inside of `jax.jit`, JAX raises its error during compilation, which is outside
-        # of this function. So the traced product is searched here.
-        closed, struct = jax.make_jaxpr(product, return_shape=True)(params, v)
-        if _has_unusable_rule(closed.jaxpr):
+        # of this function. So the traced function is searched here.
+        consts, pure = closure_convert(fn, *args)
+        if _has_unusable_rule(pure.jaxpr):
             raise TypeError(_FOREIGN)
-        inputs = jax.tree.leaves((params, v))
-        out = eval_jaxpr(closed.jaxpr, closed.consts, *inputs)
-        return jax.tree.unflatten(jax.tree.structure(struct), out)
+        return pure(consts, *args)
 
 
 def _has_unusable_rule(jaxpr: Jaxpr) -> bool:
@@ -64,11 +65,11 @@ def _has_unusable_rule(jaxpr: Jaxpr) -> bool:
 
 
 @contextlib.contextmanager
-def _first_order_adjoints_explained() -> Iterator[None]:
+def _missing_rules_explained() -> Iterator[None]:
     """Replaces JAX's errors about missing rules by one that says what to do."""
     try:
         yield
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         if any(symptom in str(error) for symptom in _SYMPTOMS):
             raise TypeError(_FOREIGN) from error
         raise
