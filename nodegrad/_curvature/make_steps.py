@@ -1,5 +1,6 @@
 """`make_steps`: two training steps, with and without new curvature."""
 
+import functools as ft
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,7 +30,13 @@ def make_steps(
     loss: Callable[..., Any],
     *,
     predict: Callable[..., Any] | None = None,
-    **options: Any,
+    kind: str = "empirical_fisher",
+    reduction: str = "integral",
+    num_draws: int | str = 1,
+    moments: bool = False,
+    batch_size: int | None = None,
+    layers: Callable[[str], bool] | None = None,
+    has_aux: bool = False,
 ) -> Steps:
     r"""Makes two jitted training steps: an ordinary one, and one with new curvature.
 
@@ -58,8 +65,9 @@ def make_steps(
     - `optim`: an optax optimiser, usually with `nodegrad.scale_by_snopt` in it. Its
       `update` gets the extra arguments `value`, `grad` and `value_fn` (as `optax.lbfgs`
       takes them), and in `refresh` also `curvature`.
-    - `loss`, `predict`, and the `options` `kind`, `reduction`, `num_draws`, `moments`,
-      `batch_size`, `layers` and `has_aux`: as in `nodegrad.value_grad_and_curvature`.
+    - `loss`, `predict`, `kind`, `reduction`, `num_draws`, `moments`, `batch_size`,
+      `layers`, `has_aux`: as in `nodegrad.value_grad_and_curvature`. All but `loss`,
+      `predict` and `has_aux` matter in `refresh` alone.
 
     **Returns:** `Steps(step, refresh)`, two functions
     `(model, opt_state, *args, key=None) -> (model, opt_state, value)`. With `has_aux`
@@ -74,36 +82,29 @@ def make_steps(
     **When not to use it:** for more than this loop: gradient accumulation, several
     devices, your own metrics. Then write the two steps yourself; each takes five lines.
     """
-    has_aux = options.get("has_aux", False)
-    curvature_fn = value_grad_and_curvature(loss, predict=predict, **options)
+    curvature_fn = value_grad_and_curvature(
+        loss,
+        predict=predict,
+        kind=kind,
+        reduction=reduction,
+        num_draws=num_draws,
+        moments=moments,
+        batch_size=batch_size,
+        layers=layers,
+        has_aux=has_aux,
+    )
 
-    def mean_loss(model: PyTree, args: tuple[Any, ...]) -> tuple[Array, Any]:
-        # `aux` is `None` unless `has_aux`.
-        aux = None
-        if predict is None:
-            out = loss(model, *args)
-            losses, aux = out if has_aux else (out, None)
-        else:
-            outputs = predict(model, *args)
-            outputs, aux = outputs if has_aux else (outputs, None)
-            losses = loss(outputs, *args)
-        return jnp.mean(losses), aux
+    mean_loss = ft.partial(_mean_loss, loss, predict, has_aux)
 
     def update(
-        model: PyTree,
-        opt_state: PyTree,
-        args: tuple[Any, ...],
-        value: Any,
-        grads: PyTree,
-        **extra: Any,
+        model: Any, opt_state: Any, args: tuple, value: Any, grads: Any, **extra: Any
     ) -> tuple[PyTree, PyTree, Any]:
         params, static = eqx.partition(model, eqx.is_inexact_array)
         grads = jax.tree.map(jnp.conj, grads)  # which Optax follows
         number, _ = value if has_aux else (value, None)
         value_fn = lambda params: mean_loss(eqx.combine(params, static), args)[0]
         extra = dict(value=number, grad=grads, value_fn=value_fn, **extra)
-        if not _takes_extra_args(optim):
-            extra = {}
+        extra = extra if _takes_extra_args(optim) else {}
         updates, opt_state = optim.update(grads, opt_state, params, **extra)
         return eqx.apply_updates(model, updates), opt_state, value
 
@@ -113,9 +114,8 @@ def make_steps(
     ) -> tuple[PyTree, PyTree, Any]:
         # It has the arguments of `refresh`, so that one call serves both.
         del key
-        (value, aux), grads = eqx.filter_value_and_grad(mean_loss, has_aux=True)(
-            model, args
-        )
+        value_and_grad = eqx.filter_value_and_grad(mean_loss, has_aux=True)
+        (value, aux), grads = value_and_grad(model, args)
         value = (value, aux) if has_aux else value
         return update(model, opt_state, args, value, grads)
 
@@ -127,6 +127,21 @@ def make_steps(
         return update(model, opt_state, args, value, grads, curvature=curvature)
 
     return Steps(step, refresh)
+
+
+def _mean_loss(
+    loss: Callable[..., Any],
+    predict: Callable[..., Any] | None,
+    has_aux: bool,
+    model: PyTree,
+    args: tuple[Any, ...],
+) -> tuple[Array, Any]:
+    """Returns the mean of the losses, and the auxiliary output or `None`."""
+    run = loss if predict is None else predict
+    out = run(model, *args)
+    out, aux = out if has_aux else (out, None)
+    losses = out if predict is None else loss(out, *args)
+    return jnp.mean(losses), aux
 
 
 def _takes_extra_args(optim: Any) -> bool:

@@ -1,5 +1,7 @@
 """The two jitted steps."""
 
+import inspect
+
 import diffrax
 import equinox as eqx
 import jax
@@ -87,3 +89,45 @@ def test_steps_without_curvature_are_those_of_the_optimiser():
     assert relative_error(value, expected) < 1e-6
     change = jax.tree.map(jnp.subtract, eqx.filter(new, eqx.is_inexact_array), params)
     assert relative_error(change, updates) < 1e-3
+
+
+def test_options_are_those_of_the_curvature():
+    ours, of_curvature = (
+        inspect.signature(fn).parameters
+        for fn in (nodegrad.make_steps, nodegrad.value_grad_and_curvature)
+    )
+    assert list(ours)[1:] == list(of_curvature)
+    assert all(ours[name] == option for name, option in of_curvature.items())
+    with pytest.raises(TypeError, match="make_steps.*unexpected.*'batchsize'"):
+        nodegrad.make_steps(optax.sgd(0.1), square, batchsize=3)
+
+
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_every_option_reaches_the_curvature(has_aux):
+    seen = []
+
+    def update(grads, state, params=None, *, curvature=None, **extra):
+        seen.append(curvature)
+        return jax.tree.map(jnp.zeros_like, grads), state
+
+    outputs = lambda model, x, y: jax.vmap(model)(x)
+    if has_aux:
+        outputs = lambda model, x, y: (jax.vmap(model)(x), "aux")
+    options = dict(
+        predict=outputs,
+        kind="ggn",
+        reduction="expand",
+        num_draws="exact",
+        moments=True,
+        batch_size=6,
+        layers=lambda path: "[1]" in path,
+        has_aux=has_aux,
+    )
+    optim = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    steps = nodegrad.make_steps(optim, square, **options)
+    curved = nodegrad.value_grad_and_curvature(square, **options)
+    _, _, curvature = curved(_model(), X, Y, key=jr.PRNGKey(0))
+    with jax.disable_jit():
+        _, _, value = steps.refresh(_model(), (), X, Y, key=jr.PRNGKey(0))
+    assert isinstance(value, tuple) == has_aux
+    assert relative_error(seen[0], curvature) < 1e-6
