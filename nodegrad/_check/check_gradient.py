@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from .._internal.tree import is_traced
+from .._internal.tree import check_counts, is_traced
 from .._solve.odesolve import odesolve
 from .checks import (
     check_adjoint,
@@ -192,12 +192,7 @@ def _check_arguments(
             f"does not matter to you, between 0 and 1; got {tolerance!r}."
         )
         raise ValueError(msg)
-    if not isinstance(num_directions, int) or num_directions < 1:
-        msg = (
-            "`check_gradient(num_directions=...)` must be a positive integer; got "
-            f"{num_directions!r}."
-        )
-        raise ValueError(msg)
+    check_counts(num_directions=num_directions)
     parameters = inspect.signature(loss).parameters.values()
     takes = lambda p: (
         p.kind is p.VAR_KEYWORD

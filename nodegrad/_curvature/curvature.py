@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .._internal.closure_convert import closure_convert
 from .._internal.devices import on_each_device
+from .._internal.tree import check_counts
 from .._layers.factors import KroneckerFactors
 from .._layers.find_products import check_products
 from .._layers.layer_product import Statistics
@@ -249,16 +250,10 @@ def _check_options(
             "`kind='empirical_fisher'` there is only `loss(model, *args)`."
         )
         raise ValueError(msg)
-    if batch_size is not None and not batch_size >= 1:
-        msg = f"`batch_size` must be at least 1; got {batch_size}."
-        raise ValueError(msg)
-    is_exact = kind == "ggn" and num_draws == "exact"
-    is_number = isinstance(num_draws, int) and not isinstance(num_draws, bool)
-    if not is_exact and (not is_number or int(num_draws) < 1):
-        msg = (
-            "`num_draws` must be a positive integer, or 'exact' for `kind='ggn'`; got "
-            f"{num_draws!r}."
-        )
+    check_counts(None, batch_size=batch_size)
+    check_counts("exact", num_draws=num_draws)
+    if num_draws == "exact" and kind != "ggn":
+        msg = "`num_draws='exact'` goes with `kind='ggn'`."
         raise ValueError(msg)
 
 

@@ -128,18 +128,33 @@ def is_real(x: Any) -> bool:
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def check_numbers(integers: bool = False, **values: Any) -> None:
+def check_numbers(integers: bool = False, static: bool = False, **values: Any) -> None:
     """Raises a `TypeError` for values that are not real scalars, or not `integers`.
 
-    Arrays count, also traced ones.
+    Arrays count, also traced ones, unless the values have to be `static`.
     """
     kinds = [jnp.integer] if integers else [jnp.integer, jnp.floating]
     for name, x in values.items():
         fits = eqx.is_array_like(x) and jnp.shape(x) == ()
+        # A static array would fail later, when it is hashed.
+        fits = fits and not (static and isinstance(x, jax.Array | np.ndarray))
         if not fits or not any(jnp.issubdtype(jnp.result_type(x), k) for k in kinds):
             expected = "an integer" if integers else "a real number"
-            msg = f"`{name}` must be {expected}; got {x!r}."
+            known = " that is known before the solve" if static else ""
+            msg = f"`{name}` must be {expected}{known}; got {x!r}."
             raise TypeError(msg)
+
+
+def check_counts(*others: str | None, **values: Any) -> None:
+    """Raises unless every value is a positive Python integer, or one of `others`."""
+    for name, x in values.items():
+        # `True` and `False` are integers in Python.
+        is_integer = isinstance(x, int) and not isinstance(x, bool)
+        if (is_integer and x > 0) or (isinstance(x, str | None) and x in others):
+            continue
+        expected = " or ".join(["a positive Python integer", *map(repr, others)])
+        msg = f"`{name}` must be {expected}; got {x!r}."
+        raise (ValueError if is_integer else TypeError)(msg)
 
 
 def check_unchanged(y0: PyTree[Array], y1: PyTree[Array]) -> None:

@@ -12,8 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .._internal.compat import is_sde, ω
 from .._internal.norms import magnitudes, relative_size, size
 from .._internal.results import COUPLING_LOST
-from .._internal.tree import all_finite, where
-from .._steps.reversible_solver import check_number, check_resync_every
+from .._internal.tree import all_finite, check_counts, check_numbers, where
 from .._trajectory.state_source import Evaluate
 from .coupling_monitor import FIRST_STEPS
 from .invertible_step import (
@@ -96,8 +95,8 @@ class ALF(SharingSolver, diffrax.AbstractAdaptiveSolver):
     )
 
     def __check_init__(self) -> None:
-        check_resync_every("ALF", self.resync_every)
-        check_number("damping", self.damping)
+        check_counts(None, resync_every=self.resync_every)
+        check_numbers(static=True, damping=self.damping)
         if not 0 < self.damping <= 1 or self.damping == 0.5:
             msg = (
                 "`damping` must be a number in (0, 1] other than 0.5, with which steps "

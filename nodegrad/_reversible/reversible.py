@@ -12,9 +12,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from .._internal.compat import is_sde, WrapTerm, ω
 from .._internal.results import COUPLING_LOST
-from .._internal.tree import where
+from .._internal.tree import check_counts, check_numbers, where
 from .._steps.increment import Increment
-from .._steps.reversible_solver import check_number, check_resync_every
 from .._steps.step import DelegatingSolver
 from .._steps.tableau import combine, explicit_tableau, num_inner_stages
 from .._trajectory.state_source import Evaluate
@@ -123,15 +122,14 @@ class Reversible(SharingSolver, DelegatingSolver, diffrax.AbstractStratonovichSo
     scan_kind: ClassVar[str] = "lax"
 
     def __check_init__(self) -> None:
-        if self.resync_every != "auto":
-            check_resync_every("Reversible", self.resync_every, "'auto', ")
+        check_counts("auto", None, resync_every=self.resync_every)
         if explicit_tableau(self.solver) is None:
             msg = (
                 "`nodegrad.Reversible` takes an explicit Runge-Kutta method such as "
                 f"`diffrax.Tsit5()`; got {self.solver}."
             )
             raise TypeError(msg)
-        check_number("coupling_parameter", self.coupling_parameter)
+        check_numbers(static=True, coupling_parameter=self.coupling_parameter)
         if not 0 < self.coupling_parameter <= 1:
             msg = (
                 "`coupling_parameter` must be a number in (0, 1]; got "

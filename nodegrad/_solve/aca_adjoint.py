@@ -5,11 +5,12 @@ from typing import ClassVar
 import diffrax
 import equinox as eqx
 
+from .._internal.tree import check_counts
 from .._steps.step import AbstractStep
 from .._trajectory.checkpoints import CheckpointedStates, choose_checkpoints
 from .._trajectory.step_times import AbstractGrid
 from .._trajectory.trajectory import choose_recorded_steps
-from .recorded_adjoint import AbstractRecordedAdjoint, check_size
+from .recorded_adjoint import AbstractRecordedAdjoint
 
 
 class ACAAdjoint(AbstractRecordedAdjoint):
@@ -108,23 +109,8 @@ class ACAAdjoint(AbstractRecordedAdjoint):
     check: ClassVar[bool] = False
 
     def __check_init__(self) -> None:
-        check_size("max_recorded_steps", self.max_recorded_steps)
-        checkpoints = self.checkpoints
-        if checkpoints is None or checkpoints == "all":
-            return
-        if not isinstance(checkpoints, int) or isinstance(checkpoints, bool):
-            msg = (
-                "`ACAAdjoint(checkpoints=...)` must be `None`, a positive integer or "
-                f"'all'; got {checkpoints!r}."
-            )
-            raise TypeError(msg)
-        if checkpoints < 1:
-            msg = (
-                "`ACAAdjoint(checkpoints=...)` needs room for at least one state; got "
-                f"{checkpoints}. The memory is least with about `sqrt(max_steps)` of "
-                "them."
-            )
-            raise ValueError(msg)
+        check_counts(None, max_recorded_steps=self.max_recorded_steps)
+        check_counts(None, "all", checkpoints=self.checkpoints)
 
     def recorded_steps(self, max_steps: int) -> int:
         """Returns `max_recorded_steps`, or the number that `None` stands for."""

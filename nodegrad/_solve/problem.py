@@ -11,7 +11,7 @@ from jaxtyping import Array, Int, PyTree, Real
 
 from .._internal.compat import assert_term_compatible, WrapTerm
 from .._internal.results import coupling_stats
-from .._internal.tree import with_fields
+from .._internal.tree import check_counts, with_fields
 from .._reverse.plan import Solve
 from .._steps.step import make_step
 from .._trajectory.output import write_final
@@ -20,7 +20,6 @@ from .arguments import check_instance, check_vector_field, forwards, with_tolera
 from .loop import Problem, State
 from .recorded_adjoint import (
     AbstractRecordedAdjoint,
-    check_size,
     make_solve,
     saves_of,
     subs_of,
@@ -47,7 +46,7 @@ def make_problem(
     check_instance("solver", solver, diffrax.AbstractSolver)
     kind = diffrax.AbstractStepSizeController
     check_instance("stepsize_controller", controller, kind)
-    check_size("max_steps", max_steps)
+    check_counts(None, max_steps=max_steps)
     check_vector_field(terms, t0, y0, args)
     kwargs = solver.term_compatible_contr_kwargs
     assert_term_compatible(t0, y0, args, terms, solver.term_structure, kwargs)

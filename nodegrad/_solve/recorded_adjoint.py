@@ -22,7 +22,7 @@ from .._internal.closure_convert import as_struct, closure_convert
 from .._internal.compat import nondifferentiable_backward, solver_loop, while_loop
 from .._internal.devices import axes_of_devices, on_each_device
 from .._internal.results import coupling_stats, with_coupling_lost
-from .._internal.tree import check_unchanged, with_fields
+from .._internal.tree import check_counts, check_unchanged, with_fields
 from .._layers.find_products import has_products
 from .._reverse.plan import make_grid, Solve
 from .._reverse.recorded_loop import recorded_loop
@@ -108,7 +108,7 @@ class AbstractRecordedAdjoint(diffrax.AbstractAdjoint):
         `init_state` and the state returned have a private class of Diffrax. Diffrax's
         loop has more in `kwargs`: `t0`, `t1`, `dt0`, `event`, `progress_meter`.
         """
-        check_size("max_steps", max_steps)
+        check_counts(None, max_steps=max_steps)
         passed_state = init_state.controller_state if passed_controller_state else None
         first = init_state.tprev, init_state.tnext, init_state.y
         # It is the literal `False` unless the user passed another value.
@@ -331,19 +331,6 @@ def _counted(solve: Solve, final_state: Any) -> dict[str, Any]:
     return {
         "num_vector_field_evaluations": first + each_attempt * final_state.num_steps
     }
-
-
-def check_size(name: str, value: Any) -> None:
-    """Raises an error unless `value` is `None` or a positive Python integer."""
-    # `True` and `False` are integers in Python.
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    if value is None or (is_integer and value > 0):
-        return
-    msg = (
-        f"`{name}` must be a positive Python integer, since it is a size of arrays, or "
-        f"`None`; got {value!r}."
-    )
-    raise (ValueError if is_integer else TypeError)(msg)
 
 
 def subs_of(saveat: diffrax.SaveAt) -> list[diffrax.SubSaveAt]:

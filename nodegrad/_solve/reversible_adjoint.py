@@ -3,13 +3,14 @@
 import diffrax
 import equinox as eqx
 
+from .._internal.tree import check_counts
 from .._reversible.reconstruction import ReconstructedStates
 from .._reversible.restarts import Restarts
 from .._reversible.reversals import make_invertible_step
 from .._steps.step import AbstractStep
 from .._trajectory.step_times import AbstractGrid, has_unknown_jumps, may_jump
 from .._trajectory.trajectory import choose_recorded_steps
-from .recorded_adjoint import AbstractRecordedAdjoint, check_size
+from .recorded_adjoint import AbstractRecordedAdjoint
 
 
 class ReversibleAdjoint(AbstractRecordedAdjoint):
@@ -92,7 +93,7 @@ class ReversibleAdjoint(AbstractRecordedAdjoint):
     max_recorded_steps: int | None = eqx.field(static=True, default=None)
 
     def __check_init__(self) -> None:
-        check_size("max_recorded_steps", self.max_recorded_steps)
+        check_counts(None, max_recorded_steps=self.max_recorded_steps)
 
     def recorded_steps(self, max_steps: int) -> int:
         """Returns `max_recorded_steps`, or the number that `None` stands for."""

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, PyTree, Real
 
-from .reversible_solver import AbstractReversibleSolver, check_resync_every
+from .._internal.tree import check_counts
+from .reversible_solver import AbstractReversibleSolver
 
 
 class RK4(diffrax.AbstractERK):
@@ -109,7 +110,7 @@ class EffectivelySymmetric(
     resyncs_at_jumps: ClassVar[bool] = False
 
     def __check_init__(self) -> None:
-        check_resync_every(type(self).__name__, self.resync_every)
+        check_counts(None, resync_every=self.resync_every)
 
     def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int:
         """Returns 2, the order for ordinary differential equations."""

@@ -4,7 +4,6 @@ import abc
 from typing import Any
 
 import diffrax
-import numpy as np
 from jaxtyping import Array, Bool, PyTree, Real
 
 
@@ -120,33 +119,3 @@ class AbstractReversibleSolver(diffrax.AbstractSolver):
 def has_backward_step(solver: Any) -> bool:
     """Returns whether `solver` can undo its steps by itself."""
     return callable(getattr(solver, "backward_step", None))
-
-
-def check_number(name: str, value: object) -> None:
-    """Raises unless the argument `name` has a Python or NumPy number for its value."""
-    # It is a static field of a solver, so an array would fail later, when hashed.
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        msg = (
-            f"`{name}` must be a number that is known before the solve; got "
-            f"{value!r}, a {type(value).__name__}."
-        )
-        raise TypeError(msg)
-
-
-def check_resync_every(name: str, resync_every: Any, others: str = "") -> None:
-    """Raises unless `resync_every` of solver `name` is `None` or a positive integer.
-
-    `others` are further choices, which the message mentions.
-    """
-    if resync_every is None:
-        return
-    # NumPy integers have `__index__` as well, and so has `bool`.
-    if isinstance(resync_every, bool) or not hasattr(resync_every, "__index__"):
-        msg = (
-            f"`nodegrad.{name}(resync_every=...)` must be {others}`None` or an "
-            f"integer; got {resync_every!r}."
-        )
-        raise TypeError(msg)
-    if resync_every < 1:
-        msg = f"`resync_every` must be at least one step; got {resync_every}."
-        raise ValueError(msg)

@@ -373,7 +373,7 @@ def test_misuse_is_refused_by_name():
         nodegrad.check_gradient(loss, p, solve=jnp.sin)
     with pytest.raises(ValueError, match="between 0 and 1"):
         nodegrad.check_gradient(loss, p, tolerance=2.0)
-    with pytest.raises(ValueError, match="must be a positive integer"):
+    with pytest.raises(ValueError, match="`num_directions` must be a positive"):
         nodegrad.check_gradient(loss, p, num_directions=0)
     with pytest.raises(TypeError, match="outside of `jax.jit`"):
         jax.jit(lambda p: nodegrad.check_gradient(loss, p).value)(p)

@@ -918,12 +918,16 @@ def test_parts_of_a_batch_add_up():
         (dict(reduction="sum"), "`reduction` must be one of"),
         (dict(kind="ggn"), "`predict` goes with"),
         (dict(predict=_predict), "`predict` goes with"),
-        (dict(num_draws=0), "`num_draws` must be"),
-        (dict(num_draws="exact"), "`num_draws` must be"),
+        (dict(num_draws=0), "`num_draws` must be .* or 'exact'; got 0"),
+        (dict(num_draws="all"), "`num_draws` must be .* or 'exact'; got 'all'"),
+        (dict(num_draws="exact"), "`num_draws='exact'` goes with"),
+        (dict(batch_size=0), "`batch_size` must be a positive Python integer or None"),
+        (dict(batch_size=2.5), "`batch_size` must be a positive Python integer"),
+        (dict(batch_size="5"), "`batch_size` must be a positive Python integer"),
     ],
 )
 def test_wrong_options_are_refused(kwargs, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((ValueError, TypeError), match=match):
         value_grad_and_curvature(batch_loss, **kwargs)
 
 

@@ -244,7 +244,7 @@ def test_decaying_problems_need_stored_states_for_the_gradient_only():
     # (The solve starts from rest: a relative error of the first state does not exist.)
     stored = nodegrad.EES25(resync_every=10)
     assert abs(grad(3.0, stored, adjoint) / expected - 1) < 1e-4
-    with pytest.raises(ValueError, match="at least one step"):
+    with pytest.raises(ValueError, match="`resync_every` must be a positive"):
         nodegrad.EES25(resync_every=0)
 
 
