@@ -79,7 +79,10 @@ class InstrumentedMatrix(eqx.Module):
     has_bias: bool = eqx.field(static=True)
 
     def __matmul__(self, x: Array) -> Array:
-        """Returns the product with a vector, or with the columns of a matrix."""
+        """Returns the product with a vector, or with the columns of each matrix."""
+        if x.ndim > 2:
+            # Axes before those of a matrix are a batch, as everywhere in JAX.
+            return jax.vmap(self.__matmul__)(x)
         out_shape = (self.weight.shape[0], *x.shape[1:])
         return _layer_product(self, None, self.weight, x, out_shape)
 

@@ -908,6 +908,41 @@ def test_parts_of_a_batch_add_up():
     assert relative_error(total, curvature_of()[2]) < 1e-12
 
 
+@pytest.mark.parametrize("moments", [False, True])
+def test_gradients_in_float16_do_not_overflow_where_those_of_jax_do_not(moments):
+    # The sum of the gradients of samples is above the largest number of float16.
+    half = lambda x: x.astype(jnp.float16)
+    model, x = jax.tree.map(half, LINEAR), half(30 * jr.normal(jr.PRNGKey(1), (512, 2)))
+    loss = lambda model, x: jnp.sum(jax.vmap(model)(x) ** 2, axis=1)
+    expected = jax.grad(lambda model: jnp.mean(loss(model, x)))(model)
+    fn = value_grad_and_curvature(loss, moments=moments)
+    _, grads, curvature = fn(model, x, key=jr.PRNGKey(0))
+    assert jnp.max(jnp.abs(expected.weight)) * 512 > jnp.finfo(jnp.float16).max
+    assert relative_error(grads, expected) < 1e-2
+    if not moments:
+        single = lambda x: x.astype(jnp.float32)
+        g = 2 * jax.vmap(jax.tree.map(single, model))(single(x))
+        assert relative_error(curvature[""].output_factor, g.T @ g) < 1e-2
+
+
+def test_a_weight_times_many_matrices_is_that_for_each_of_them():
+    # `@` broadcasts over the axes before the last two.
+    x = jr.normal(jr.PRNGKey(1), (5, 4, 2, 6))
+
+    def loss(model, x):
+        h = jax.vmap(lambda x: model.weight @ x + model.bias[None, :, None])(x)
+        return jnp.sum(h**3, axis=(1, 2, 3))
+
+    rows = jnp.moveaxis(x, 2, -1).reshape(-1, 2)
+    rows = jnp.concatenate([rows, jnp.ones((len(rows), 1))], axis=1)
+    g = 3 * jax.vmap(LINEAR)(rows[:, :2]) ** 2
+    _, grads, curvature = value_grad_and_curvature(loss)(LINEAR, x)
+    assert relative_error(curvature[""].input_factor, rows.T @ rows) < 1e-12
+    assert relative_error(curvature[""].output_factor, g.T @ g) < 1e-12
+    expected = jax.grad(lambda model: jnp.mean(loss(model, x)))(LINEAR)
+    assert relative_error(grads, expected) < 1e-12
+
+
 # Misuse.
 
 
