@@ -194,8 +194,12 @@ def check_vector_field(
 ) -> None:
     """Raises an error if a vector field does not return the structure of the state.
 
-    Also if it does not return the shapes of the leaves; scalars are broadcast.
+    Also if it does not return the shapes of the leaves; scalars are broadcast. And if
+    there is no state at all.
     """
+    if not jax.tree.leaves(y0):
+        msg = f"`y0` must hold at least one number or array; got {y0}."
+        raise ValueError(msg)
     if type(terms) is not diffrax.ODETerm:
         # Diffrax checks other terms itself (`assert_term_compatible`).
         return

@@ -86,6 +86,8 @@ REFUSED = {
     "state is a string": (dict(y0="state"), "Every leaf of `y0` must be a number"),
     "state has a function": (dict(y0=(1.0, jnp.sin)), "belongs into `args`"),
     "state is a key": (dict(y0=jr.key(0)), "Every leaf of `y0` must be a number"),
+    "state is empty": (dict(y0=()), r"`y0` must hold at least one .* got \(\)"),
+    "state is missing": (dict(y0=None), "`y0` must hold at least one .* got None"),
     "batch of scalars": (dict(y0=1.0, batched=True), "leading batch axis"),
     "batches of two sizes": (
         dict(y0={"a": jnp.ones(2), "b": jnp.ones(3)}, batched=True),
