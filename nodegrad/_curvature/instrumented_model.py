@@ -7,6 +7,8 @@ passes its weight to JAX, so it is replaced by an `InstrumentedConv`. All other 
 stay as they are.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import equinox as eqx
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from .._internal.compat import running_adjoints
-from .._internal.tree import at_least_float32
+from .._internal.tree import at_least_float32, with_fields
 from .._layers.layer_product import layer_product, Statistics, Use
 from .._layers.layers import is_module, Layer, layers_of
 from .._solve.recorded_adjoint import AbstractRecordedAdjoint
@@ -190,7 +192,7 @@ def _layer_product(
     use = Use(
         key=layer.key,
         conv=conv,
-        one=1.0 if layer.has_bias else None,
+        one=_input_of_bias(layer),
         reduction=layer.instrumentation.reduction,
         samples=layer.instrumentation.samples,
         shape=x.shape,
@@ -199,6 +201,15 @@ def _layer_product(
     )
     _check_adjoints(layer.key)
     return layer_product(use, weight, x, layer.probe.offset, layer.probe.statistics)
+
+
+def _input_of_bias(layer: InstrumentedMatrix | InstrumentedConv) -> float | None:
+    """Returns the input of the bias: 0 if it is not used, `None` if there is none."""
+    if layer.has_bias:
+        return 1.0
+    d_in = layer.probe.statistics.x_sum.shape[-1]
+    columns = layer.weight[0].size
+    return 0.0 if d_in > columns else None
 
 
 def instrumented(
@@ -227,4 +238,43 @@ def instrumented(
             module = eqx.tree_at(lambda m, name=name: getattr(m, name), module, new)
         return module
 
-    return jax.tree_util.tree_map_with_path(replaced, model, is_leaf=is_module)
+    model = jax.tree_util.tree_map_with_path(replaced, model, is_leaf=is_module)
+    return _without_shared_biases(model)
+
+
+def _without_shared_biases(model: PyTree) -> PyTree:
+    """Returns `model`, whose shared weights do not count the bias of their layer.
+
+    An `eqx.nn.Shared` hands the weight of one layer to others, which have biases of
+    their own or none. A layer that is shared as a whole keeps its bias.
+    """
+    is_shared = lambda x: isinstance(x, eqx.nn.Shared)
+
+    def inside(x: Any) -> Any:
+        if not is_shared(x):
+            return x
+        tree = _without_shared_biases(x.pytree)
+        return with_fields(x, pytree=tree, get=_WithoutBias(x.get))
+
+    return jax.tree.map(inside, model, is_leaf=is_shared)
+
+
+@dataclass(frozen=True)
+class _WithoutBias:
+    """Calls `get`; weights in its result count no bias, unless it is shared with them.
+
+    It is if there is an array beside them, or a whole module.
+    """
+
+    get: Callable[[PyTree], PyTree]
+
+    def __call__(self, tree: PyTree) -> PyTree:
+        is_matrix = lambda x: isinstance(x, InstrumentedMatrix)
+
+        def bare(x: Any) -> Any:
+            return replace(x, has_bias=False) if is_matrix(x) else x
+
+        out, is_leaf = self.get(tree), lambda x: is_module(x) or is_matrix(x)
+        if any(map(eqx.is_array, jax.tree.leaves(out, is_leaf=is_leaf))):
+            return out
+        return jax.tree.map(bare, out, is_leaf=is_leaf)

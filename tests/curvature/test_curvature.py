@@ -943,6 +943,44 @@ def test_a_weight_times_many_matrices_is_that_for_each_of_them():
     assert relative_error(grads, expected) < 1e-12
 
 
+@pytest.mark.parametrize(
+    "biases, where, is_shared",
+    [
+        ((True, False), lambda layer: layer.weight, False),
+        ((True, True), lambda layer: layer.weight, False),
+        ((False, True), lambda layer: layer.weight, False),
+        ((True, True), lambda layer: [layer.weight, layer.bias], True),
+        ((True, True), lambda layer: layer, True),
+    ],
+)
+def test_a_shared_weight_counts_the_bias_of_its_own_layer_alone(
+    biases, where, is_shared
+):
+    first, second = (
+        eqx.nn.Linear(2, 2, use_bias=bias, key=jr.PRNGKey(i))
+        for i, bias in enumerate(biases)
+    )
+    model = eqx.nn.Shared(
+        (first, second), lambda pair: where(pair[1]), lambda pair: where(pair[0])
+    )
+
+    def loss(model, x):
+        first, second = model()
+        h = jnp.tanh(jax.vmap(first)(x))
+        return jnp.sum(jax.vmap(second)(h) ** 2, axis=1)
+
+    h = jnp.tanh(jax.vmap(first)(X))
+    rows = jnp.concatenate([X, h])
+    if biases[0]:
+        ones = jnp.concatenate([jnp.ones(len(X)), jnp.full(len(X), float(is_shared))])
+        rows = jnp.concatenate([rows, ones[:, None]], axis=1)
+    _, grads, curvature = value_grad_and_curvature(loss)(model, X)
+    (factors,) = curvature.values()
+    assert relative_error(factors.input_factor, rows.T @ rows) < 1e-12
+    expected = eqx.filter_grad(lambda model: jnp.mean(loss(model, X)))(model)
+    assert relative_error(grads, expected) < 1e-12
+
+
 # Misuse.
 
 
