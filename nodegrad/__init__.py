@@ -58,10 +58,10 @@ from ._steps.explicit_methods import (
     EES27 as EES27,
     RK4 as RK4,
 )
-from ._steps.reversible_solver import (
+from ._steps.rosenbrock import Rodas5P as Rodas5P, Rosenbrock23 as Rosenbrock23
+from ._steps.solvers import (
     AbstractReversibleSolver as AbstractReversibleSolver,
 )
-from ._steps.stiff_methods import Rodas5P as Rodas5P, Rosenbrock23 as Rosenbrock23
 
 
 # The version in `pyproject.toml`; `tests/test_house.py` compares them.

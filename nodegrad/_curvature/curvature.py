@@ -16,9 +16,8 @@ from jaxtyping import Array, Float, PyTree
 from .._internal.closure_convert import closure_convert
 from .._internal.devices import on_each_device
 from .._internal.tree import check_counts
-from .._layers.factors import KroneckerFactors
+from .._layers.factors import KroneckerFactors, Statistics
 from .._layers.find_products import check_products
-from .._layers.layer_product import Statistics
 from .._layers.layers import Layer, layers_of, Leaves
 from .columns import columns_of
 from .instrumented_model import Instrumentation, instrumented, Probe, zero_probe

@@ -18,8 +18,10 @@ from jaxtyping import Array, Float, PyTree
 
 from .._internal.compat import running_adjoints
 from .._internal.tree import at_least_float32, with_fields
-from .._layers.layer_product import layer_product, Statistics, Use
+from .._layers.factors import Statistics
+from .._layers.layer_product import layer_product
 from .._layers.layers import is_module, Layer, layers_of
+from .._layers.use import Use
 from .._solve.recorded_adjoint import AbstractRecordedAdjoint
 
 
@@ -44,7 +46,7 @@ class Probe(eqx.Module):
 class Instrumentation(eqx.Module):
     """Options that all layers share.
 
-    - `reduction`, `samples`: see `Use` in `layer_product.py`.
+    - `reduction`, `samples`: see `Use` in `use.py`.
     - `dtypes`: the dtype of the probes of each layer, by key.
     """
 

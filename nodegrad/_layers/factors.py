@@ -1,8 +1,28 @@
-"""The result type for the Kronecker factors of the curvature of a layer."""
+"""The statistics of a layer, and the Kronecker factors of its curvature."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float
+
+
+class Statistics(NamedTuple):
+    r"""The statistics of a layer; also their probes, or the positions of these.
+
+    - `inputs`: $\sum x x^\top$, of shape `(d_in, d_in)`.
+    - `outputs`: $\sum g g^\top$, of shape `(d_out, d_out)`.
+    - `count`: the number of rows, a scalar.
+    - `x_sum`: $\sum x$, of shape `(d_in,)`.
+    - `g_sum`: $\sum g$, of shape `(d_out,)`.
+
+    `d_in` counts the input of the bias, which comes last.
+    """
+
+    # Not generic: run-time type checkers cannot check a generic named tuple.
+    inputs: Any
+    outputs: Any
+    count: Any
+    x_sum: Any
+    g_sum: Any
 
 
 class KroneckerFactors(NamedTuple):

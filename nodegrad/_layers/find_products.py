@@ -13,8 +13,10 @@ from jaxtyping import PyTree
 
 from .._internal.closure_convert import closure_convert
 from .._internal.compat import Jaxpr, jaxprs_in_params, Literal
-from .layer_product import layer_product_p, Statistics, Use
+from .factors import Statistics
+from .layer_product import layer_product_p
 from .layers import name_of
+from .use import Use
 
 
 _COMPUTED_IN_FIELD = (

@@ -28,8 +28,9 @@ from .._internal.batch import Axes
 from .._internal.closure_convert import as_struct, closure_convert, Pure
 from .._internal.compat import is_sde
 from .._internal.tree import add, zeros_like
+from .._layers.factors import Statistics
 from .._layers.find_products import find_products, has_products, Slots
-from .._layers.layer_product import Statistics, Use
+from .._layers.use import Use
 from .._trajectory.recording import Recording
 from .._trajectory.state_source import BackwardStep, Part
 

@@ -28,7 +28,7 @@ import diffrax
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Int, PyTree, Real
 
-from .._steps.reversible_solver import AbstractReversibleSolver
+from .._steps.solvers import AbstractReversibleSolver
 from .._trajectory.state_source import Evaluate, StoresStates
 
 

@@ -22,8 +22,7 @@ from .._internal.tree import as_arrays
 from .._layers.find_products import without_statistics
 from .._steps.explicit_methods import EffectivelySymmetric
 from .._steps.increment import Increment
-from .._steps.reversible_solver import has_backward_step
-from .._steps.step import with_scan_kind
+from .._steps.solvers import has_backward_step, with_scan_kind
 from .._steps.tableau import explicit_tableau, has_explicit_tableau
 from .._trajectory.state_source import Evaluate
 from .invertible_step import AbstractInvertibleStep, Resync, Time

@@ -14,7 +14,7 @@ from .._internal.compat import is_sde, WrapTerm, ω
 from .._internal.results import COUPLING_LOST
 from .._internal.tree import check_counts, check_numbers, where
 from .._steps.increment import Increment
-from .._steps.step import DelegatingSolver
+from .._steps.solvers import DelegatingSolver
 from .._steps.tableau import combine, explicit_tableau, num_inner_stages
 from .._trajectory.state_source import Evaluate
 from .coupling_monitor import allowed_difference, CouplingMonitor, with_difference

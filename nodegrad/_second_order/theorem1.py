@@ -19,10 +19,11 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, PyTree, Real
 
 from .._internal.tree import flatten
 from .expansion import expand
+from .loss import Loss
 
 
 class LossToGo(eqx.Module):
@@ -113,3 +114,70 @@ class LossToGoRates(eqx.Module):
 def _like(y: PyTree[Array], rate: PyTree) -> PyTree[Array]:
     """Returns `rate` in the shapes of `y`: a field may return a scalar for an array."""
     return jax.tree.map(lambda y, f: jnp.broadcast_to(f, y.shape), y, rate)
+
+
+def solve_both_ways(
+    loss: Loss,
+    field: Callable,
+    args: PyTree,
+    solve: Callable[..., diffrax.Solution],
+    stepsize_controller: diffrax.AbstractStepSizeController,
+    *,
+    exact: bool,
+    backsolve: bool,
+) -> diffrax.Solution:
+    """Solves forwards, then backwards. Returns the solution of the backward equations.
+
+    `solve` is `odesolve` with the options that both solves share.
+    """
+    forward = solve(
+        loss.terms,
+        t0=loss.t0,
+        t1=loss.t1,
+        dt0=loss.dt0,
+        y0=loss.y0,
+        args=args,
+        saveat=diffrax.SaveAt(t1=True, dense=not backsolve),
+        stepsize_controller=stepsize_controller,
+    )
+    # `None` with `backsolve`: then the state is part of the `LossToGo`.
+    states: Any = forward.interpolation
+    rates = LossToGoRates(field, loss.running_cost, states, exact, loss.dtype)
+    return solve(
+        diffrax.ODETerm(rates),
+        t0=loss.t1,
+        t1=loss.t0,
+        dt0=None if loss.dt0 is None else -loss.dt0,
+        y0=_at_the_end(loss, forward.ys, args, backsolve),
+        args=args,
+        saveat=_save_backwards(loss.ts),
+        stepsize_controller=_reversed(stepsize_controller),
+    )
+
+
+# Jitted, because differentiating the cost twice may take many operations.
+@eqx.filter_jit
+def _at_the_end(
+    loss: Loss, ys: PyTree[Array] | None, args: PyTree, backsolve: bool
+) -> LossToGo:
+    """Returns the initial value of the backward solve.
+
+    `ys` is the end of the forward solve, with a leading axis of length 1.
+    """
+    y1 = jax.tree.map(lambda x: x[0], ys)
+    return loss_to_go(loss.terminal_cost, y1, args, loss.dtype, with_state=backsolve)
+
+
+def _save_backwards(ts: Real[Array, " times"] | None) -> diffrax.SaveAt:
+    """Returns where the backward solve saves: at `ts`, or at its end if `None`."""
+    return diffrax.SaveAt(t1=True) if ts is None else diffrax.SaveAt(ts=ts[::-1])
+
+
+def _reversed(
+    controller: diffrax.AbstractStepSizeController,
+) -> diffrax.AbstractStepSizeController:
+    """Returns the controller of the backward solve."""
+    # Prescribed times in the reverse order. Other controllers work in both directions.
+    if isinstance(controller, diffrax.StepTo):
+        return diffrax.StepTo(controller.ts[::-1])
+    return controller

@@ -17,7 +17,7 @@ from .._solve.odesolve import odesolve
 from .._solve.recorded_adjoint import AbstractRecordedAdjoint
 from .hessian_blocks import HessianBlocks, structured
 from .loss import check_flag, checked_loss, Loss, plain_field
-from .theorem1 import loss_to_go, LossToGo, LossToGoRates
+from .theorem1 import LossToGo, solve_both_ways
 
 
 _CONSTANT = diffrax.ConstantStepSize()
@@ -147,7 +147,7 @@ def theorem1_blocks(
         "`nodegrad.theorem1_blocks`",
         "For other terms use `nodegrad.hessian_blocks`.",
     )
-    backward = _solve_both_ways(
+    backward = solve_both_ways(
         loss,
         field,
         args,
@@ -157,58 +157,6 @@ def theorem1_blocks(
         backsolve=backsolve,
     )
     return _blocks_of(loss, backward.ys, args)
-
-
-def _solve_both_ways(
-    loss: Loss,
-    field: Callable,
-    args: PyTree,
-    solve: Callable[..., diffrax.Solution],
-    stepsize_controller: diffrax.AbstractStepSizeController,
-    *,
-    exact: bool,
-    backsolve: bool,
-) -> diffrax.Solution:
-    """Solves forwards, then backwards. Returns the solution of the backward equations.
-
-    `solve` is `odesolve` with the options that both solves share.
-    """
-    forward = solve(
-        loss.terms,
-        t0=loss.t0,
-        t1=loss.t1,
-        dt0=loss.dt0,
-        y0=loss.y0,
-        args=args,
-        saveat=diffrax.SaveAt(t1=True, dense=not backsolve),
-        stepsize_controller=stepsize_controller,
-    )
-    # `None` with `backsolve`: then the state is part of the `LossToGo`.
-    states: Any = forward.interpolation
-    rates = LossToGoRates(field, loss.running_cost, states, exact, loss.dtype)
-    return solve(
-        diffrax.ODETerm(rates),
-        t0=loss.t1,
-        t1=loss.t0,
-        dt0=None if loss.dt0 is None else -loss.dt0,
-        y0=_at_the_end(loss, forward.ys, args, backsolve),
-        args=args,
-        saveat=_save_backwards(loss.ts),
-        stepsize_controller=_reversed(stepsize_controller),
-    )
-
-
-# Jitted, because differentiating the cost twice may take many operations.
-@eqx.filter_jit
-def _at_the_end(
-    loss: Loss, ys: PyTree[Array] | None, args: PyTree, backsolve: bool
-) -> LossToGo:
-    """Returns the initial value of the backward solve.
-
-    `ys` is the end of the forward solve, with a leading axis of length 1.
-    """
-    y1 = jax.tree.map(lambda x: x[0], ys)
-    return loss_to_go(loss.terminal_cost, y1, args, loss.dtype, with_state=backsolve)
 
 
 @eqx.filter_jit
@@ -223,18 +171,3 @@ def _blocks_of(loss: Loss, ys: Any, args: PyTree) -> HessianBlocks:
     else:
         to_go = jax.tree.map(lambda x: x[::-1], ys)
     return structured(to_go.value, to_go.gradient, to_go.hessian, loss.y0, args)
-
-
-def _save_backwards(ts: Real[Array, " times"] | None) -> diffrax.SaveAt:
-    """Returns where the backward solve saves: at `ts`, or at its end if `None`."""
-    return diffrax.SaveAt(t1=True) if ts is None else diffrax.SaveAt(ts=ts[::-1])
-
-
-def _reversed(
-    controller: diffrax.AbstractStepSizeController,
-) -> diffrax.AbstractStepSizeController:
-    """Returns the controller of the backward solve."""
-    # Prescribed times in the reverse order. Other controllers work in both directions.
-    if isinstance(controller, diffrax.StepTo):
-        return diffrax.StepTo(controller.ts[::-1])
-    return controller

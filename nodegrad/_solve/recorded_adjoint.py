@@ -27,7 +27,8 @@ from .._layers.find_products import has_products
 from .._reverse.plan import make_grid, Solve
 from .._reverse.recorded_loop import recorded_loop
 from .._reverse.saves import Save
-from .._steps.step import AbstractStep, DelegatingSolver, make_step, RungeKuttaStep
+from .._steps.solvers import DelegatingSolver
+from .._steps.step import AbstractStep, make_step, RungeKuttaStep
 from .._trajectory.state_source import AbstractStateSource
 from .._trajectory.step_times import (
     AbstractGrid,

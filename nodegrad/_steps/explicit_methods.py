@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree, Real
 
 from .._internal.tree import check_counts
-from .reversible_solver import AbstractReversibleSolver
+from .solvers import AbstractReversibleSolver
 
 
 class RK4(diffrax.AbstractERK):

@@ -35,6 +35,7 @@ from jaxtyping import Array, ArrayLike, PyTree, Real
 from .._internal.batch import Axes, Batch, set_row
 from .._internal.closure_convert import as_struct, closure_convert, pullback, Pure
 from .._internal.tree import add, zeros_like
+from .implicit_stages import ImplicitStages, SolvedStages
 from .tableau import (
     add_weighted,
     coefficients,
@@ -380,11 +381,11 @@ class StagedIncrement:
 
 def closure_convert_part(
     part: Callable[..., PyTree], *args: PyTree
-) -> tuple[list[Any], Pure | StagedIncrement]:
+) -> tuple[list[Any], Pure | StagedIncrement | SolvedStages]:
     """Splits a part of a step into the arrays it closes over and a function of those.
 
     The shapes and dtypes of `args` are those that the function is traced for.
     """
-    if isinstance(part, Increment):
+    if isinstance(part, Increment | ImplicitStages):
         return part.closure_convert(*args)
     return closure_convert(part, *as_struct(args))

@@ -16,6 +16,7 @@ solver state that it needs next to `y`.
 """
 
 import abc
+import functools as ft
 from collections.abc import Callable
 from typing import Any
 
@@ -28,9 +29,10 @@ from jaxtyping import Array, Bool, PyTree, Real
 
 from .._internal.tree import as_arrays
 from .._layers.find_products import without_statistics
+from .implicit_stages import has_implicit_tableau, ImplicitStages
 from .increment import Increment
-from .reversible_solver import has_backward_step
-from .tableau import advance_by, combine, has_explicit_tableau, stacked, stages
+from .solvers import has_backward_step, with_scan_kind
+from .tableau import advance_by, combine, has_explicit_tableau, stacked, stages_alone
 
 
 # Whether a step starts just after a jump of the vector field. The literal `False` means
@@ -231,7 +233,7 @@ class RungeKuttaStep(AbstractStep):
             k0 = None
             # Terms may have a faster product than `prod` of the vector field.
             product = lambda t, y: terms.vf_prod(t, y, args, control)
-        ks = stages(tableau, product, t0, t1, y0, k0)
+        ks = stages_alone(tableau, product, t0, t1, y0, k0)
         y1 = advance_by(y0, tableau.b_sol[: len(ks)], ks)
         if not tableau.fsal:
             return y1, ks, None
@@ -248,12 +250,17 @@ class SolverStep(AbstractStep):
 
     - `jumps`: whether a step may start just after a jump of the vector field. If not,
       the solver gets the literal `False`. `diffrax.QUICSORT` takes nothing else.
+    - `implicit`: whether the step is pulled back by `ImplicitStages`.
+    - `run`: calls `solver.step`. It is traced once, however often the step is traced:
+      for an implicit solver that takes as long as to compile it.
     """
 
     solver: diffrax.AbstractSolver
     terms: PyTree
     args: PyTree
     jumps: bool = eqx.field(static=True)
+    implicit: bool = eqx.field(static=True)
+    run: Callable = eqx.field(static=True)
 
     def start(
         self, t0: Real[Array, ""], t1: Real[Array, ""], y0: PyTree[Array]
@@ -292,14 +299,18 @@ class SolverStep(AbstractStep):
         solver_state: PyTree,
         made_jump: _MadeJump,
     ) -> tuple[PyTree, PyTree, dict[str, PyTree], PyTree, Any]:
-        # Forward mode works through a "lax" loop, not through a "checkpointed" one.
-        solver = with_scan_kind(self.solver, "lax")
-        return solver.step(self.terms, t0, t1, y0, self.args, solver_state, made_jump)
+        arrays = eqx.filter((self.solver, self.terms, self.args), eqx.is_array)
+        return self.run(arrays, t0, t1, y0, solver_state, made_jump)
 
     def parts(self, dense: bool) -> dict[str, Callable]:
-        # Diffrax's default loop over stages, "checkpointed", cannot be differentiated
-        # twice; a "lax" loop has no reverse mode. A "bounded" loop has both.
-        solver = with_scan_kind(self.solver, "bounded")
+        if self.implicit:
+            # Its pullback evaluates the step, and does not differentiate it.
+            run = self.advance
+        else:
+            # Diffrax's default loop over stages, "checkpointed", cannot be
+            # differentiated twice; a "bounded" loop can.
+            solver = with_scan_kind(self.solver, "bounded")
+            run = ft.partial(_run, solver, self.terms, self.args)
 
         def step(
             t0: Real[Array, ""],
@@ -309,13 +320,17 @@ class SolverStep(AbstractStep):
         ) -> tuple[PyTree, PyTree, PyTree]:
             solver_state, made_jump = replay_state
             jump = made_jump if self.jumps else False
-            y1, _, dense_info, solver_state, _ = solver.step(
-                self.terms, t0, t1, y0, self.args, solver_state, jump
-            )
-            out = y1, (solver_state, made_jump), dense_info if dense else None
-            return as_arrays(out)
+            y1, _, dense_info, solver_state, _ = run(t0, t1, y0, solver_state, jump)
+            info = dense_info if dense or self.implicit else None
+            return as_arrays((y1, (solver_state, made_jump), info))
 
-        return dict(step=step)
+        if self.implicit:
+            terms, args = self.terms, self.args
+            field = lambda t0, t1, t, y: (terms.contr(t0, t1), terms.vf(t, y, args))
+            # Type checkers do not know that such a solver has a tableau.
+            tableau: Any = getattr(self.solver, "tableau")  # noqa: B009
+            return {"step": ImplicitStages(tableau, step, field, dense)}
+        return {"step": step}
 
     def replay(
         self,
@@ -326,32 +341,6 @@ class SolverStep(AbstractStep):
         replay_state: PyTree,
     ) -> tuple[PyTree, PyTree, PyTree]:
         return evaluate("step", "step", t0, t1, y0, replay_state)
-
-
-class DelegatingSolver(diffrax.AbstractWrappedSolver):
-    """A base class for solvers that delegate all but the step to a wrapped solver."""
-
-    @property
-    def term_structure(self):
-        return self.solver.term_structure
-
-    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int | None:
-        return self.solver.order(terms)
-
-    def strong_order(self, terms: PyTree[diffrax.AbstractTerm]):
-        return self.solver.strong_order(terms)
-
-    def error_order(self, terms: PyTree[diffrax.AbstractTerm]):
-        return self.solver.error_order(terms)
-
-    def func(
-        self,
-        terms: PyTree[diffrax.AbstractTerm],
-        t0: Real[Array, ""],
-        y0: PyTree,
-        args: PyTree,
-    ) -> PyTree:
-        return self.solver.func(terms, t0, y0, args)
 
 
 def make_step(
@@ -375,25 +364,26 @@ def make_step(
         step = RungeKuttaStep(solver, terms, args)
         if not (step.tableau.fsal and has_backward_step(solver)):
             return step
-    return SolverStep(solver, terms, args, jumps)
+    implicit = has_implicit_tableau(solver, terms, y0)
+    # Forward mode works through a "lax" loop, not through a "checkpointed" one.
+    parts = with_scan_kind(solver, "lax"), terms, args
+    _, static = eqx.partition(parts, eqx.is_array)
+    # `run` holds no arrays: a static field that does would keep tracers alive.
+    run = eqx.filter_jit(
+        lambda arrays, *rest: _run(*eqx.combine(arrays, static), *rest)
+    )
+    return SolverStep(solver, terms, args, jumps, implicit, run)
 
 
-def with_scan_kind(solver: Any, kind: str) -> Any:
-    """Returns `solver` with the given `scan_kind`, also in the solvers that it wraps.
-
-    A `scan_kind` that the user chose stays. Solvers without one are returned as they
-    are. `solver` is any object that may be a solver, so it has no narrower type.
-    """
-    if isinstance(getattr(solver, "solver", None), diffrax.AbstractSolver):
-        inner = with_scan_kind(solver.solver, kind)
-        solver = eqx.tree_at(lambda s: s.solver, solver, inner)
-    # `issubclass`, as `isinstance` is also true of a wrapper around such a solver.
-    if issubclass(type(solver), diffrax.AbstractRungeKutta | diffrax.AbstractSRK):
-        if issubclass(type(solver), diffrax.AbstractSRK):
-            # Their loops over the stages are scans, which have no "bounded" kind.
-            kind = "lax"
-        if solver.scan_kind is None:
-            solver = eqx.tree_at(
-                lambda s: s.scan_kind, solver, kind, is_leaf=lambda x: x is None
-            )
-    return solver
+def _run(
+    solver: diffrax.AbstractSolver,
+    terms: PyTree,
+    args: PyTree,
+    t0: Real[Array, ""],
+    t1: Real[Array, ""],
+    y0: PyTree[Array],
+    solver_state: PyTree,
+    made_jump: _MadeJump,
+) -> tuple[PyTree, PyTree, dict[str, PyTree], PyTree, Any]:
+    """Calls `solver.step`, with the arguments that vary in a solve last."""
+    return solver.step(terms, t0, t1, y0, args, solver_state, made_jump)

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Int, PyTree, Real
 from .._internal.batch import Axes, Batch
 from .._internal.closure_convert import Pure
 from .._internal.tree import inexact_spec
+from .._steps.implicit_stages import SolvedStages
 from .._steps.increment import closure_convert_part, StagedIncrement
 from .step_times import StepTimes
 from .trajectory import Clock, Trajectory
@@ -28,7 +29,7 @@ from .trajectory import Clock, Trajectory
 
 C = TypeVar("C")
 # A function that a step calls, pure in its constants: `part(constants, *args)`.
-Part = Pure | StagedIncrement
+Part = Pure | StagedIncrement | SolvedStages
 # `evaluate(part, key, *args)` calls a part of the step by its name. Calls with the same
 # part and key are the same call, which may be evaluated once and stored.
 Evaluate = Callable[..., PyTree[Array]]

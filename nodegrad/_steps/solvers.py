@@ -1,9 +1,10 @@
-"""Defines what a solver needs so that its steps can be undone; checks its arguments."""
+"""What the steps ask of a Diffrax solver, and base classes of solvers."""
 
 import abc
 from typing import Any
 
 import diffrax
+import equinox as eqx
 from jaxtyping import Array, Bool, PyTree, Real
 
 
@@ -116,6 +117,53 @@ class AbstractReversibleSolver(diffrax.AbstractSolver):
         """
 
 
+class DelegatingSolver(diffrax.AbstractWrappedSolver):
+    """A base class for solvers that delegate all but the step to a wrapped solver."""
+
+    @property
+    def term_structure(self):
+        return self.solver.term_structure
+
+    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int | None:
+        return self.solver.order(terms)
+
+    def strong_order(self, terms: PyTree[diffrax.AbstractTerm]):
+        return self.solver.strong_order(terms)
+
+    def error_order(self, terms: PyTree[diffrax.AbstractTerm]):
+        return self.solver.error_order(terms)
+
+    def func(
+        self,
+        terms: PyTree[diffrax.AbstractTerm],
+        t0: Real[Array, ""],
+        y0: PyTree,
+        args: PyTree,
+    ) -> PyTree:
+        return self.solver.func(terms, t0, y0, args)
+
+
 def has_backward_step(solver: Any) -> bool:
     """Returns whether `solver` can undo its steps by itself."""
     return callable(getattr(solver, "backward_step", None))
+
+
+def with_scan_kind(solver: Any, kind: str) -> Any:
+    """Returns `solver` with the given `scan_kind`, also in the solvers that it wraps.
+
+    A `scan_kind` that the user chose stays. Solvers without one are returned as they
+    are. `solver` is any object that may be a solver, so it has no narrower type.
+    """
+    if isinstance(getattr(solver, "solver", None), diffrax.AbstractSolver):
+        inner = with_scan_kind(solver.solver, kind)
+        solver = eqx.tree_at(lambda s: s.solver, solver, inner)
+    # `issubclass`, as `isinstance` is also true of a wrapper around such a solver.
+    if issubclass(type(solver), diffrax.AbstractRungeKutta | diffrax.AbstractSRK):
+        if issubclass(type(solver), diffrax.AbstractSRK):
+            # Their loops over the stages are scans, which have no "bounded" kind.
+            kind = "lax"
+        if solver.scan_kind is None:
+            solver = eqx.tree_at(
+                lambda s: s.scan_kind, solver, kind, is_leaf=lambda x: x is None
+            )
+    return solver
