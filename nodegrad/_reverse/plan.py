@@ -189,7 +189,8 @@ def make_grid(
     `passed_state` is the state of the controller that the user passed, or `None`.
     """
     if isinstance(controller, diffrax.StepTo):
-        return PrescribedGrid(controller.ts)
+        # The last step ends at `t1`, which has the value of the last of these times.
+        return PrescribedGrid(controller.ts.at[-1].set(t1))
     if isinstance(controller, diffrax.ConstantStepSize):
         state = passed_state
         if state is None:

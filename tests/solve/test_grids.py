@@ -62,6 +62,28 @@ _CONTROLLERS = {
 }
 
 
+@pytest.mark.parametrize("solve", [diffrax.diffeqsolve, nodegrad.odesolve])
+def test_prescribed_steps_end_with_the_solve(solve):
+    # The last of the times and `t1` have one value. The end moves with `t1`.
+    def end(p, solve, adjoint):
+        options = dict(stepsize_controller=diffrax.StepTo(p["ts"]), adjoint=adjoint)
+        term, solver = diffrax.ODETerm(_field), diffrax.Heun()
+        return solve(
+            term, solver, p["t0"], p["t1"], None, 1.3, 0.8, max_steps=8, **options
+        ).ys[-1]
+
+    times = jnp.array([0.0, 0.3, 0.9, 1.0])
+    p = {"ts": times, "t0": times[0], "t1": times[-1]}
+    expected = jax.jit(jax.grad(end), static_argnums=(1, 2))(
+        p, diffrax.diffeqsolve, DIFFRAX
+    )
+    assert expected["t1"] != 0
+    derivative = {"reverse": jax.grad, "forward": jax.jacfwd}
+    for name, of in derivative.items():
+        found = jax.jit(of(end), static_argnums=(1, 2))(p, solve, nodegrad.ACAAdjoint())
+        assert _distance(found, expected) < 1e-14, name
+
+
 @pytest.mark.rows(test=1, ci=3)
 @pytest.mark.parametrize("kind", _CONTROLLERS)
 def test_the_time_of_an_event_without_a_root_finder(kind):
