@@ -173,24 +173,22 @@ def value_grad_and_curvature(
 
         out, push, aux = _linearized(outputs, diff, probes)
         if predict is None and not moments:
-            # The columns are those of the gradient: one backward pass serves both. It
-            # is that of the mean, as the sum may overflow in float16. The gradients $g$
-            # of a sample's own loss are `scale` times as large.
-            losses, ct = out, jnp.full_like(out, 1 if out.ndim == 0 else 1 / samples)
-            grads, ct_probes = jax.linear_transpose(push, diff, probes)(ct)
-            drawn, scale = None, float(samples)
+            # The columns are those of the gradient: one backward pass serves both.
+            # The sum of the losses, so that $g$ is the gradient of a sample's own loss.
+            losses, ct = out, jnp.full_like(out, samples if out.ndim == 0 else 1)
+            summed, ct_probes = jax.linear_transpose(push, diff, probes)(ct)
+            drawn = None
         else:
             # The gradient needs a backward pass without statistics, and every column
             # one with them. `drawn` are the gradients of columns.
             of_outputs = None if predict is None else lambda out: loss(out, *args)
             losses, ct, columns = columns_of(of_outputs, out, num_draws, moments, key)
-            of_mean = jax.linear_transpose(lambda d: push(d, probes), diff)
-            (grads,) = of_mean(ct / samples)
+            (summed,) = jax.linear_transpose(lambda d: push(d, probes), diff)(ct)
             pull = jax.linear_transpose(push, diff, probes)
             drawn, ct_probes = _pull_columns(pull, columns)
-            drawn, scale = drawn if moments else None, 1.0
         value = jnp.mean(losses)
-        curvature = _factors(found, ct_probes, drawn, samples, scale, reduction)
+        grads = jax.tree.map(lambda g: g / samples, summed)
+        curvature = _factors(found, ct_probes, drawn, samples, reduction, moments)
         return ((value, aux) if has_aux else value), grads, curvature
 
     return on_each_device(value_grad_and_curvature_fn)
@@ -321,15 +319,12 @@ def _factors(
     ct_probes: dict[str, Probe],
     drawn: PyTree[Array] | None,
     samples: int,
-    scale: float,
     reduction: str,
+    moments: bool,
 ) -> dict[str, KroneckerFactors]:
-    """Returns factors; `drawn` are gradients with a leading axis, for `moments`.
-
-    The gradients of outputs are `scale` times those in the statistics.
-    """
+    """Returns factors; `drawn` are gradients with a leading axis, for `moments`."""
     matrices = [None] * len(layers)
-    if drawn is not None:
+    if moments:
         of_one = lambda grads: [Leaves(grads).matrix(layer) for layer in layers]
         matrices = jax.vmap(of_one)(drawn)
     out = {}
@@ -342,6 +337,5 @@ def _factors(
                 inputs * (samples / jnp.where(count > 0, count, 1))[..., None, None]
             )
         weight = jnp.full_like(count, samples)
-        outputs = scale**2 * statistics.outputs
-        out[layer.key] = KroneckerFactors(inputs, outputs, weight, draws)
+        out[layer.key] = KroneckerFactors(inputs, statistics.outputs, weight, draws)
     return out

@@ -123,6 +123,11 @@ def _walk(
                 source = root(v)
                 if source is not None:
                     roots[out] = source
+        elif eqn.primitive.name == "select_n":
+            # A batched `cond` selects between an operand and itself without derivative.
+            _, *cases = map(root, eqn.invars)
+            if cases[0] is not None and len(set(cases)) == 1:
+                roots[eqn.outvars[0]] = cases[0]
         for inner in jaxprs_in_params(eqn.params):
             inner = getattr(inner, "jaxpr", inner)
             # The arguments of a body are the last operands of its equation: `cond` has

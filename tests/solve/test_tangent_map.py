@@ -863,12 +863,13 @@ def test_work_of_many_tangents_is_theirs_and_that_of_one_primal(door):
     def flops(run, *args):
         return jax.jit(run).lower(*args).compile().cost_analysis()["flops"]
 
-    # (The bodies of loops are counted once, in all of these alike.)
+    # (The bodies of loops are counted once, and the stages of the solve are a loop. So
+    # nearly all that is counted is the steps made again, and their tangents.)
     y0, tangents = jnp.ones(60), jnp.ones((8, 60))
-    solve = flops(end, y0)
     push = lambda y0, v: jax.jvp(end, (y0,), (v,))[1]
+    primal = flops(push, y0, tangents[0]) / 2
     many = flops(jax.vmap(push, (None, 0)), y0, tangents)
-    assert many <= (2 + 8 * 1.3) * solve
+    assert many <= (1 + 8 * 1.3) * primal
 
 
 def test_forward_mode_of_statistics_and_results_is_that_of_integers():
