@@ -81,7 +81,7 @@ _CALLS = """
 """
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_arguments_have_the_types_that_are_annotated():
     pytest.importorskip("beartype")
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(_CALLS)]

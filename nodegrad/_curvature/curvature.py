@@ -134,8 +134,9 @@ def value_grad_and_curvature(
     **When not to use it:** in every iteration: curvature changes slowly, see
     `nodegrad.make_steps`. A layer that is never called has zero factors, and one whose
     input is shared by the whole batch (as in a hypernetwork) counts as one use.
-    Convolutions with groups, transposed ones, and subclasses of `eqx.nn.Conv` that
-    override `__call__` have no curvature.
+    Convolutions with groups, transposed ones, subclasses of `eqx.nn.Conv` that override
+    `__call__`, and layers whose weight is that of an `eqx.nn.Embedding` (by
+    `eqx.nn.Shared`) have no curvature.
 
     **Restrictions on `loss`:** the model that it receives has more leaves than the
     parameters; the others are zero. A penalty over *all* leaves must be a sum of terms
@@ -222,7 +223,10 @@ def _chosen_layers(model: PyTree, layers: Callable[[str], bool] | None) -> list[
     found = [x for x in layers_of(model) if layers is None or layers(x.key)]
     if not found:
         kinds = "`eqx.nn.Linear`, `eqx.nn.Conv`, `eqx.nn.GRUCell` or `eqx.nn.LSTMCell`"
-        msg = f"The model has no layer to take the curvature of: no {kinds}."
+        msg = (
+            f"The model has no layer to take the curvature of: no {kinds} with a "
+            "weight of its own."
+        )
         raise ValueError(msg)
     return found
 

@@ -9,24 +9,25 @@ stay as they are.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
+from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from .._internal.compat import running_adjoints
 from .._internal.tree import at_least_float32, with_fields
 from .._layers.factors import Statistics
 from .._layers.layer_product import layer_product
-from .._layers.layers import is_module, Layer, layers_of
+from .._layers.layers import is_module, Layer, layers_of, name_of
 from .._layers.use import Use
 from .._solve.recorded_adjoint import AbstractRecordedAdjoint
 
 
 _UNSEEN = (
-    "The curvature of {key} is asked for, but its weight is used other than by calling "
+    "The curvature of {} is asked for, but its weight is used other than by calling "
     "the layer. Multiply as in `weight @ x`, or leave this layer out with "
     "`value_grad_and_curvature(..., layers=...)`."
 )
@@ -70,10 +71,11 @@ def zero_probe(layer: Layer, dtype: Any) -> Probe:
     return Probe(offset=zeros(), statistics=statistics)
 
 
-class InstrumentedMatrix(eqx.Module):
+class InstrumentedMatrix(eqx.Module, NDArrayOperatorsMixin):
     """A weight that can be multiplied by vectors, and used in no other way.
 
-    Other uses would be missing in the statistics, so they raise.
+    Other uses would be missing in the statistics, so they raise. The operators of
+    Python are those of NumPy, which `__array_ufunc__` gets.
     """
 
     weight: Float[Array, "*stack d_out d_in"]
@@ -90,20 +92,28 @@ class InstrumentedMatrix(eqx.Module):
         out_shape = (self.weight.shape[0], *x.shape[1:])
         return _layer_product(self, None, self.weight, x, out_shape)
 
-    def __jax_array__(self) -> Array:
+    def __jax_array__(self) -> NoReturn:
         """Raises: this use of the weight cannot be recorded."""
-        raise TypeError(_UNSEEN.format(key=self.key))
+        raise TypeError(_UNSEEN.format(name_of(self.key)))
 
-    def __getitem__(self, index: Any) -> Array:
+    def __array_ufunc__(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raises, like `__jax_array__`."""
-        raise TypeError(_UNSEEN.format(key=self.key))
+        self.__jax_array__()
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        """Raises, like `__jax_array__`."""
+        self.__jax_array__()
+
+    def __len__(self) -> int:
+        """Returns the number of rows, as of an array."""
+        return len(self.weight)
 
     def __getattr__(self, name: str) -> Any:
         """Raises: other attributes of an array would be uses, too."""
         # Python and Equinox look for private and special names on every object.
         if name.startswith("_"):
             raise AttributeError(name)
-        raise AttributeError(_UNSEEN.format(key=self.__dict__.get("key", "a layer")))
+        raise AttributeError(_UNSEEN.format(name_of(self.__dict__.get("key", ""))))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -161,8 +171,8 @@ def _check_adjoints(key: str) -> None:
     for adjoint in running_adjoints():
         if not isinstance(adjoint, AbstractRecordedAdjoint):
             msg = (
-                f"The curvature of {key} is asked for, but it is used inside a "
-                f"`diffrax.diffeqsolve` with adjoint={adjoint}. Statistics of its "
+                f"The curvature of {name_of(key)} is asked for, but it is used inside "
+                f"a `diffrax.diffeqsolve` with adjoint={adjoint}. Statistics of its "
                 "stages would depend on the solver. Use `adjoint=nodegrad.ACAAdjoint()`"
                 ", `nodegrad.odesolve`, or leave this layer out with "
                 "`value_grad_and_curvature(..., layers=...)`."
@@ -185,10 +195,10 @@ def _layer_product(
     dtype = layer.probe.offset.dtype
     if dtype != dict(layer.instrumentation.dtypes)[layer.key]:
         msg = (
-            f"The curvature of {layer.key} is asked for, but the model was cast to "
-            f"{dtype} inside of the loss, and the statistics were cast with it. Cast "
-            "the model before (statistics of bfloat16 are summed in float32), or cast "
-            "the inputs of its layers."
+            f"The curvature of {name_of(layer.key)} is asked for, but the model was "
+            f"cast to {dtype} inside of the loss, and the statistics were cast with "
+            "it. Cast the model before (statistics of bfloat16 are summed in float32), "
+            "or cast the inputs of its layers."
         )
         raise TypeError(msg)
     use = Use(

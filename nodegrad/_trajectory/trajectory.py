@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree, Real
 
-from .step_times import AbstractGrid, StepTimes
+from .step_times import StepTimes
 
 
 _CUT = (
@@ -69,11 +69,13 @@ class Clock(eqx.Module):
 
     - `grid`: where steps end.
     - `first_start`, `first_end`: the times of the first attempted step.
+
+    The same structure also holds `Axes`, so its leaves are annotated as `Any`.
     """
 
-    grid: AbstractGrid
-    first_start: Real[Array, "..."]
-    first_end: Real[Array, "..."]
+    grid: Any
+    first_start: Any
+    first_end: Any
 
 
 class Cursor(eqx.Module):

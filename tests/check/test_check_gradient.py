@@ -141,7 +141,8 @@ def test_a_batch_of_networks_with_other_leaves(door, dtype):
     assert found.num_solves == 3
     assert found.accepted_steps[0] < found.accepted_steps[1]
     is_double = dtype == jnp.float64
-    assert found.checks["adjoint"].error < (1e-8 if is_double else 1e-4)
+    # Rounding changes the sizes of steps, and in float32 so the gradient by some 1e-4.
+    assert found.checks["adjoint"].error < (1e-8 if is_double else 3e-4)
     assert found.checks["finite_differences"].error < (1e-7 if is_double else 1e-2)
 
 

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import optax
 import pytest
 
@@ -1021,10 +1022,31 @@ def test_statistics_of_stages_are_refused():
         value_grad_and_curvature(loss)(MODEL, X, TARGET)
 
 
-def test_uses_that_nobody_sees_are_refused():
-    loss = lambda m, x: jnp.sum(x @ jnp.asarray(m.weight).T, axis=1)
-    with pytest.raises(TypeError, match="used other than by calling the layer"):
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda w: X @ jnp.asarray(w).T,
+        lambda w: w**2,
+        lambda w: 2 * w,
+        lambda w: -w,
+        lambda w: np.ones((1, 1)) * w,
+        lambda w: w.T,
+    ],
+)
+def test_uses_that_nobody_sees_are_refused(use):
+    loss = lambda m, x: jnp.sum(jax.vmap(m)(x), axis=1) + jnp.sum(use(m.weight))
+    message = r"\(the model itself\) .* used other than by calling the layer"
+    with pytest.raises((TypeError, AttributeError), match=message):
         value_grad_and_curvature(loss)(LINEAR, X)
+
+
+def test_shape_and_length_of_a_weight_are_not_uses():
+    loss = lambda m, x: jnp.sum(jax.vmap(m)(x) ** 2, axis=1) / len(m.weight)
+    scaled = lambda m, x: jnp.sum(jax.vmap(m)(x) ** 2, axis=1) / m.weight.shape[0]
+    value, grads, _ = value_grad_and_curvature(loss)(LINEAR, X)
+    value_, grads_, _ = value_grad_and_curvature(scaled)(LINEAR, X)
+    assert value == value_ == jnp.mean(loss(LINEAR, X))
+    assert relative_error(grads, grads_) == 0
 
 
 def test_sums_over_time_that_mix_samples_are_refused():
