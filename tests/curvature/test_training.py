@@ -102,6 +102,7 @@ def test_options_are_those_of_the_curvature():
         nodegrad.make_steps(optax.sgd(0.1), square, batchsize=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_aux", [False, True])
 def test_every_option_reaches_the_curvature(has_aux):
     seen = []

@@ -76,6 +76,7 @@ class Affine(eqx.Module):
         return jax.vmap(self.layer)(x) + self.shift[None]
 
 
+@pytest.mark.rows(test=2, ci=4)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("dtype, tol", [(jnp.float64, 1e-7), (jnp.float32, 2e-2)])
 def test_a_step_minimises_the_quadratic_model(weight_decay, dtype, tol):
@@ -173,6 +174,7 @@ def test_parameters_outside_of_layers_have_scales_of_their_own(units, left):
     assert losses[-1] < left * losses[0]
 
 
+@pytest.mark.slow
 def test_make_steps_passes_the_loss_of_the_batch():
     def update(updates, state, params=None, *, value, value_fn, **extra):
         del state, extra
@@ -289,6 +291,7 @@ def test_training_goes_on_where_the_loss_jumps():
     assert np.median([ratio(seed) for seed in (1, 2, 3)]) < 0.5
 
 
+@pytest.mark.slow
 def test_refused_steps_do_not_follow_each_other_for_long():
     # On a whole set nothing but the state changes after a step that is refused.
     f32 = jnp.float32
@@ -320,6 +323,7 @@ def test_refused_steps_do_not_follow_each_other_for_long():
     assert np.all(values[-1] < values[0])
 
 
+@pytest.mark.slow
 def test_a_batch_without_a_gradient_is_left_out():
     optim, model = nodegrad.snopt(), _net()
     step, refresh = _steps(optim, "ggn")

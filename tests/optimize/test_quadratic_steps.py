@@ -37,6 +37,7 @@ def _linear(dtype=None):
     return eqx.nn.Linear(3, 1, dtype=dtype, key=jr.PRNGKey(2))
 
 
+@pytest.mark.slow
 def test_targets_may_have_any_unit():
     # In float32. The first loss is 5e8.
     unit = 1e4
@@ -49,6 +50,7 @@ def test_targets_may_have_any_unit():
     assert values[-1] < 1.01 * unit**2 * least / 64
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_not_used_changes_nothing():
     # Names are sorted in a jitted function: the unused layer comes first, or last.
     def losses(unused):
@@ -76,6 +78,7 @@ def test_a_factor_of_the_loss_makes_little_difference(factor):
     assert last(factor) < 4 * last(1.0)
 
 
+@pytest.mark.slow
 def test_batches_without_a_gradient_do_not_stop_the_training():
     # The hinge loss of the first task becomes zero, with its gradient.
     hinge = lambda model, x, y: jax.nn.relu(1 - y * jax.vmap(model)(x)[:, 0])

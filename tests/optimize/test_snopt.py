@@ -209,6 +209,7 @@ def test_no_decay_and_no_curvature_to_speak_of_divides_by_the_squared_gradient()
         assert relative_error(matrices(updates)[name], expected) < 1e-8
 
 
+@pytest.mark.slow
 def test_signs_of_eigenvectors_do_not_matter():
     params, curvature = make_params(), make_curvature(1)
     grads = make_grads(2, params)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import nodegrad
 
@@ -98,11 +99,12 @@ def _loss(solver, adjoint, steps, save, solve):
     return loss
 
 
+@pytest.mark.rows(test=1, ci=4)
 @pytest.mark.parametrize(
     ("solver", "steps", "save"),
     [
-        (diffrax.Kvaerno3(root_finder=_ROOT_FINDER), "adaptive", "ts"),
         (diffrax.Kvaerno5(root_finder=_ROOT_FINDER), "jumps", "t1"),
+        (diffrax.Kvaerno3(root_finder=_ROOT_FINDER), "adaptive", "ts"),
         (diffrax.Kvaerno4(root_finder=_ROOT_FINDER), "adaptive", "solver state"),
         (_Sdirk2(), "adaptive", "ts"),
     ],
@@ -120,6 +122,7 @@ def test_gradients_are_those_of_diffrax(solver, steps, save):
     assert relative_error(found, expected) < 1e-9
 
 
+@pytest.mark.rows(test=1, ci=2)
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
 def test_gradients_of_a_batch_are_those_of_diffrax(dtype):
     # If one solve of a batch is at a jump, or has ended before the others, all evaluate
@@ -140,6 +143,11 @@ def test_gradients_of_a_batch_are_those_of_diffrax(dtype):
 
     found = gradient(nodegrad.ACAAdjoint(4))
     expected = gradient(diffrax.RecursiveCheckpointAdjoint())
+    if dtype == jnp.float32:
+        # Rounding leaves some 1e-11 of a gradient of 1e-22 by the fast variable, so
+        # errors are relative to the gradients by all variables.
+        joined = lambda trees: [ravel_pytree(tree)[0] for tree in trees]
+        found, expected = joined(found), joined(expected)
     assert relative_error(found, expected) < tol
 
 

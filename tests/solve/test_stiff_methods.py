@@ -469,6 +469,7 @@ def test_states_of_float32_stay_so(solver):
     assert relative_error(found[1], expected[1]) < 1e-4
 
 
+@pytest.mark.slow
 def test_samples_take_their_own_steps():
     rates = jnp.array([1.0, 1e2, 1e5])
 

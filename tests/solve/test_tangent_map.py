@@ -539,7 +539,7 @@ _FIRST_EVALUATION = (
     "door, method, what",
     [
         pytest.param("diffrax", "aca", "y0", marks=pytest.mark.slow),
-        ("native", "bosh3", "model"),
+        pytest.param("native", "bosh3", "model", marks=pytest.mark.slow),
         pytest.param("native", "aca(4)", "y0", marks=pytest.mark.exhaustive),
         pytest.param("native", "alf", "y0", marks=pytest.mark.exhaustive),
         pytest.param("diffrax", "bosh3", "y0", marks=pytest.mark.exhaustive),
