@@ -279,7 +279,8 @@ class SolvedStages:
         w = jnp.linalg.solve(matrix.T, u * flat(ct_k) + flat(ct_f))
         # $f_i$ is $k_i / u$. The whole cotangent of $k_i$, with the part through $Y_i$,
         # is $w_i$ without that of $f_i$, divided by $u$.
-        ct_control = (w - flat(ct_f)) @ flat(k) / u**2
+        # (The square of $u$ would underflow in float32 for steps of 1e-20.)
+        ct_control = (w - flat(ct_f)) @ (flat(k) / u) / u
         return unflatten(w), ct_control.astype(control.dtype)
 
     def _rows(self, dtype: Any) -> tuple[Any, ...]:

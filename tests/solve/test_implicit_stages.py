@@ -151,6 +151,31 @@ def test_gradients_of_a_batch_are_those_of_diffrax(dtype):
     assert relative_error(found, expected) < tol
 
 
+@pytest.mark.slow
+def test_the_first_step_may_be_tiny():
+    # The square of this step is zero in float32.
+    single = lambda x: jnp.asarray(x, jnp.float32)
+    field = lambda t, y, a: -a * (y - jnp.cos(t))
+
+    def loss(t1, adjoint):
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(field),
+            diffrax.Kvaerno3(),
+            single(0),
+            t1,
+            single(1e-20),
+            single(0.3),
+            single(3),
+            stepsize_controller=diffrax.PIDController(1e-3, 1e-3),
+            adjoint=adjoint,
+        )
+        return sol.ys[0]
+
+    slope = jax.jit(jax.grad(loss), static_argnums=1)
+    expected = slope(single(1), diffrax.RecursiveCheckpointAdjoint())
+    assert relative_error(slope(single(1), nodegrad.ACAAdjoint()), expected) < 1e-4
+
+
 def test_a_field_is_not_traced_for_every_use_of_a_step():
     calls = []
 
