@@ -66,6 +66,7 @@ print(interrupted)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_a_complete_save(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", _FUNCTIONS + _KILLS, str(tmp_path)],

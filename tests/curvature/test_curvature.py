@@ -725,7 +725,7 @@ def test_reductions_are_exact_where_nothing_changes_in_time():
     assert relative_error(steps * products["expand"], exact) < 1e-12
 
 
-@pytest.mark.rows(test=1, ci=2)
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["integral", "reduce"])
 def test_a_solve_in_the_field_of_another_one(reduction):
     # z' = w z over a unit of time is the field of y, so that y' = e^w y. Everything

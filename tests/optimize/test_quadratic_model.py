@@ -76,7 +76,7 @@ class Affine(eqx.Module):
         return jax.vmap(self.layer)(x) + self.shift[None]
 
 
-@pytest.mark.rows(test=2, ci=4)
+@pytest.mark.rows(test=1, ci=4)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("dtype, tol", [(jnp.float64, 1e-7), (jnp.float32, 2e-2)])
 def test_a_step_minimises_the_quadratic_model(weight_decay, dtype, tol):

@@ -35,6 +35,7 @@ def _solve(t1, params, y0, field=_field):
     ).ys[0]
 
 
+@pytest.mark.slow
 def test_exact_derivatives_match_automatic_differentiation():
     params, y0, terminal_loss = _problem()
     t1, penalty = jnp.array(1.3), 0.2

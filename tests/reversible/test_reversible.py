@@ -603,6 +603,7 @@ def test_refuses_what_it_cannot_couple():
         nodegrad.ALF(damping=0.5)
 
 
+@pytest.mark.slow
 def test_error_estimate_is_that_of_the_base_solver():
     field, y0 = _network()
     term, h = diffrax.ODETerm(field), 0.1

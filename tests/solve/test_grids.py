@@ -84,7 +84,7 @@ def test_prescribed_steps_end_with_the_solve(solve):
         assert _distance(found, expected) < 1e-14, name
 
 
-@pytest.mark.rows(test=1, ci=3)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", _CONTROLLERS)
 def test_the_time_of_an_event_without_a_root_finder(kind):
     # The solve ends at the end of a step, which moves with the times of the grid.

@@ -122,7 +122,7 @@ def test_gradients_are_those_of_diffrax(solver, steps, save):
     assert relative_error(found, expected) < 1e-9
 
 
-@pytest.mark.rows(test=1, ci=2)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
 def test_gradients_of_a_batch_are_those_of_diffrax(dtype):
     # If one solve of a batch is at a jump, or has ended before the others, all evaluate

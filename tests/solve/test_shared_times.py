@@ -87,9 +87,8 @@ def test_what_depends_on_time_alone_is_computed_once(door, checkpoints, controll
     assert relative_error(lowered.compile()(w, y0s), expected) < 1e-14
 
 
-@pytest.mark.parametrize(
-    "controller", ["constant", pytest.param("prescribed", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("controller", ["constant", "prescribed"])
 def test_a_sample_that_fails_ends_where_it_fails_alone(controller):
     # The second sample is infinite at t = 1.
     y0s, w = jnp.array([[0.3], [1.0], [0.2]]), jnp.array(1.0)
