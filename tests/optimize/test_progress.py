@@ -56,7 +56,7 @@ def test_slopes_of_a_whole_set_count_wholly():
         assert trust(state.progress) == 1
 
 
-@pytest.mark.rows(test=1, ci=2)
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [16, 256])
 def test_the_excess_is_that_of_the_expected_loss(size):
     batches = [_batch(jr.PRNGKey(i), size) for i in range(400)]

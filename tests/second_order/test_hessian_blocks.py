@@ -884,7 +884,7 @@ def test_misuse_is_refused():
         _low_rank(jnp.ones(2))
 
 
-@pytest.mark.rows(test=1, ci=2)
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [nodegrad.Rosenbrock23(), nodegrad.Rodas5P()])
 def test_steps_with_derivatives_inside_have_no_linearised_field(solver):
     # Their first derivatives contain second ones of the vector field.
