@@ -100,14 +100,16 @@ def stages(
     t1: Real[Array, ""],
     y0: PyTree[Array],
     k0: PyTree[Array] = None,
+    scanned: bool = False,
 ) -> list[PyTree[Array]]:
     r"""Returns the stages $k_i$ that $y_1$ needs, each with the shape of `y0`.
 
     `product(t, y)` is the vector field times the control of the whole step. `k0` is the
-    first stage, or `None` to evaluate it.
+    first stage, or `None` to evaluate it. `scanned` asks for a loop over the stages;
+    many stages always are one.
     """
     num = num_inner_stages(tableau)
-    if tableau.num_stages > _MAX_UNROLLED_STAGES:
+    if scanned or tableau.num_stages > _MAX_UNROLLED_STAGES:
         ks, _ = scanned_stages(tableau, num, product, t0, t1, y0, k0)
         return unstacked(ks, num)
     # `jit` traces the vector field once for all stages.
@@ -132,11 +134,8 @@ def stages_alone(
     """Returns what `stages` returns, for a step that is not differentiated."""
     # `jit` traces the vector field once, for its kind and for all stages.
     run = jax.jit(product)
-    if not is_scanned(tableau, jax.make_jaxpr(run)(t0, y0).jaxpr, False):
-        return stages(tableau, run, t0, t1, y0, k0)
-    num = num_inner_stages(tableau)
-    ks, _ = scanned_stages(tableau, num, run, t0, t1, y0, k0)
-    return unstacked(ks, num)
+    scanned = is_scanned(tableau, jax.make_jaxpr(run)(t0, y0).jaxpr, False)
+    return stages(tableau, run, t0, t1, y0, k0, scanned)
 
 
 def scanned_stages(
