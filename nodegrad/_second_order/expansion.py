@@ -100,11 +100,11 @@ def pull_back(
     The second derivatives of `fn` are included if `curved`. `linearize(s, u)` returns
     the value of `fn` and its pullback; `jax.vjp` does so by default.
     """
+    linearize = ft.partial(jax.vjp, fn) if linearize is None else linearize
     if curved:
-        linearize = ft.partial(jax.vjp, fn) if linearize is None else linearize
         before = _pull_back_curved(after, linearize, s, u)
     else:
-        before = _pull_back_flat(after, fn, s, u)
+        before = _pull_back_flat(after, fn, linearize, s, u)
     # The loss also depends on `u` directly. The derivative of `u` by itself is the
     # identity, so these blocks are added without any product of matrices.
     return eqx.tree_at(
@@ -149,14 +149,17 @@ def _jvp_change(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, A
 def _pull_back_flat(
     after: Expansion,
     fn: Callable[[Array, Array], Array],
+    linearize: Callable[[Array, Array], tuple[Array, Callable]],
     s: Float[Array, " s"],
     u: Float[Array, " u"],
 ) -> Expansion:
     """Returns the blocks through `fn`, as if `fn` were affine (Gauss-Newton)."""
     # `len(s)` pullbacks, or `len(s) + len(u)` pushforwards, which are cheaper: nothing
     # has to be stored for a transposition.
-    jacobian = jax.jacrev if len(s) < len(u) else jax.jacfwd
-    by_s, by_u = jacobian(fn, argnums=(0, 1))(s, u)
+    if len(s) < len(u):
+        by_s, by_u = jax.vmap(linearize(s, u)[1])(jnp.eye(len(after.s), dtype=s.dtype))
+    else:
+        by_s, by_u = jax.jacfwd(fn, argnums=(0, 1))(s, u)
     crossed = by_u.T @ after.su
     return Expansion(
         s=after.s @ by_s,

@@ -311,6 +311,10 @@ def with_tolerances(
     Only implicit solvers have one, and only fields that hold Diffrax's placeholder
     `use_stepsize_tol` are replaced.
     """
+    if isinstance(solver, diffrax.HalfSolver):
+        # It says that it is what it wraps, and has no root finder itself.
+        inner = with_tolerances(solver.solver, controller)
+        return eqx.tree_at(lambda s: s.solver, solver, inner)
     if not isinstance(solver, diffrax.AbstractImplicitSolver):
         return solver
     names = [

@@ -24,6 +24,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optimistix as optx
 from jaxtyping import Array, Float, PyTree, Real
 
 from .._internal.batch import Axes, Batch, set_row
@@ -37,6 +38,8 @@ def has_implicit_tableau(solver: Any, terms: PyTree, y0: PyTree[Array]) -> bool:
     """Whether a step is that of a diagonally implicit method for an ordinary equation.
 
     The state must be real. Methods with several tableaus (IMEX) are not among these.
+    Nor are root finders that minimise the residual: what they leave of it has a part in
+    the derivative.
     """
     cls = type(solver)
     return (
@@ -44,6 +47,7 @@ def has_implicit_tableau(solver: Any, terms: PyTree, y0: PyTree[Array]) -> bool:
         # A subclass with another `step` does not do what its tableau says.
         and cls.step is diffrax.AbstractDIRK.step
         and isinstance(solver.tableau, diffrax.ButcherTableau)
+        and isinstance(solver.root_finder, optx.AbstractRootFinder)
         and type(terms) is WrapTerm
         and type(terms.term) is diffrax.ODETerm
         and all(is_real(y) for y in jax.tree.leaves(y0))

@@ -384,7 +384,12 @@ def _factors(grid: AbstractGrid, times: StepTimes) -> tuple[_Time, _Time]:
     """
     size, origin = times.end - times.start, times.origin
     is_ratio, is_anchor = origin == RATIO, origin >= FIRST_ANCHOR
-    ratio = jnp.where(is_ratio, size / times.previous_size, 0)
     reach = grid.anchor_time(origin, times.end) - times.start
-    # Without an anchor `reach` has no meaning and may be zero: divide by 1.
-    return ratio, jnp.where(is_anchor, size / jnp.where(is_anchor, reach, 1), 0)
+    # Without an anchor `reach` has no meaning, and may be zero. In a batch a solve that
+    # has ended goes on with steps of size zero.
+    ratio = jnp.where(is_ratio, size / _or_one(times.previous_size), 0)
+    return ratio, jnp.where(is_anchor, size / _or_one(reach), 0)
+
+
+def _or_one(divisor: _Time) -> _Time:
+    return jnp.where(divisor == 0, 1, divisor)

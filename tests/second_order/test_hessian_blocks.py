@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.scipy as jsp
 import numpy as np
+import optimistix as optx
 import pytest
 from jax.flatten_util import ravel_pytree
 
@@ -243,6 +244,26 @@ def test_discrete_gauss_newton_drops_the_curvature_of_the_field_alone():
         _blocks(solver, running_cost=c, **kwargs) for c in (None, zero)
     )
     assert relative_error(without, with_zero) < 1e-12
+
+
+@pytest.mark.slow
+def test_gauss_newton_of_implicit_steps_takes_their_own_pullbacks():
+    # With more parameters than states. JAX cannot pull the iteration back.
+    solver = diffrax.Kvaerno3(root_finder=optx.Newton(1e-10, 1e-10))
+    flat, unravel = ravel_pytree((Y0, NETWORK))
+
+    def final(z):
+        y0, args = unravel(z)
+        sol = diffrax.diffeqsolve(
+            diffrax.ODETerm(network), solver, 0.0, 1.0, 0.2, y0, args,
+            adjoint=diffrax.DirectAdjoint(), max_steps=5,
+        )  # fmt: skip
+        return sol.ys[0]
+
+    jacobian = jax.jit(jax.jacfwd(final))(flat)
+    expected = jacobian.T @ jax.hessian(terminal_cost)(final(flat)) @ jacobian
+    blocks = _blocks(solver, dt0=0.2, stepsize_controller=CONSTANT)
+    assert relative_error(_assembled(blocks)[2], expected) < 1e-13
 
 
 # The backward differential equations.

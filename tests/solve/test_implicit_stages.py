@@ -19,6 +19,7 @@ from ..problems import relative_error
 # Stages are found to a loose tolerance, so that another formula for their derivative,
 # or at another place, would not give the same numbers.
 _ROOT_FINDER = diffrax.VeryChord(rtol=1e-5, atol=1e-6)
+_LEAST_SQUARES = optx.LevenbergMarquardt(rtol=1e-2, atol=1e-2)
 _GAMMA = 1 - np.sqrt(0.5)
 
 
@@ -99,7 +100,7 @@ def _loss(solver, adjoint, steps, save, solve):
     return loss
 
 
-@pytest.mark.rows(test=1, ci=4)
+@pytest.mark.rows(test=1, ci=5)
 @pytest.mark.parametrize(
     ("solver", "steps", "save"),
     [
@@ -107,6 +108,8 @@ def _loss(solver, adjoint, steps, save, solve):
         (diffrax.Kvaerno3(root_finder=_ROOT_FINDER), "adaptive", "ts"),
         (diffrax.Kvaerno4(root_finder=_ROOT_FINDER), "adaptive", "solver state"),
         (_Sdirk2(), "adaptive", "ts"),
+        # It minimises the residual, and what it leaves counts.
+        (_Sdirk2(root_finder=_LEAST_SQUARES, root_find_max_steps=99), "adaptive", "t1"),
     ],
     ids=lambda x: x if isinstance(x, str) else type(x).__name__,
 )
@@ -152,6 +155,23 @@ def test_gradients_of_a_batch_are_those_of_diffrax(dtype):
 
 
 @pytest.mark.slow
+def test_a_solve_of_a_batch_that_has_ended_has_finite_tangents():
+    # Its next steps have size zero. Lineax raises where any of them is not finite.
+    solver = diffrax.Kvaerno3(root_finder=optx.Newton(1e-8, 1e-8))
+    term = diffrax.ODETerm(lambda t, y, args: -(y**3))
+
+    def slopes(adjoint):
+        last = lambda t1: diffrax.diffeqsolve(
+            term, solver, 0.0, t1, 0.1, 1.0, adjoint=adjoint, max_steps=16
+        ).ys[0]
+        push = lambda t1: jax.jvp(last, (t1,), (1.0,))
+        return jax.jit(jax.vmap(push))(jnp.array([0.3, 1.1]))
+
+    expected = slopes(diffrax.ForwardMode())
+    assert relative_error(slopes(nodegrad.ACAAdjoint()), expected) < 1e-13
+
+
+@pytest.mark.slow
 def test_the_first_step_may_be_tiny():
     # The square of this step is zero in float32.
     single = lambda x: jnp.asarray(x, jnp.float32)
@@ -174,6 +194,24 @@ def test_the_first_step_may_be_tiny():
     slope = jax.jit(jax.grad(loss), static_argnums=1)
     expected = slope(single(1), diffrax.RecursiveCheckpointAdjoint())
     assert relative_error(slope(single(1), nodegrad.ACAAdjoint()), expected) < 1e-4
+
+
+@pytest.mark.slow
+def test_half_steps_of_an_implicit_solver():
+    # The tolerances of the root finder are those of the controller. The step size
+    # stays at 0.1. `diffrax.diffeqsolve` cannot run this.
+    def last(rate):
+        sol = nodegrad.odesolve(
+            lambda t, y, rate: -rate * y,
+            diffrax.HalfSolver(diffrax.ImplicitEuler()),
+            *(0.0, 1.0, 0.1, 1.0, rate),
+            stepsize_controller=diffrax.PIDController(1e-9, 1e9, dtmin=0.1, dtmax=0.1),
+        )
+        return sol.ys[0]
+
+    found = jax.jit(jax.value_and_grad(last))(2.0)
+    value = 1.1**-20
+    assert relative_error(found, (value, -value / 1.1)) < 1e-12
 
 
 def test_a_field_is_not_traced_for_every_use_of_a_step():
