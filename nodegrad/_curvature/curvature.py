@@ -18,7 +18,7 @@ from .._internal.devices import on_each_device
 from .._internal.tree import check_counts
 from .._layers.factors import KroneckerFactors, Statistics
 from .._layers.find_products import check_products
-from .._layers.layers import Layer, layers_of, Leaves
+from .._layers.layers import check_layers, Layer, layers_of, Leaves
 from .columns import columns_of
 from .instrumented_model import Instrumentation, instrumented, Probe, zero_probe
 
@@ -76,7 +76,8 @@ def value_grad_and_curvature(
     solver do not enter, so the factors have a limit for small steps that does not
     depend on the solver. A use of a layer outside of a solve counts as one unit of
     time. All uses (positions of a convolution, several solves, solves in the field of
-    another solve) are summed, but for those whose gradients $g$ are all zero.
+    another solve) are summed, but for those outside of solves whose gradients $g$ are
+    all zero.
 
     **Arguments:**
 
@@ -152,6 +153,7 @@ def value_grad_and_curvature(
         (expand and reduce); George et al.: Fast Approximate Natural Gradient Descent in
         a Kronecker-factored Eigenbasis, NeurIPS 2018 (moments).
     """
+    check_layers(layers)
     _check_options(kind, reduction, num_draws, predict, batch_size)
     run = loss if predict is None else predict
 

@@ -33,9 +33,10 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "The vector field returned a NaN or an infinity (or made the state overflow), "
         "however small the step. The step started at `stats['time_reached']`, and "
         "`stats['num_accepted_steps']` is its number; `ys` is finite up to that time. "
-        "Other tolerances do not help: look for a division by zero, a logarithm or "
+        "Smaller tolerances do not help: look for a division by zero, a logarithm or "
         "root of a negative number, a solution that blows up in finite time, or NaNs "
-        "in `y0`, in `args` or in a time."
+        "in `y0`, in `args` or in a time. With `atol=0` an entry of the state that is "
+        "zero has the relative error 0 / 0: pass a positive `atol`."
     )
     step_too_small = (
         "The step size fell below the spacing of floating point numbers. The solution "
@@ -63,8 +64,9 @@ _Item = type(diffrax.RESULTS.successful)
 class _Result(_Item):  # pyright: ignore[reportGeneralTypeIssues]
     """An item of `RESULTS` that can be compared with items of `diffrax.RESULTS`."""
 
-    # Equinox compares items of one enumeration only, and users compare results with
-    # `diffrax.RESULTS.successful`.
+    # Equinox compares items of one enumeration only. Users compare results of
+    # `odesolve` with `diffrax.RESULTS.successful`, and those of `diffeqsolve`, which
+    # mostly are items of `diffrax.RESULTS`, with `RESULTS.coupling_lost`.
     def __eq__(self, other: Any):
         return _Item.__eq__(self, promoted(other))
 
@@ -76,7 +78,7 @@ def promoted(item: Any) -> Any:
     """Turns an item of `diffrax.RESULTS` into one of `RESULTS`; others stay."""
     if item is diffrax.RESULTS.successful:
         # The common case, for which `promote` would compile an indexing operation.
-        return RESULTS.successful
+        return _SUCCESSFUL
     return RESULTS.promote(item) if isinstance(item, diffrax.RESULTS) else item
 
 
@@ -112,3 +114,9 @@ def with_coupling_lost(
 def comparable(result: Any) -> Any:
     """Turns `result` into an item that compares with those of `diffrax.RESULTS`."""
     return _Result(result._value, result._enumeration)  # pyright: ignore[reportCallIssue]
+
+
+# As `promote` and `where` return it: a loop cannot carry items of two types.
+_SUCCESSFUL: Any = RESULTS.successful
+for _name, _item in RESULTS._name_to_item.items():
+    RESULTS._name_to_item[_name] = comparable(_item)

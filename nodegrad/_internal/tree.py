@@ -157,6 +157,14 @@ def check_counts(*others: str | None, **values: Any) -> None:
         raise (ValueError if is_integer else TypeError)(msg)
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raises an error unless `value` is `True` or `False`."""
+    # A static argument: an array, or the name of a mode, would pass as true.
+    if not isinstance(value, bool):
+        msg = f"`{name}` must be `True` or `False`; got {value!r}."
+        raise TypeError(msg)
+
+
 def check_unchanged(y0: PyTree[Array], y1: PyTree[Array]) -> None:
     """Raises an error if a step changes the shape or the dtype of a leaf of the state.
 

@@ -22,7 +22,9 @@ from .use import Use
 _COMPUTED_IN_FIELD = (
     "The layer {} inside a vector field was computed from other arrays before it was "
     "used, so its curvature is not available. Leave it out with "
-    "`value_grad_and_curvature(..., layers=...)`."
+    "`value_grad_and_curvature(..., layers=...)`. (A function that is passed to "
+    "`optimistix.root_find` is changed so; one passed to `optimistix.fixed_point` or "
+    "`jax.lax.custom_root` is not.)"
 )
 _COMPUTED_IN_LOSS = (
     "The layer {} of the model was computed from the model before it was used, as by "

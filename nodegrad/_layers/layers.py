@@ -10,6 +10,7 @@ in the model. Weight and bias form one matrix of shape `(*stack, d_out, d_in)`:
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -54,6 +55,16 @@ _MODULES = eqx.nn.Linear | eqx.nn.Conv | _CELLS
 def is_module(x: Any) -> bool:
     """Returns whether `x` is a module whose parameters are those of layers."""
     return isinstance(x, _MODULES)
+
+
+def check_layers(layers: Callable[[str], bool] | None) -> None:
+    """Raises an error unless `layers` is `None` or a function of the key of a layer."""
+    if not (layers is None or callable(layers)):
+        msg = (
+            "`layers` must be a function from the path of a layer, such as "
+            f"`'.field.layers[0]'`, to whether to include it; got {layers!r}."
+        )
+        raise TypeError(msg)
 
 
 def layers_of(model: PyTree) -> list[Layer]:

@@ -297,7 +297,8 @@ def _check_whole(params: PyTree) -> None:
             "its model is one of the loss: it cannot be part of `optax.partition` or "
             "`optax.masked`. To freeze parameters, set their gradients to zero before "
             "it: `optax.chain(optax.masked(optax.set_to_zero(), frozen), "
-            "nodegrad.snopt())`. Or pass a `learning_rate`."
+            "nodegrad.snopt())`, and exempt them from weight decay by its `mask`. Or "
+            "pass a `learning_rate`."
         )
         raise ValueError(msg)
 

@@ -139,10 +139,15 @@ def snopt(
         factor_decay=factor_decay,
         kl_clip=kl_clip,
     )
-    if momentum is not None:
-        check_numbers(momentum=momentum)
-        if isinstance(momentum, int | float) and momentum < 0:
-            msg = f"`momentum` must not be negative; got {momentum}."
+    numbers: dict[str, Any] = dict(
+        learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay
+    )
+    for name, x in numbers.items():
+        # The others may be schedules.
+        if x is not None and (name == "momentum" or not callable(x)):
+            check_numbers(**{name: x})
+        if isinstance(x, int | float) and not x >= 0:
+            msg = f"`{name}` must not be negative or NaN; got {x}."
             raise ValueError(msg)
     if learning_rate is None:
         if kl_clip is not None:
@@ -162,8 +167,6 @@ def snopt(
             _decay(weight_decay, mask),
         )
         return optax.GradientTransformationExtraArgs(steps.init, steps.update)
-    if not callable(learning_rate):
-        check_numbers(learning_rate=learning_rate)
     return optax.chain(
         scale_by_snopt(preset, damping_mode=damping_mode, layers=layers, **given),
         optax.add_decayed_weights(weight_decay, mask),

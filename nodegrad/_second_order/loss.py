@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
+from .._internal.tree import check_flag
 from .._solve.arguments import (
     as_state,
     as_terms,
@@ -106,14 +107,6 @@ def checked_loss(
         _check_cost("running_cost(t, y, args)", running_cost, t0, y0, args)
     ts = None if ts is None else jnp.asarray(ts, t0.dtype)
     return Loss(terms, t0, t1, dt0, y0, terminal_cost, running_cost, ts, dtype)
-
-
-def check_flag(name: str, value: Any) -> None:
-    """Raises an error unless `value` is `True` or `False`."""
-    # A static argument: an array, or the name of a mode, would pass as true.
-    if not isinstance(value, bool):
-        msg = f"`{name}` must be `True` or `False`; got {value!r}."
-        raise TypeError(msg)
 
 
 def plain_field(

@@ -12,11 +12,12 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, ArrayLike, PyTree, Real
 
+from .._internal.tree import check_flag
 from .._solve.aca_adjoint import ACAAdjoint
 from .._solve.odesolve import odesolve
 from .._solve.recorded_adjoint import AbstractRecordedAdjoint
 from .hessian_blocks import HessianBlocks, structured
-from .loss import check_flag, checked_loss, Loss, plain_field
+from .loss import checked_loss, Loss, plain_field
 from .theorem1 import LossToGo, solve_both_ways
 
 

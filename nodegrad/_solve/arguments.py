@@ -5,6 +5,7 @@ known then. Times are scalars; `ts` has shape `(num_ts,)`.
 """
 
 import inspect
+import warnings
 from typing import Any
 
 import diffrax
@@ -14,7 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Int, PyTree, Real
 
-from .._internal.compat import default_floating_dtype, use_stepsize_tol
+from .._internal.compat import (
+    default_floating_dtype,
+    is_sde,
+    is_unsafe_sde,
+    use_stepsize_tol,
+)
 from .._internal.tree import as_arrays, is_traced
 from .recorded_adjoint import AbstractRecordedAdjoint, subs_of
 
@@ -228,6 +234,59 @@ def check_vector_field(
                 f"{name} expected {y.shape}, got {shape}."
             )
             raise ValueError(msg)
+
+
+def check_methods(
+    terms: PyTree[diffrax.AbstractTerm], solver: Any, controller: Any
+) -> None:
+    """Raises an error if solver and controller are none, or do not suit the terms."""
+    check_instance("solver", solver, diffrax.AbstractSolver)
+    kind = diffrax.AbstractStepSizeController
+    check_instance("stepsize_controller", controller, kind)
+    _check_tolerances(controller)
+    _check_noise(terms, solver, controller)
+
+
+def _check_tolerances(controller: diffrax.AbstractStepSizeController) -> None:
+    while isinstance(controller, diffrax.ClipStepSizeController):
+        controller = controller.controller
+    for name in ("rtol", "atol"):
+        x = getattr(controller, name, 0)
+        if eqx.is_array_like(x) and not is_traced(x) and not np.all(np.asarray(x) >= 0):
+            msg = f"`{name}` of the controller must not be negative or NaN; got {x}."
+            raise ValueError(msg)
+
+
+def _check_noise(
+    terms: PyTree[diffrax.AbstractTerm],
+    solver: diffrax.AbstractSolver,
+    controller: diffrax.AbstractStepSizeController,
+) -> None:
+    """Refuses, and warns of, what Diffrax does."""
+    name, noisy = type(solver).__name__, is_sde(terms)
+    adaptive = isinstance(controller, diffrax.AbstractAdaptiveStepSizeController)
+    # A `HalfSolver` around Euler's method is an instance of `Euler`.
+    if noisy and adaptive and isinstance(solver, diffrax.Euler):
+        msg = (
+            f"`{name}` with Euler's method must not choose step sizes for an equation "
+            "with noise: it may converge to something else. Take constant steps, or "
+            "`diffrax.Heun` for the Stratonovich solution."
+        )
+        raise ValueError(msg)
+    if is_unsafe_sde(terms) and adaptive:
+        msg = (
+            "`diffrax.UnsafeBrownianPath` draws another increment after a rejected "
+            "step, which makes large increments too rare. With step sizes that adapt "
+            "take a `diffrax.VirtualBrownianTree`."
+        )
+        raise ValueError(msg)
+    kinds = diffrax.AbstractItoSolver, diffrax.AbstractStratonovichSolver
+    if noisy and not isinstance(solver, kinds):
+        msg = (
+            f"`{name}` is not known to converge for an equation with noise, neither to "
+            "its Itô solution nor to that of Stratonovich."
+        )
+        warnings.warn(msg, stacklevel=2)
 
 
 def check_ts(saveat: diffrax.SaveAt, t0: Real[Array, ""], t1: Real[Array, ""]) -> None:

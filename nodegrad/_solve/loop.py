@@ -147,7 +147,7 @@ class Problem(eqx.Module):
             made_jump=False,
             solver_state=solver_state,
             controller_state=controller_state,
-            result=RESULTS.successful,
+            result=promoted(diffrax.RESULTS.successful),
             num_steps=0,
             num_accepted_steps=0,
             num_evaluations=None if evaluations is None else evaluations[0],

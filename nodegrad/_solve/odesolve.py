@@ -17,7 +17,7 @@ from jaxtyping import Array, ArrayLike, Float, PyTree, Real
 from .._internal.compat import while_loop
 from .._internal.devices import on_each_device
 from .._internal.results import RESULTS
-from .._internal.tree import is_traced, where
+from .._internal.tree import check_flag, is_traced, where
 from .._reverse.recorded_loop import recorded_loop
 from .aca_adjoint import ACAAdjoint
 from .arguments import (
@@ -88,7 +88,7 @@ def odesolve(
     **Arguments:**
 
     - `terms`: the vector field `f(t, y, args)`, or Diffrax terms.
-    - `solver`: any Diffrax solver, or `nodegrad.RK4()`.
+    - `solver`: any Diffrax solver, also one of nodegrad.
     - `t0`, `t1`: start and end, real scalars; `t1 < t0` integrates backwards.
     - `dt0`: the first step size, or the size of all steps; `None` if the step size
       controller chooses it. It has the sign of `t1 - t0`.
@@ -129,6 +129,8 @@ def odesolve(
     """
     check_no_others(others)
     check_supported(adjoint, saveat)
+    check_flag("throw", throw)
+    check_flag("batched", batched)
     terms = as_terms(terms)
     t0, t1, dt0 = as_times(t0, t1, dt0, saveat)
     y0 = jax.tree.map(ft.partial(as_state, t0.dtype), y0)

@@ -16,7 +16,7 @@ from .._reverse.plan import Solve
 from .._steps.step import make_step
 from .._trajectory.output import write_final
 from .._trajectory.step_times import may_jump, without_derivatives
-from .arguments import check_instance, check_vector_field, forwards, with_tolerances
+from .arguments import check_methods, check_vector_field, forwards, with_tolerances
 from .loop import Problem, State
 from .recorded_adjoint import (
     AbstractRecordedAdjoint,
@@ -43,9 +43,7 @@ def make_problem(
     `t0`, `t1`, `dt0` and `saveat` are in the user's time, those of the problem are
     multiplied by its `direction`.
     """
-    check_instance("solver", solver, diffrax.AbstractSolver)
-    kind = diffrax.AbstractStepSizeController
-    check_instance("stepsize_controller", controller, kind)
+    check_methods(terms, solver, controller)
     check_counts(None, max_steps=max_steps)
     check_vector_field(terms, t0, y0, args)
     kwargs = solver.term_compatible_contr_kwargs

@@ -450,9 +450,25 @@ def test_a_model_with_functions_in_it_is_refused(optim):
 def test_a_preset_is_no_learning_rate():
     with pytest.raises(TypeError, match="`learning_rate` must be a real number"):
         nodegrad.snopt("paper")
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "momentum", "weight_decay"])
+def test_a_setting_of_the_optimiser_is_not_negative(name):
     for rate in (None, 0.1):
-        with pytest.raises(ValueError, match="`momentum` must not be negative"):
-            nodegrad.snopt(rate, momentum=-1.0)
+        for x in (-1.0, float("nan")):
+            with pytest.raises(ValueError, match=f"`{name}` must not be negative or"):
+                nodegrad.snopt(**{"learning_rate": rate, name: x})
+
+
+def test_layers_are_chosen_by_a_function():
+    loss = lambda model: jnp.zeros(2)
+    for make in (
+        nodegrad.snopt,
+        nodegrad.scale_by_snopt,
+        lambda layers: nodegrad.value_grad_and_curvature(loss, layers=layers)(0),
+    ):
+        with pytest.raises(TypeError, match="`layers` must be a function from the"):
+            make(layers=["first"])
 
 
 def test_no_decay_of_factors_keeps_none():

@@ -123,6 +123,7 @@ def test_gradient_along_a_brownian_path_is_that_of_its_increments(noise, solver)
         assert relative_error(ours, expected) < 1e-10
 
 
+@pytest.mark.filterwarnings("ignore:.*not known to converge")
 @pytest.mark.parametrize("base", [diffrax.Euler(), diffrax.Tsit5()])
 def test_refuses_base_solvers_of_another_calculus(base):
     path = diffrax.VirtualBrownianTree(0.0, 1.0, tol=1e-2, shape=(), key=jr.PRNGKey(0))
