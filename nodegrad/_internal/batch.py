@@ -19,7 +19,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Int, PyTree
 
 from .compat import ad, batching, mlir, Primitive, put_row, row_of, while_loop
@@ -329,24 +328,6 @@ def in_front(x: Any, dim: int | None, size: int) -> Array:
     if dim is None:
         return jnp.broadcast_to(x, (size, *jnp.shape(x)))
     return jnp.moveaxis(x, dim, 0)
-
-
-def is_mapped(tree: PyTree[Array]) -> Bool[Array, ""]:
-    """Whether `tree` has an axis of a `vmap`: a constant of the compiled program."""
-    # A `custom_vmap` would need tangents, and there are none.
-    return _is_mapped(jax.lax.stop_gradient(tree))
-
-
-@custom_vmap
-def _is_mapped(tree: PyTree[Array]) -> Bool[Array, ""]:
-    del tree
-    return jnp.asarray(False)
-
-
-@_is_mapped.def_vmap
-def _(size: int, in_batched: Any, tree: PyTree) -> tuple[Bool[Array, ""], bool]:
-    del size, in_batched, tree
-    return jnp.asarray(True), False
 
 
 def with_common_axes(out: PyTree[Array], inputs: PyTree[Array]) -> PyTree[Array]:

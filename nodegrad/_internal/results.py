@@ -78,7 +78,7 @@ def promoted(item: Any) -> Any:
     """Turns an item of `diffrax.RESULTS` into one of `RESULTS`; others stay."""
     if item is diffrax.RESULTS.successful:
         # The common case, for which `promote` would compile an indexing operation.
-        return _SUCCESSFUL
+        return RESULTS.successful
     return RESULTS.promote(item) if isinstance(item, diffrax.RESULTS) else item
 
 
@@ -108,15 +108,19 @@ def with_coupling_lost(
         stuck = stuck | (result == RESULTS.step_too_small)
         stuck = stuck | (result == RESULTS.dt_min_reached)
         failed = failed | (solver_state.limited & stuck)
-    return comparable(RESULTS.where(failed, RESULTS.coupling_lost, result))
+    return RESULTS.where(failed, RESULTS.coupling_lost, result)
 
 
-def comparable(result: Any) -> Any:
+def _comparable(result: Any) -> Any:
     """Turns `result` into an item that compares with those of `diffrax.RESULTS`."""
     return _Result(result._value, result._enumeration)  # pyright: ignore[reportCallIssue]
 
 
-# As `promote` and `where` return it: a loop cannot carry items of two types.
-_SUCCESSFUL: Any = RESULTS.successful
+# All items of `RESULTS` are of one type: a loop cannot carry items of two types. In the
+# body of the class Equinox allows no functions.
 for _name, _item in RESULTS._name_to_item.items():
-    RESULTS._name_to_item[_name] = comparable(_item)
+    RESULTS._name_to_item[_name] = _comparable(_item)
+for _name in ("promote", "where"):
+    _make = getattr(RESULTS, _name).__func__
+    _made = lambda cls, *items, make=_make: _comparable(make(cls, *items))
+    setattr(RESULTS, _name, classmethod(_made))

@@ -6,7 +6,7 @@ from typing import Any
 import optax
 from jaxtyping import PyTree
 
-from .._internal.tree import check_numbers
+from .._internal.tree import check_numbers, is_traced
 from .preconditioner import Scalar
 from .quadratic_steps import QuadraticSteps
 from .scale_by_snopt import chosen_layers, rule_of, scale_by_snopt
@@ -139,15 +139,15 @@ def snopt(
         factor_decay=factor_decay,
         kl_clip=kl_clip,
     )
-    numbers: dict[str, Any] = dict(
-        learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay
-    )
+    numbers: dict[str, Any] = dict(weight_decay=weight_decay)
+    optional = dict(learning_rate=learning_rate, momentum=momentum)
+    numbers |= {name: x for name, x in optional.items() if x is not None}
     for name, x in numbers.items():
-        # The others may be schedules.
-        if x is not None and (name == "momentum" or not callable(x)):
-            check_numbers(**{name: x})
-        if isinstance(x, int | float) and not x >= 0:
-            msg = f"`{name}` must not be negative or NaN; got {x}."
+        if name != "momentum" and callable(x):
+            continue  # a schedule
+        check_numbers(**{name: x})
+        if not is_traced(x) and not 0 <= x < float("inf"):
+            msg = f"`{name}` must be finite and not negative; got {x}."
             raise ValueError(msg)
     if learning_rate is None:
         if kl_clip is not None:

@@ -154,8 +154,8 @@ def _pull_back_flat(
     u: Float[Array, " u"],
 ) -> Expansion:
     """Returns the blocks through `fn`, as if `fn` were affine (Gauss-Newton)."""
-    # `len(s)` pullbacks, or `len(s) + len(u)` pushforwards, which are cheaper: nothing
-    # has to be stored for a transposition.
+    # `len(after.s)` pullbacks, or `len(s) + len(u)` pushforwards, which are cheaper:
+    # nothing has to be stored for a transposition.
     if len(s) < len(u):
         by_s, by_u = jax.vmap(linearize(s, u)[1])(jnp.eye(len(after.s), dtype=s.dtype))
     else:

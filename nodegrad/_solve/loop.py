@@ -15,7 +15,6 @@ from jaxtyping import Array, Bool, Int, PyTree, Real
 
 from .._internal.compat import unvmap_any
 from .._internal.results import (
-    comparable,
     promoted,
     RESULTS as _RESULTS,
     with_coupling_lost,
@@ -147,7 +146,7 @@ class Problem(eqx.Module):
             made_jump=False,
             solver_state=solver_state,
             controller_state=controller_state,
-            result=promoted(diffrax.RESULTS.successful),
+            result=RESULTS.successful,
             num_steps=0,
             num_accepted_steps=0,
             num_evaluations=None if evaluations is None else evaluations[0],
@@ -347,9 +346,7 @@ class Problem(eqx.Module):
         # No comparison with a time of NaN is true, so such a solve makes no step.
         arrived = (state.tprev >= self.t1) | (result != RESULTS.successful)
         result = RESULTS.where(arrived, result, RESULTS.vector_field_not_finite)
-        return comparable(
-            with_coupling_lost(result, state.solver_state, self.controller)
-        )
+        return with_coupling_lost(result, state.solver_state, self.controller)
 
 
 def loop_buffers(state: State) -> PyTree:

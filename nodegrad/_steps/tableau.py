@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, Real
 
-from .._internal.batch import is_mapped, set_row
+from .._internal.batch import set_row
 from .._internal.closure_convert import as_struct
 from .._internal.compat import Jaxpr
 from .._layers.work import products_dominate
@@ -67,10 +67,10 @@ def num_inner_stages(tableau: Tableau) -> int:
     return tableau.num_stages - (1 if tableau.fsal else 0)
 
 
-def is_scanned(tableau: Tableau, product: Jaxpr) -> bool:
-    """Whether to evaluate the stages, and to pull them back, in a loop.
+def is_scanned(tableau: Tableau, product: Jaxpr, differentiated: bool = True) -> bool:
+    """Whether to evaluate the stages in a loop; `product` is the traced vector field.
 
-    `product` is the traced vector field.
+    `differentiated` says whether the stages are pulled back, too.
 
     XLA's compiler for CPUs fuses elementwise operations, and every fused kernel
     computes the values that it shares with other kernels again. So the cost of unrolled
@@ -79,19 +79,19 @@ def is_scanned(tableau: Tableau, product: Jaxpr) -> bool:
     equations for one. Matrix products are not fused, so a vector field that mostly
     consists of them is better unrolled.
 
+    Without a pullback it is the other way round. Fused stages of cheap operations are
+    faster (2048 solves of the Lorenz equations: 14 ms, and 21 ms with a loop). Those of
+    matrix products take the same time in a loop, which compiles faster.
+
     On a GPU every iteration of a loop costs launches of kernels, and unrolled stages
     are faster: on an H100 the gradient of 2048 solves of the Lorenz equations takes 7
-    ms, and 17 ms with a loop.
+    ms, and 17 ms with a loop. The program is taken to run on JAX's default backend: a
+    trace does not know where it will run, and only speed depends on it.
     """
     if tableau.num_stages > _MAX_UNROLLED_STAGES:
         return True
-    return not _on_gpu() and not products_dominate(product)
-
-
-def _on_gpu() -> bool:
-    # The program is taken to run on JAX's default backend: a trace does not know where
-    # it will run, and only speed depends on it.
-    return jax.default_backend() == "gpu"
+    on_gpu = jax.default_backend() == "gpu"
+    return not on_gpu and products_dominate(product) != differentiated
 
 
 def stages(
@@ -132,34 +132,14 @@ def stages_alone(
     y0: PyTree[Array],
     k0: PyTree[Array] = None,
 ) -> list[PyTree[Array]]:
-    """Returns what `stages` returns, for a step that is not differentiated.
-
-    Without a pullback a loop takes the same time, and compiles faster (an epidemic with
-    ten compartments: 1.0 s, and 1.7 s unrolled), with one exception: for a batch, fused
-    stages of cheap operations are faster (2048 solves of the Lorenz equations: 14 ms,
-    and 21 ms with a loop).
-    """
+    """Returns what `stages` returns, for a step that is not differentiated."""
     # `jit` traces the vector field once, for its kind and for all stages.
     run = jax.jit(product)
-
-    def evaluate(
-        scanned: bool, y0: PyTree[Array], k0: PyTree[Array]
-    ) -> list[PyTree[Array]]:
-        return stages(tableau, run, t0, t1, y0, k0, scanned)
-
     jaxpr, first = jax.make_jaxpr(run, return_shape=True)(t0, y0)
-    # A loop would cast stages of another type to that of the state.
-    if _on_gpu() or as_struct(first) != as_struct(y0):
-        return evaluate(False, y0, k0)
-    if products_dominate(jaxpr.jaxpr):
-        return evaluate(True, y0, k0)
-    # The condition is a constant, and XLA removes the other branch at once.
-    return jax.lax.cond(
-        is_mapped(y0),
-        lambda y0, k0: evaluate(False, y0, k0),
-        lambda y0, k0: evaluate(True, y0, k0),
-        *(y0, k0),
-    )
+    # A loop would cast stages of another type, such as complex ones, to that of `y0`.
+    fits = as_struct(first) == as_struct(y0)
+    scanned = fits and is_scanned(tableau, jaxpr.jaxpr, False)
+    return stages(tableau, run, t0, t1, y0, k0, scanned)
 
 
 def scanned_stages(

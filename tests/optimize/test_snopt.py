@@ -455,9 +455,11 @@ def test_a_preset_is_no_learning_rate():
 @pytest.mark.parametrize("name", ["learning_rate", "momentum", "weight_decay"])
 def test_a_setting_of_the_optimiser_is_not_negative(name):
     for rate in (None, 0.1):
-        for x in (-1.0, float("nan")):
-            with pytest.raises(ValueError, match=f"`{name}` must not be negative or"):
+        for x in (-1.0, jnp.array(-1.0), float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=f"`{name}` must be finite and not"):
                 nodegrad.snopt(**{"learning_rate": rate, name: x})
+    with pytest.raises(TypeError, match="`weight_decay` must be a real number"):
+        nodegrad.snopt(weight_decay=None)  # pyright: ignore[reportArgumentType]
 
 
 def test_layers_are_chosen_by_a_function():

@@ -674,3 +674,17 @@ def test_results_compare_with_those_of_both_libraries(door):
         assert results.successful == sol.result
         assert sol.result != results.max_steps_reached
     assert sol.result != nodegrad.RESULTS.coupling_lost
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_loop_may_carry_a_result(door):
+    # All items have one type, as those of Diffrax have.
+    results = nodegrad.RESULTS
+
+    def first_failure(found, scale):
+        sol = _solve(door, y0=scale * jnp.ones(2), max_steps=8, throw=False)
+        result = sol.result if door == "native" else results.promote(sol.result)
+        return results.where(found == results.successful, result, found), None
+
+    found, _ = jax.lax.scan(first_failure, results.successful, jnp.arange(2.0))
+    assert found == diffrax.RESULTS.max_steps_reached

@@ -151,23 +151,3 @@ def test_when_stages_are_a_loop(tableau, product, backend, expected, monkeypatch
     field = (lambda y: _MATRIX @ y) if product else jnp.sin
     jaxpr = jax.make_jaxpr(field)(jnp.ones(8)).jaxpr
     assert is_scanned(TABLEAUS[tableau], jaxpr) is expected
-
-
-def test_only_a_single_forward_pass_scans_cheap_stages():
-    """The choice waits for `vmap`, and leaves no branch in the compiled program."""
-
-    def solve(y0):
-        field = lambda t, y, args: jnp.sin(y) * jnp.roll(y, 1)
-        solver = diffrax.Tsit5()
-        # With `throw=True` an error would be a branch.
-        return nodegrad.odesolve(field, solver, 0.0, 1.0, 0.1, y0, throw=False).ys
-
-    def loops(fn, y0):
-        program = str(jax.jit(fn).lower(y0).compile().as_text())
-        assert " conditional(" not in program
-        return program.count(" while(")
-
-    y0 = jnp.ones(3)
-    loops_of_batch = loops(jax.vmap(solve), y0[None])
-    assert loops(solve, y0) == loops_of_batch + 1
-    assert loops(jax.vmap(jax.vmap(solve)), y0[None, None]) == loops_of_batch
