@@ -137,7 +137,7 @@ def stages_alone(
     run = jax.jit(product)
     jaxpr, first = jax.make_jaxpr(run, return_shape=True)(t0, y0)
     # A loop would cast stages of another type, such as complex ones, to that of `y0`.
-    fits = as_struct(first) == as_struct(y0)
+    fits = jax.tree.leaves(as_struct(first)) == jax.tree.leaves(as_struct(y0))
     scanned = fits and is_scanned(tableau, jaxpr.jaxpr, False)
     return stages(tableau, run, t0, t1, y0, k0, scanned)
 

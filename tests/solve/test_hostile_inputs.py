@@ -63,6 +63,7 @@ def _key_error(t, y, args):
     raise KeyError(t)
 
 
+_COMPLEX = jnp.ones((2, 2), complex)
 REFUSED = {
     # The vector field.
     "field of another shape": (
@@ -78,6 +79,10 @@ REFUSED = {
     "field of strings": (dict(terms=lambda t, y, a: "x"), "must return numbers and"),
     "complex field": (
         dict(terms=lambda t, y, a: y.astype(complex)),
+        "pass a complex `y0`",
+    ),
+    "complex field of products": (
+        dict(terms=lambda t, y, a: _COMPLEX @ (_COMPLEX @ y)),
         "pass a complex `y0`",
     ),
     "terms are a number": (dict(terms=3.0), r"`terms` must be a vector field `f\(t, y"),
@@ -186,6 +191,7 @@ REFUSED = {
 REFUSED_BY_BOTH = [
     "field of another tree",
     "complex field",
+    "complex field of products",
     "solver that cannot be undone",
     "max_steps is zero",
     "max_steps is a float",
