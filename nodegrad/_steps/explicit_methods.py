@@ -24,7 +24,8 @@ class RK4(diffrax.AbstractERK):
     with a constant step size or `diffrax.StepTo`. Dense output is the cubic Hermite
     interpolant, of third order.
 
-    **Arguments:** none.
+    **Arguments:** `scan_kind`, as of all Runge-Kutta methods of Diffrax: the loop in
+    their `step`. nodegrad evaluates the stages itself and does not use it.
 
     **Cost:** four vector field evaluations a step.
 
@@ -193,6 +194,7 @@ class EES25(EffectivelySymmetric):
       the rate $a$, the defects grow by $e^{a T}$ in the backward pass from time $T$ on,
       as all errors do if such a problem is solved backwards. With `resync_every` they
       grow for `K` steps only. The solution does not depend on it.
+    - `scan_kind`: as of `nodegrad.RK4`.
 
     **Raises:** `TypeError` or `ValueError` for another `resync_every`.
 
@@ -245,7 +247,7 @@ class EES27(EffectivelySymmetric):
     print(sol.stats["reconstruction_error"] < 1e-5)  # True
     ```
 
-    **Arguments:** `resync_every`, as for `nodegrad.EES25`.
+    **Arguments:** `resync_every` and `scan_kind`, as for `nodegrad.EES25`.
 
     **Raises:** `TypeError` or `ValueError` for another `resync_every`.
 
