@@ -121,8 +121,10 @@ def test_gradients_are_those_of_diffrax(solver, steps, save):
     # Fewer slots than steps.
     loss = _loss(solver, nodegrad.ACAAdjoint(4), steps, save, diffrax.diffeqsolve)
     found = jax.jit(jax.grad(loss, (0, 1, 2)))(_Y0, _ARGS, _TIMES)
-    # Rounding changes the sizes of steps. Another formula would differ by 1e-5.
-    assert relative_error(found, expected) < 1e-9
+    # Rounding changes the sizes of steps. Another formula would differ by 1e-5; with a
+    # root finder that minimises and stops early by 10.
+    bound = 1e-6 if solver.root_finder is _LEAST_SQUARES else 1e-9
+    assert relative_error(found, expected) < bound
 
 
 @pytest.mark.slow
