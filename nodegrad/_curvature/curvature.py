@@ -18,7 +18,7 @@ from .._internal.devices import on_each_device
 from .._internal.tree import check_counts
 from .._layers.factors import KroneckerFactors, Statistics
 from .._layers.find_products import check_products
-from .._layers.layers import check_layers, Layer, layers_of, Leaves
+from .._layers.layers import chosen_layers, Layer, Leaves
 from .columns import columns_of
 from .instrumented_model import Instrumentation, instrumented, Probe, zero_probe
 
@@ -153,7 +153,7 @@ def value_grad_and_curvature(
         (expand and reduce); George et al.: Fast Approximate Natural Gradient Descent in
         a Kronecker-factored Eigenbasis, NeurIPS 2018 (moments).
     """
-    check_layers(layers)
+    chosen = chosen_layers(layers)
     _check_options(kind, reduction, num_draws, predict, batch_size)
     run = loss if predict is None else predict
 
@@ -161,7 +161,7 @@ def value_grad_and_curvature(
         model: PyTree, *args: Any, key: Array | None = None
     ) -> tuple[Any, PyTree, dict[str, KroneckerFactors]]:
         diff, static = eqx.partition(model, eqx.is_inexact_array)
-        found = _chosen_layers(diff, layers)
+        found = _some_layers(chosen(diff))
         shape = eqx.filter_eval_shape(run, model, *args)
         shape = shape[0] if has_aux else shape
         samples = _num_samples(shape, batch_size, predict, moments)
@@ -220,9 +220,8 @@ def _linearized(
     return out, push, eqx.combine(aux, static_aux[0])
 
 
-def _chosen_layers(model: PyTree, layers: Callable[[str], bool] | None) -> list[Layer]:
-    """Returns the layers of a model that `layers` includes; raises if there is none."""
-    found = [x for x in layers_of(model) if layers is None or layers(x.key)]
+def _some_layers(found: list[Layer]) -> list[Layer]:
+    """Returns the layers that were found; raises if there is none."""
     if not found:
         kinds = "`eqx.nn.Linear`, `eqx.nn.Conv`, `eqx.nn.GRUCell` or `eqx.nn.LSTMCell`"
         msg = (

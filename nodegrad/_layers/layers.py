@@ -57,14 +57,24 @@ def is_module(x: Any) -> bool:
     return isinstance(x, _MODULES)
 
 
-def check_layers(layers: Callable[[str], bool] | None) -> None:
-    """Raises an error unless `layers` is `None` or a function of the key of a layer."""
+def chosen_layers(
+    layers: Callable[[str], bool] | None,
+) -> "Callable[[PyTree], list[Layer]]":
+    """Returns the function that lists the layers of a tree that `layers` includes.
+
+    Raises a `TypeError` unless `layers` is `None` or a function of the path of a layer.
+    """
     if not (layers is None or callable(layers)):
         msg = (
             "`layers` must be a function from the path of a layer, such as "
             f"`'.field.layers[0]'`, to whether to include it; got {layers!r}."
         )
         raise TypeError(msg)
+
+    def chosen(tree: PyTree) -> list[Layer]:
+        return [x for x in layers_of(tree) if layers is None or layers(x.key)]
+
+    return chosen
 
 
 def layers_of(model: PyTree) -> list[Layer]:

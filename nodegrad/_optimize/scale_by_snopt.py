@@ -14,7 +14,7 @@ from jaxtyping import Array, Int, PyTree
 
 from .._internal.tree import check_numbers
 from .._layers.factors import KroneckerFactors
-from .._layers.layers import check_layers, Layer, layers_of, Leaves
+from .._layers.layers import chosen_layers, Layer, Leaves
 from .preconditioner import (
     initial_states,
     LayerState,
@@ -198,16 +198,6 @@ def scale_by_snopt(
 
 
 Chosen = Callable[[PyTree], list[Layer]]
-
-
-def chosen_layers(layers: Callable[[str], bool] | None) -> Chosen:
-    """Returns the function that lists the layers of a tree that `layers` includes."""
-    check_layers(layers)
-
-    def chosen(tree: PyTree) -> list[Layer]:
-        return [x for x in layers_of(tree) if layers is None or layers(x.key)]
-
-    return chosen
 
 
 def initial_snopt_state(rule: Rule, chosen: Chosen, params: PyTree) -> Any:

@@ -3,13 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import optax
 from jaxtyping import PyTree
 
 from .._internal.tree import check_numbers, is_traced
+from .._layers.layers import chosen_layers
 from .preconditioner import Scalar
 from .quadratic_steps import QuadraticSteps
-from .scale_by_snopt import chosen_layers, rule_of, scale_by_snopt
+from .scale_by_snopt import rule_of, scale_by_snopt
 
 
 # The greatest coefficient of the step before. On batches of the digits the loss ends
@@ -146,7 +148,8 @@ def snopt(
         if name != "momentum" and callable(x):
             continue  # a schedule
         check_numbers(**{name: x})
-        if not is_traced(x) and not 0 <= x < float("inf"):
+        # JAX would trace a comparison of a known array, in a jitted function.
+        if not is_traced(x) and not 0 <= np.asarray(x) < np.inf:
             msg = f"`{name}` must be finite and not negative; got {x}."
             raise ValueError(msg)
     if learning_rate is None:

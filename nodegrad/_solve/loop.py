@@ -14,11 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree, Real
 
 from .._internal.compat import unvmap_any
-from .._internal.results import (
-    promoted,
-    RESULTS as _RESULTS,
-    with_coupling_lost,
-)
+from .._internal.results import promoted, RESULTS as _RESULTS, with_coupling_lost
 from .._internal.tree import all_finite, check_unchanged, has_nan, where
 from .._reverse.saves import Save
 from .._steps.step import AbstractStep

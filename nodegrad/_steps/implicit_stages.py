@@ -38,8 +38,8 @@ def has_implicit_tableau(solver: Any, terms: PyTree, y0: PyTree[Array]) -> bool:
     """Whether a step is that of a diagonally implicit method for an ordinary equation.
 
     The state must be real. Methods with several tableaus (IMEX) are not among these.
-    Nor are root finders that minimise the residual: what they leave of it has a part in
-    the derivative.
+    Nor are those whose root finder minimises the residual: what it leaves of it has a
+    part in the derivative.
     """
     cls = type(solver)
     return (

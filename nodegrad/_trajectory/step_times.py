@@ -248,7 +248,7 @@ class UniformGrid(AbstractGrid):
         """
         start, stop, t1 = self.anchors
         size = stop - start
-        fraction = (end - start) / jnp.where(size == 0, 1, size)
+        fraction = (end - start) / _or_one(size)
         inside = jnp.stack([1 - fraction, fraction, jnp.zeros_like(fraction)])
         last = jnp.zeros_like(inside).at[2].set(1)
         return jnp.where(end == t1, last, inside)

@@ -462,6 +462,12 @@ def test_a_setting_of_the_optimiser_is_not_negative(name):
         nodegrad.snopt(weight_decay=None)  # pyright: ignore[reportArgumentType]
 
 
+def test_settings_may_be_known_arrays_in_a_jitted_function():
+    rate, params = jnp.array(0.1), make_params()
+    init = lambda p: nodegrad.snopt(rate, weight_decay=rate, momentum=rate).init(p)
+    assert jax.tree.leaves(jax.jit(init)(params))
+
+
 def test_layers_are_chosen_by_a_function():
     loss = lambda model: jnp.zeros(2)
     for make in (
