@@ -129,7 +129,10 @@ def _differentiable(plan: Plan, pure_run: Pure) -> Callable[..., Any]:
 
     @differentiable_run.def_jvp
     def _rule(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
-        loop_consts, init_state, others = primals
+        # Without `jit` (`jax.disable_jit`) values and tangents that the user gave as
+        # Python numbers still are, and would be left out below.
+        primals, tangents = as_arrays((primals, tangents))
+        _, init_state, others = primals
         _, t_init, t_others = tangents
         final_state, written = keep_on_devices(differentiable_run(*primals), axes)
         inputs = with_first(plan.states, others, init_state)

@@ -12,7 +12,7 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, PyTree, Real
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree, Real
 
 from .._internal.compat import while_loop
 from .._internal.devices import on_each_device
@@ -235,13 +235,7 @@ def raised(sol: diffrax.Solution) -> diffrax.Solution:
         # it returns on one device: a scalar, on which the solution then depends.
         missing = sol.result.error_if(jnp.array(False), failed)
         arrays, others = eqx.partition(sol, eqx.is_array)
-        size = sum(x.size for x in jax.tree.leaves(arrays))
-        if size <= _FEW:
-            # Without code for a branch, and for its derivatives.
-            arrays = where(missing, _garbled(arrays), arrays)
-        else:
-            # A selection would copy the solution.
-            arrays = jax.lax.cond(missing, _garbled, lambda x: x, arrays)
+        arrays = _unless(missing, arrays)
         return eqx.combine(arrays, others)
     if not failed.any():
         return sol
@@ -264,6 +258,17 @@ def raised(sol: diffrax.Solution) -> diffrax.Solution:
         "Pass `throw=False` to get the solution up to there, with its `result`."
     )
     raise eqx.EquinoxRuntimeError(msg)
+
+
+# `jax_debug_nans` looks at what a jitted function returns, and not at NaNs inside.
+@jax.jit
+def _unless(missing: Bool[Array, ""], arrays: PyTree[Array]) -> PyTree[Array]:
+    """Returns `arrays`, or others of their shapes if the solution is `missing`."""
+    if sum(x.size for x in jax.tree.leaves(arrays)) <= _FEW:
+        # Without code for a branch, and for its derivatives.
+        return where(missing, _garbled(arrays), arrays)
+    # A selection would copy the solution.
+    return jax.lax.cond(missing, _garbled, lambda x: x, arrays)
 
 
 def _garbled(arrays: PyTree[Array]) -> PyTree[Array]:
