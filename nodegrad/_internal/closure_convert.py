@@ -51,7 +51,16 @@ def closure_convert(
 
     closed, out_shape = jax.make_jaxpr(traced, return_shape=True)(dynamic)
     out_tree = jax.tree.structure(out_shape)
-    return list(closed.consts), Pure(closed.jaxpr, out_tree, static_out)
+    return list(closed.consts), Pure(_without_consts(closed), out_tree, static_out)
+
+
+def _without_consts(closed: Any) -> Jaxpr:
+    """Returns the jaxpr of a trace without the values of its constants."""
+    jaxpr = closed.jaxpr
+    # JAX 0.12 keeps these values in the jaxpr: whoever keeps it would keep the arrays.
+    if hasattr(jaxpr, "with_consts"):
+        return jaxpr.with_consts([None] * len(closed.consts))
+    return jaxpr
 
 
 class Pure:
