@@ -62,6 +62,7 @@ _CONTROLLERS = {
 }
 
 
+@pytest.mark.rows(test=1, ci=2)
 @pytest.mark.parametrize("solve", [diffrax.diffeqsolve, nodegrad.odesolve])
 def test_prescribed_steps_end_with_the_solve(solve):
     # The last of the times and `t1` have one value. The end moves with `t1`.

@@ -43,6 +43,7 @@ def _pulled(value):
     return jax.grad(value, (0, 1, 2))(0.7, 1.3, 1.0)
 
 
+@pytest.mark.rows(test=1, ci=4)
 @pytest.mark.parametrize("derivative", [_pushed, _pulled])
 @pytest.mark.parametrize("door", DOORS)
 def test_without_jit_a_derivative_by_python_numbers_is_the_same(door, derivative):
@@ -59,6 +60,7 @@ def debug_nans():
         yield
 
 
+@pytest.mark.rows(test=1, ci=2)
 @pytest.mark.parametrize("door", DOORS)
 def test_debug_nans_finds_none_in_a_good_gradient(door, debug_nans):
     # Neither is jitted: JAX looks at every array that an operation returns.
@@ -81,6 +83,7 @@ def test_debug_nans_finds_none_in_a_good_curvature(debug_nans):
     assert value > 0
 
 
+@pytest.mark.rows(test=1, ci=2)
 @pytest.mark.parametrize("door", DOORS)
 def test_a_gradient_is_exported_for_any_batch_size(door):
     value = lambda y0: _solve(door, y0, 1.3, throw=False)

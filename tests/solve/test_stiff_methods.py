@@ -448,6 +448,7 @@ def test_states_of_several_arrays():
     assert abs(grad(1.3, nodegrad.Rodas5P()) / jax.grad(exact)(1.3) - 1) < 1e-5
 
 
+@pytest.mark.rows(test=1, ci=2)
 @by_name
 def test_states_of_float32_stay_so(solver):
     # Also where float64 is on, as here.

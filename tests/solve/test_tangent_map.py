@@ -499,6 +499,7 @@ def test_batched_solves_of_several_models(method, controller):
 _BIG, _MANY = 200, 64
 
 
+@pytest.mark.rows(test=2, ci=4)
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("models", [1, 2])
 def test_lanes_that_share_parameters_share_their_gradient(door, models):
@@ -825,6 +826,7 @@ def test_memory_of_forward_mode_does_not_grow_with_the_number_of_steps(door, sol
     assert temporary(4096) - temporary(64) <= 10 * (1024 - 64)
 
 
+@pytest.mark.rows(test=1, ci=2)
 @pytest.mark.parametrize("door", DOORS)
 def test_many_tangents_evaluate_the_primal_once(door):
     # A callback of an array that has a batch axis is called for each of its lanes.
@@ -851,6 +853,7 @@ def test_many_tangents_evaluate_the_primal_once(door):
     assert one_tangent <= 2 * once
 
 
+@pytest.mark.rows(test=1, ci=2)
 @pytest.mark.parametrize("door", DOORS)
 def test_work_of_many_tangents_is_theirs_and_that_of_one_primal(door):
     # A field that is one product with a matrix; a tangent costs as much as the primal.
