@@ -31,8 +31,12 @@ SUBCOMMANDS = (
     "stiff",
     "training",
 )
-#: Ends the names of files with results of the same subcommands on a GPU.
-_ON_GPU = "-gpu"
+#: Other results of the same subcommands: the end of the name of their file, where they
+#: were measured, and with which options.
+_ELSEWHERE = {
+    "-gpu": ("on a GPU", " --clock wall"),
+    "-newest": ("on the newest JAX", " --quick"),
+}
 NOT_MEASURED = "not measured"
 
 Results = Mapping[str, dict[str, Any]]
@@ -41,7 +45,7 @@ Record = dict[str, Any]
 
 def load(folder: Path = FOLDER) -> Results:
     """The results of all subcommands that have a file in `folder`."""
-    names = *SUBCOMMANDS, *(name + _ON_GPU for name in SUBCOMMANDS)
+    names = [name + end for end in ("", *_ELSEWHERE) for name in SUBCOMMANDS]
     paths = {name: folder / f"{name}.json" for name in names}
     return {
         name: json.loads(path.read_text())
@@ -324,11 +328,13 @@ def _section(name: str, result: dict[str, Any]) -> str:
     """All of one subcommand, as a section of a page."""
     limited = [b for b in result["budgets"] if b["limit"] is not None]
     met = sum(b["verdict"] == "ok" for b in limited)
-    subcommand, where, options = name.removesuffix(_ON_GPU), "", ""
-    if subcommand != name:
-        where, options = ", on a GPU", " --clock wall"
+    subcommand, title, options = name, name, ""
+    for end, (where, needed) in _ELSEWHERE.items():
+        if name.endswith(end):
+            subcommand, options = name.removesuffix(end), needed
+            title = f"{subcommand}, {where}"
     parts = [
-        f"## {subcommand}{where}",
+        f"## {title}",
         f"`python scripts/benchmark.py {subcommand}{options}`: {met} of {len(limited)} "
         f"limits are met ([all numbers as JSON](benchmarks/{name}.json)).",
         _machine(result["header"]),

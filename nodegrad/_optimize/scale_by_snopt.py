@@ -92,6 +92,7 @@ def scale_by_snopt(
     $U_A$, $U_B$ are the eigenbases of the factors that `update` received last, $S$ the
     eigenvalues of the curvature, $\varepsilon$ the `damping` and $p$ the `power`.
     Leaves outside of layers, and layers that `layers` excludes, pass through unchanged.
+    An array whose whole gradient is zero is not moved.
     In an `optax.chain` the order is `scale_by_snopt`, `optax.add_decayed_weights`,
     `optax.trace`, `optax.scale_by_learning_rate`, as in `nodegrad.snopt`.
 
@@ -254,8 +255,16 @@ def preconditioned(
         matrices(updates),
         None if means is None else matrices(means),
     )
-    steps = leaves.with_matrices(found, steps)
+    steps = jax.tree.map(_unless_frozen, leaves.with_matrices(found, steps), out)
     return steps, SNOptState(_next(state.count), states)
+
+
+def _unless_frozen(step: Array, gradient: Array) -> Array:
+    """Returns `step`, or zero where the whole `gradient` of an array is zero.
+
+    Eigenvectors mix a weight with its bias, of which the user may freeze one.
+    """
+    return jnp.where(jnp.any(gradient != 0), step, 0)
 
 
 def _next(count: Array) -> Any:

@@ -190,7 +190,7 @@ def make_grid(
     """
     if isinstance(controller, diffrax.StepTo):
         # The last step ends at `t1`, which has the value of the last of these times.
-        return PrescribedGrid(controller.ts.at[-1].set(t1))
+        return PrescribedGrid(controller.ts.at[-1].set(t1), nearly(t1))
     if isinstance(controller, diffrax.ConstantStepSize):
         state = passed_state
         if state is None:
@@ -202,6 +202,7 @@ def make_grid(
         return UniformGrid(
             anchors=jnp.stack([start, stop, t1]),
             num_steps=num_steps,
+            nearly_t1=nearly(t1),
             is_computed=passed_state is None,
         )
     # `t1` and the times of all clipping controllers around the innermost controller.
@@ -219,3 +220,23 @@ def make_grid(
         limits = [controller.dtmin, controller.dtmax]
         limits = [jnp.asarray(x, t1.dtype) for x in limits if x is not None]
     return AdaptiveGrid(jnp.concatenate(anchors), jnp.concatenate(ends), limits)
+
+
+def nearly(t1: Real[Array, ""]) -> Real[Array, ""]:
+    """Returns the floating point number 100 ulp before `t1`.
+
+    A step that would end after it ends at `t1`, as in Diffrax: an interval of a few ulp
+    would spoil dense output by rounding.
+    """
+    t1 = jax.lax.stop_gradient(t1)
+    # Diffrax calls `prevbefore` 100 times. The bits of positive floats, read as signed
+    # integers, count the floats: 100 ulp are 100 integers. Those of negative floats
+    # descend, so `in_order` mirrors them; it is its own inverse.
+    integer = jnp.dtype(f"int{8 * t1.dtype.itemsize}")
+    lowest = jnp.iinfo(integer).min
+    in_order = lambda bits: jnp.where(bits < 0, lowest - bits, bits)
+    bits = in_order(jax.lax.bitcast_convert_type(t1, integer)) - 100
+    before = jax.lax.bitcast_convert_type(in_order(bits), t1.dtype)
+    # Around zero these are denormals, which XLA may flush to zero: then at least 100 of
+    # the smallest normal number.
+    return jnp.minimum(before, t1 - 100 * jnp.finfo(t1.dtype).tiny)

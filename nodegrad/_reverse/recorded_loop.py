@@ -37,7 +37,7 @@ from .._trajectory.recording import (
     Saved,
 )
 from .._trajectory.state_source import AbstractStateSource
-from .._trajectory.step_times import RATIO
+from .._trajectory.step_times import RATIO, UniformGrid
 from .._trajectory.trajectory import resync_of, StepLog, steps_taken, Trajectory
 from .plan import make_plan, Solve, with_first, without_first
 from .saves import cursors, save_states
@@ -369,6 +369,13 @@ def _only_differentiable(
     for name in constant:
         if hasattr(final_state, name):
             new[name] = jax.lax.stop_gradient(getattr(final_state, name))
+    if isinstance(solve.grid, UniformGrid):
+        # The interval of constant steps stays as it is, and moves with the user's
+        # times. Another solve may go on with it.
+        new["controller_state"] = eqx.combine(
+            eqx.filter(init_state.controller_state, eqx.is_inexact_array),
+            new["controller_state"],
+        )
     final_state = with_fields(final_state, **new)
     # The loop writes nothing for these saves. Return their state from before the loop,
     # which may already hold a row at `t0`, with its derivative.

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, PyTree, Real
 from .._internal.compat import assert_term_compatible, WrapTerm
 from .._internal.results import coupling_stats
 from .._internal.tree import check_counts, with_fields
-from .._reverse.plan import Solve
+from .._reverse.plan import nearly, Solve
 from .._steps.step import make_step
 from .._trajectory.output import write_final
 from .._trajectory.step_times import may_jump, without_derivatives
@@ -69,7 +69,7 @@ def make_problem(
         t0=t0,
         t1=t1,
         # Only compared with times. Reading the bits of a float has no derivative.
-        nearly_t1=nearly(jax.lax.stop_gradient(t1)),
+        nearly_t1=nearly(t1),
         dt0=dt0,
         controller=controller,
         step=make_step(solver, terms, args, t0, t1, y0, jumps),
@@ -80,25 +80,6 @@ def make_problem(
         one_clock=isinstance(controller, diffrax.StepTo | diffrax.ConstantStepSize),
         max_steps=max_steps,
     )
-
-
-def nearly(t1: Real[Array, ""]) -> Real[Array, ""]:
-    """Returns the floating point number 100 ulp before `t1`.
-
-    A step that would end after it ends at `t1`, as in Diffrax: an interval of a few ulp
-    would spoil dense output by rounding.
-    """
-    # Diffrax calls `prevbefore` 100 times. The bits of positive floats, read as signed
-    # integers, count the floats: 100 ulp are 100 integers. Those of negative floats
-    # descend, so `in_order` mirrors them; it is its own inverse.
-    integer = jnp.dtype(f"int{8 * t1.dtype.itemsize}")
-    lowest = jnp.iinfo(integer).min
-    in_order = lambda bits: jnp.where(bits < 0, lowest - bits, bits)
-    bits = in_order(jax.lax.bitcast_convert_type(t1, integer)) - 100
-    before = jax.lax.bitcast_convert_type(in_order(bits), t1.dtype)
-    # Around zero these are denormals, which XLA may flush to zero: then at least 100 of
-    # the smallest normal number.
-    return jnp.minimum(before, t1 - 100 * jnp.finfo(t1.dtype).tiny)
 
 
 def _is_single_term(x: object) -> bool:

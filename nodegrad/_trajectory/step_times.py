@@ -155,12 +155,11 @@ class AdaptiveGrid(AbstractGrid):
         return logged.astype(jnp.int32)
 
     def end(self, index: _Int, first_end: _Time) -> _Time:
-        msg = "The ends of adaptive steps cannot be computed: they must be recorded."
+        msg = "The ends of adaptive steps must be recorded."
         raise NotImplementedError(msg)
 
     def anchor_time(self, origin: _Int, end: _Time) -> _Time:
-        # A step before a jump ends at the number before the time of the jump. So the
-        # value is that of `ends`, and the derivative that of `anchors`.
+        # A step before a jump ends at the number before the time of the jump.
         del end
         index = jnp.maximum(origin - FIRST_ANCHOR, 0)
         end, moving = jax.lax.stop_gradient(self.ends[index]), self.anchors[index]
@@ -168,20 +167,26 @@ class AdaptiveGrid(AbstractGrid):
 
 
 class PrescribedGrid(AbstractGrid):
-    """`diffrax.StepTo`: step `i` ends at `anchors[i + 1]`."""
+    """`diffrax.StepTo`: step `i` ends at `anchors[i + 1]`.
+
+    If that is later than `nearly_t1`, it ends at `t1`, the last of them.
+    """
 
     anchors: _Anchors
+    nearly_t1: _Time
     is_computed: ClassVar[bool] = True
+
+    def _anchor(self, index: _Int) -> _Int:
+        is_last = (index > 0) & (self.anchors[index + 1] > self.nearly_t1)
+        return jnp.where(is_last, self.anchors.size - 1, index + 1)
 
     def end(self, index: _Int, first_end: _Time) -> _Time:
         del first_end
-        return self.anchors[index + 1]
+        return self.anchors[self._anchor(index)]
 
     def origin_of(self, index: _Int, logged: _Int | None) -> _Int:
-        # The first step is the first attempt, with a ratio of one. `first_start` and
-        # `first_end` carry its derivatives.
         del logged
-        return jnp.where(index == 0, RATIO, FIRST_ANCHOR + index + 1)
+        return jnp.where(index == 0, RATIO, FIRST_ANCHOR + self._anchor(index))
 
     def anchor_time(self, origin: _Int, end: _Time) -> _Time:
         del end
@@ -192,15 +197,16 @@ class UniformGrid(AbstractGrid):
     """`diffrax.ConstantStepSize`: steps end at fixed fractions of an interval.
 
     - `anchors`: the ends of this interval, and the time `t1` at which the solve ends.
-      The interval is `[t0, t1]`, or that of another solve if this one continues it
-      with the state of its controller. If `t1` is infinite, the second number is the
-      step size.
+      The interval is `[t0, t1]`, or that of another solve that this one continues. If
+      `t1` is infinite, the second number is the step size.
     - `num_steps`: how many steps there are in the interval; -1 if `t1` is infinite.
+    - `nearly_t1`: as of `PrescribedGrid`.
     - `is_computed`: whether the solve starts at the start of the interval.
     """
 
     anchors: Real[Array, " 3"]
     num_steps: Int[ArrayLike, ""]
+    nearly_t1: _Time
     is_computed: bool = eqx.field(static=True)
 
     def end(self, index: _Int, first_end: _Time) -> _Time:
@@ -210,13 +216,13 @@ class UniformGrid(AbstractGrid):
         """
         start, stop, t1 = self.anchors
         num_steps = jnp.asarray(self.num_steps)
-        # The state of the controller after `index` steps. It reads times alone, which
-        # stand for states here; `previous` only if there is no end.
+        # Times stand for states here. `previous` is read only if there is no end.
         state = index.astype(num_steps.dtype), num_steps, start, stop
         previous = first_end + (index - 1).astype(stop.dtype) * stop
         step = diffrax.ConstantStepSize().adapt_step_size
         _, _, end, *_ = step(start, previous, start, start, None, None, 1, state)
-        return jnp.where(index == 0, first_end, jnp.minimum(end, t1))
+        end = jnp.where(end > self.nearly_t1, t1, end)
+        return jnp.where(index == 0, first_end, end)
 
     def origin_of(self, index: _Int, logged: _Int | None) -> _Int:
         # The first step ends at `t0 + dt0`, which is not a fraction.
@@ -250,8 +256,7 @@ class UniformGrid(AbstractGrid):
         size = stop - start
         fraction = (end - start) / _or_one(size)
         inside = jnp.stack([1 - fraction, fraction, jnp.zeros_like(fraction)])
-        last = jnp.zeros_like(inside).at[2].set(1)
-        return jnp.where(end == t1, last, inside)
+        return jnp.where(end == t1, jnp.array([0, 0, 1], inside.dtype), inside)
 
 
 def may_jump(controller: PyTree) -> bool:

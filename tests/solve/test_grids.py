@@ -8,6 +8,7 @@ import pytest
 
 import nodegrad
 
+from ..matrix import DOORS
 from ..problems import relative_error
 
 
@@ -29,23 +30,78 @@ def test_constant_steps_go_on_with_the_state_of_the_controller():
         options = dict(adjoint=adjoint, max_steps=20)
         term, solver = diffrax.ODETerm(_field), diffrax.Heun()
         first = diffrax.diffeqsolve(
-            term, solver, 0.0, 1.0, 0.3, p["y0"], p["rate"], saveat=saveat, **options
+            term,
+            solver,
+            0.0,
+            p["restart"],
+            0.3,
+            p["y0"],
+            p["rate"],
+            saveat=saveat,
+            **options,
         )
         return diffrax.diffeqsolve(
-            term, solver, 1.0, p["t1"], 0.3, first.ys[-1], p["rate"],
+            term, solver, p["restart"], p["t1"], 0.3, first.ys[-1], p["rate"],
             solver_state=first.solver_state,
             controller_state=first.controller_state,
             made_jump=first.made_jump,
             **options,
         ).ys[-1]  # fmt: skip
 
-    p = {"y0": jnp.array(1.3), "rate": jnp.array(0.8), "t1": jnp.array(3.1)}
+    p = {"y0": 1.3, "rate": 0.8, "restart": 1.0, "t1": 3.1}
+    p = jax.tree.map(jnp.asarray, p)
     expected = jax.jit(jax.grad(end), static_argnums=1)(p, DIFFRAX)
     adjoint = nodegrad.ACAAdjoint()
     found = jax.jit(jax.grad(end), static_argnums=1)(p, adjoint)
-    assert relative_error(found, expected) < 1e-13
+    assert relative_error(found, expected) < 1e-12
     forward = jax.jit(jax.jacfwd(end), static_argnums=1)(p, adjoint)
-    assert relative_error(forward, expected) < 1e-13
+    assert relative_error(forward, expected) < 1e-12
+
+
+@pytest.mark.rows(test=2, ci=6)
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    ("t0", "t1", "step", "dtype"),
+    [
+        # A year, and steps of a few days: 100 ulp are 0.012.
+        (2020.0, 2021.0, 0.01, jnp.float32),
+        (0.0, 1.0, 0.125, jnp.bfloat16),
+        (2020.0, 2020.1, [0.0, 0.03, 0.05, 0.095, 0.1], jnp.float32),
+    ],
+    ids=["constant", "bfloat16", "prescribed"],
+)
+def test_a_step_that_would_end_just_before_t1_ends_there(door, t0, t1, step, dtype):
+    # As in Diffrax, within 100 ulp. These steps are few, and the last one is longer.
+    is_constant = isinstance(step, float)
+
+    def end(solve, adjoint, y0, rate, t0, t1):
+        controller = diffrax.ConstantStepSize()
+        if not is_constant:
+            start = jax.lax.stop_gradient(t0)
+            controller = diffrax.StepTo(start + jnp.array(step, dtype))
+        return solve(
+            diffrax.ODETerm(lambda t, y, rate: -rate * y),
+            diffrax.Heun(),
+            t0,
+            t1,
+            jnp.array(step, dtype) if is_constant else None,
+            y0,
+            rate,
+            stepsize_controller=controller,
+            adjoint=adjoint,
+            max_steps=128,
+        ).ys[0]
+
+    gradient = jax.grad(end, (2, 3, 4, 5))
+    inputs = (
+        jnp.float32(1.0),
+        jnp.float32(0.7),
+        jnp.array(t0, dtype),
+        jnp.array(t1, dtype),
+    )
+    expected = gradient(diffrax.diffeqsolve, diffrax.DirectAdjoint(), *inputs)
+    found = gradient(DOORS[door], nodegrad.ACAAdjoint(), *inputs)
+    assert relative_error(found, expected) < 20 * float(jnp.finfo(dtype).eps)
 
 
 def _distance(found, expected):

@@ -9,7 +9,7 @@ import jax.random as jr
 import pytest
 
 import nodegrad
-from nodegrad._solve.problem import nearly
+from nodegrad._reverse.plan import nearly
 
 from ..problems import Field, forced_pair, PAIR_ARGS, PAIR_Y0, relative_error
 
