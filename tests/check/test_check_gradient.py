@@ -228,6 +228,7 @@ def test_a_wrong_derivative_rule_is_found():
     assert jnp.allclose(found.checks["finite_differences"].error, error, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_errors_of_two_entries_of_an_array_do_not_cancel():
     # Equal errors of two equal entries: a sum with signs alone may miss them.
     field = lambda t, y, p: -p[0] * y + jnp.sum(sine(p[1:]))
@@ -236,6 +237,7 @@ def test_errors_of_two_entries_of_an_array_do_not_cancel():
     assert len(found.checks["finite_differences"].details) == 4
 
 
+@pytest.mark.slow
 def test_entries_of_an_array_may_differ_by_orders_of_magnitude():
     field = lambda t, y, p: -p[0] * 1e4 * y + p[1] * 1e-4
     assert check(make_loss(field, Y0), jnp.array([1e-4, 1e4])).verdict == "right"

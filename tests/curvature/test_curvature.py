@@ -389,6 +389,7 @@ def test_models_moved_inside_of_the_loss_are_not(move):
         assert relative_error(found, fn(MODEL.encode, X, False)) < 1e-14
 
 
+@pytest.mark.slow
 def test_layers_of_two_dtypes_in_a_row():
     cast = lambda a: a.astype(jnp.float32) if eqx.is_inexact_array(a) else a
     narrow = jax.tree.map(cast, MODEL.encode)
@@ -524,6 +525,7 @@ def test_stacked_layers_are_layers_each():
         assert relative_error(ours, apart[f"[{i}]"]) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t1", [1.0, 1e-5])
 def test_short_intervals_count_in_float32(t1):
     # The corner of an input factor is the time of all samples.

@@ -49,6 +49,7 @@ def _train(batches):
         yield model, state
 
 
+@pytest.mark.slow
 def test_slopes_of_a_whole_set_count_wholly():
     batch = _batch(jr.PRNGKey(2), 64)
     # Later the mean has caught up, and what is left is rounding.

@@ -153,6 +153,7 @@ class Scaled(eqx.Module):
         return jax.vmap(self.layer)(x) + bend[None] * x**2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "units, left", [((1.0, 1.0), 1e-9), ((30.0, 0.03), 0.04)], ids=["one", "two"]
 )
@@ -190,6 +191,7 @@ def test_make_steps_passes_the_loss_of_the_batch():
         assert other == pytest.approx(float(jnp.mean(_loss(at_gradient, X, Y))))
 
 
+@pytest.mark.slow
 def test_a_linear_model_reaches_the_solution_of_ridge_regression():
     model = eqx.nn.Linear(2, 2, key=jr.PRNGKey(2))
     gamma = 0.3
@@ -387,6 +389,7 @@ def test_momentum_is_checked():
         nodegrad.snopt(momentum="0.9")
 
 
+@pytest.mark.slow
 def test_steps_before_any_curvature_descend_too():
     optim, model = nodegrad.snopt(), _net()
     step, _ = _steps(optim, "ggn")

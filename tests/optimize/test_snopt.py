@@ -265,6 +265,7 @@ def test_clip_bounds_the_length_of_the_step():
         assert relative_error(v[name], u[name] * ratio) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.rows(test=2, ci=4)
 @pytest.mark.parametrize(
     "preset, bad",

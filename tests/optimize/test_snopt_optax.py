@@ -126,6 +126,7 @@ def test_tree_map_params_finds_the_state(name):
     assert not any(jnp.any(x) for x in jax.tree.leaves(zeros[0].layers))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["paper", "robust"])
 def test_injected_hyperparameters_make_no_difference(preset):
     kwargs = dict(learning_rate=0.02, preset=preset, damping=0.1, decay=0.8)
@@ -159,6 +160,7 @@ def test_learning_rate_may_be_a_schedule():
     assert relative_error(*updates) < 1e-6
 
 
+@pytest.mark.slow
 @every_optim
 def test_gradients_are_accumulated(name):
     optim, params = OPTIMS[name](), make_params()
@@ -175,6 +177,7 @@ def test_gradients_are_accumulated(name):
     assert relative_error(updates, expected) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [None, 0.1])
 def test_make_steps_passes_curvature_to_accumulated_gradients(rate):
     # `optax.MultiSteps` takes extra arguments, and has no type that says so.

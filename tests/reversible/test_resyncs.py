@@ -289,6 +289,7 @@ def test_a_difference_that_spoils_the_solution_is_a_failure(door, every):
     assert sol.result != diffrax.RESULTS.successful
 
 
+@pytest.mark.slow
 def test_a_noisy_state_that_passes_through_zero_is_no_failure():
     # The difference after a step is five, and the state 1e-4 now and then.
     noise = diffrax.VirtualBrownianTree(0.0, 10.0, 1e-3, (), jax.random.key(0))

@@ -540,6 +540,7 @@ def test_a_solve_that_ends_at_max_steps_names_the_cause():
     assert lost == nodegrad.RESULTS.coupling_lost
 
 
+@pytest.mark.slow
 def test_a_decayed_state_ends_at_max_steps_because_of_the_coupling():
     # The state has decayed to an eighth of its largest value, or less. Its difference
     # is ten tolerances, but hardly ten units of rounding of the largest state. Rounding

@@ -385,6 +385,7 @@ def test_affine_fields_have_the_closed_form_whether_exact_or_not(blocks_of):
         assert relative_error(found, expected) < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.rows(test=1, ci=2)
 @pytest.mark.parametrize("blocks_of", BOTH)
 def test_a_bilinear_field_is_not_affine(blocks_of):
@@ -925,6 +926,7 @@ def test_steps_with_derivatives_inside_have_no_linearised_field(solver):
     assert relative_error(blocks.grad_args, jax.grad(loss)(rate)) < 1e-12
 
 
+@pytest.mark.slow
 def test_what_cannot_be_differentiated_says_so():
     kwargs = dict(dt0=0.25, stepsize_controller=CONSTANT)
     total = lambda y0, **more: jnp.sum(_blocks(RK4, y0=y0, **kwargs, **more).hess_yy)

@@ -214,6 +214,7 @@ def test_no_tracer_outlives_its_trace():
     assert num_alive() == before
 
 
+@pytest.mark.slow
 def test_a_collective_is_no_part_of_a_derivative_outside_of_its_axis():
     field = lambda t, y, rate: -rate * y + 0.5 * jax.lax.pmean(y, "b")
     rates, y0 = jnp.array([0.7, 1.5]), jnp.array([1.0, 2.0])
