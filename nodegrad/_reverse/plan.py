@@ -189,8 +189,10 @@ def make_grid(
     `passed_state` is the state of the controller that the user passed, or `None`.
     """
     if isinstance(controller, diffrax.StepTo):
-        # The last step ends at `t1`, which has the value of the last of these times.
-        return PrescribedGrid(controller.ts.at[-1].set(t1), nearly(t1))
+        # The last step ends at `t1`, which has the value of the last of these times. So
+        # does a step that would end just before, unless it is the first one.
+        ts = controller.ts.at[-1].set(t1)
+        return PrescribedGrid(ts.at[2:].set(jnp.where(ts > nearly(t1), t1, ts)[2:]))
     if isinstance(controller, diffrax.ConstantStepSize):
         state = passed_state
         if state is None:
@@ -228,6 +230,7 @@ def nearly(t1: Real[Array, ""]) -> Real[Array, ""]:
     A step that would end after it ends at `t1`, as in Diffrax: an interval of a few ulp
     would spoil dense output by rounding.
     """
+    # Only compared with times. Reading the bits of a float has no derivative.
     t1 = jax.lax.stop_gradient(t1)
     # Diffrax calls `prevbefore` 100 times. The bits of positive floats, read as signed
     # integers, count the floats: 100 ulp are 100 integers. Those of negative floats

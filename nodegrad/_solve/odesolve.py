@@ -217,11 +217,6 @@ def _raised(*args: Any) -> diffrax.Solution:
     return raised(_odesolve(*args))
 
 
-# A solution of at most so many numbers is selected, and not branched on: the copy takes
-# about a microsecond.
-_FEW = 1000
-
-
 def raised(sol: diffrax.Solution) -> diffrax.Solution:
     """Returns `sol` if it is successful; otherwise raises an error.
 
@@ -258,6 +253,11 @@ def raised(sol: diffrax.Solution) -> diffrax.Solution:
         "Pass `throw=False` to get the solution up to there, with its `result`."
     )
     raise eqx.EquinoxRuntimeError(msg)
+
+
+# A solution of at most so many numbers is selected, and not branched on: the copy takes
+# about a microsecond.
+_FEW = 1000
 
 
 # `jax_debug_nans` looks at what a jitted function returns, and not at NaNs inside.

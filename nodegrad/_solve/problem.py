@@ -68,7 +68,6 @@ def make_problem(
         solver=solver,
         t0=t0,
         t1=t1,
-        # Only compared with times. Reading the bits of a float has no derivative.
         nearly_t1=nearly(t1),
         dt0=dt0,
         controller=controller,

@@ -159,7 +159,8 @@ class AdaptiveGrid(AbstractGrid):
         raise NotImplementedError(msg)
 
     def anchor_time(self, origin: _Int, end: _Time) -> _Time:
-        # A step before a jump ends at the number before the time of the jump.
+        # A step before a jump ends at the number before the time of the jump. So the
+        # value is that of `ends`, and the derivative that of `anchors`.
         del end
         index = jnp.maximum(origin - FIRST_ANCHOR, 0)
         end, moving = jax.lax.stop_gradient(self.ends[index]), self.anchors[index]
@@ -167,26 +168,20 @@ class AdaptiveGrid(AbstractGrid):
 
 
 class PrescribedGrid(AbstractGrid):
-    """`diffrax.StepTo`: step `i` ends at `anchors[i + 1]`.
-
-    If that is later than `nearly_t1`, it ends at `t1`, the last of them.
-    """
+    """`diffrax.StepTo`: step `i` ends at `anchors[i + 1]`."""
 
     anchors: _Anchors
-    nearly_t1: _Time
     is_computed: ClassVar[bool] = True
-
-    def _anchor(self, index: _Int) -> _Int:
-        is_last = (index > 0) & (self.anchors[index + 1] > self.nearly_t1)
-        return jnp.where(is_last, self.anchors.size - 1, index + 1)
 
     def end(self, index: _Int, first_end: _Time) -> _Time:
         del first_end
-        return self.anchors[self._anchor(index)]
+        return self.anchors[index + 1]
 
     def origin_of(self, index: _Int, logged: _Int | None) -> _Int:
+        # The first step is the first attempt, with a ratio of one. `first_start` and
+        # `first_end` carry its derivatives.
         del logged
-        return jnp.where(index == 0, RATIO, FIRST_ANCHOR + self._anchor(index))
+        return jnp.where(index == 0, RATIO, FIRST_ANCHOR + index + 1)
 
     def anchor_time(self, origin: _Int, end: _Time) -> _Time:
         del end
@@ -200,7 +195,7 @@ class UniformGrid(AbstractGrid):
       The interval is `[t0, t1]`, or that of another solve that this one continues. If
       `t1` is infinite, the second number is the step size.
     - `num_steps`: how many steps there are in the interval; -1 if `t1` is infinite.
-    - `nearly_t1`: as of `PrescribedGrid`.
+    - `nearly_t1`: a step that would end later than this ends at `t1`.
     - `is_computed`: whether the solve starts at the start of the interval.
     """
 

@@ -286,7 +286,8 @@ def test_training_goes_on_where_the_loss_jumps():
             run = refresh if i % 10 == 0 else step
             model, state, value = run(model, state, y0, data, key=jr.PRNGKey(i))
             values.append(float(value))
-        assert state.length > 0
+        # If no rise were allowed, it would be 1e-37.
+        assert state.length > 1e-20
         return np.mean(values[-20:]) / np.mean(values[140:160])
 
     # Rounding decides where a jump is, and whether one of 300 steps crosses it: none to

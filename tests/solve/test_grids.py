@@ -52,10 +52,12 @@ def test_constant_steps_go_on_with_the_state_of_the_controller():
     p = jax.tree.map(jnp.asarray, p)
     expected = jax.jit(jax.grad(end), static_argnums=1)(p, DIFFRAX)
     adjoint = nodegrad.ACAAdjoint()
-    found = jax.jit(jax.grad(end), static_argnums=1)(p, adjoint)
-    assert relative_error(found, expected) < 1e-12
-    forward = jax.jit(jax.jacfwd(end), static_argnums=1)(p, adjoint)
-    assert relative_error(forward, expected) < 1e-12
+    # The derivative by the time of the restart is a small sum of large terms.
+    small = expected.pop("restart")
+    for mode in (jax.grad, jax.jacfwd):
+        found = jax.jit(mode(end), static_argnums=1)(p, adjoint)
+        assert relative_error(found.pop("restart"), small) < 1e-12
+        assert relative_error(found, expected) < 1e-13
 
 
 @pytest.mark.rows(test=2, ci=6)

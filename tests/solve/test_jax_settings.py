@@ -63,7 +63,7 @@ def debug_nans():
 @pytest.mark.rows(test=1, ci=2)
 @pytest.mark.parametrize("door", DOORS)
 def test_debug_nans_finds_none_in_a_good_gradient(door, debug_nans):
-    # Neither is jitted: JAX looks at every array that an operation returns.
+    # Nothing is jitted: JAX looks at every array that an operation returns.
     gradient = jax.vmap(jax.grad(lambda y0: _solve(door, y0, 1.3)))
     y0 = jnp.array([0.7, 0.5])
     # The solution of y' = -a y^2 is y0 / (1 + a y0 t).
